@@ -1,0 +1,46 @@
+# make demo   the main job on the embedded base model: a hundred facts written, then recalled by another process
+# make test   the whole test suite
+# make lint   what CI checks beside the tests
+# make venv   only the virtual environment, .venv
+#
+# Each target creates .venv if it is missing and brings it up to date when the requirements change.
+
+PYTHON ?= python3
+BIN := .venv/bin
+DEMO_STORE := build/demo
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test test-slow lint format
+
+help:
+	@sed -n 's/^# \{0,1\}//p;/^$$/q' Makefile
+
+venv: .venv/installed
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "loramem needs Python 3.11 or later: make PYTHON=python3.12 …")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: venv
+	rm -rf $(DEMO_STORE)
+	$(BIN)/loramem write examples/phonebook.jsonl --store $(DEMO_STORE)
+	$(BIN)/loramem verify --store $(DEMO_STORE)
+	$(BIN)/python examples/02_check_recall.py examples/phonebook.jsonl $(DEMO_STORE)
+
+test: venv
+	$(BIN)/python -m pytest
+
+test-slow: venv
+	$(BIN)/python -m pytest --runslow
+
+lint: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: venv
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .

@@ -1,0 +1,1 @@
+"""The ``loramem`` command: parse, call loramem, print."""

@@ -1,0 +1,60 @@
+"""Entry point: the command group, and exceptions as one line and an exit code."""
+
+import logging
+import sys
+import warnings
+from collections.abc import Sequence
+
+import click
+
+from loramem import errors
+
+from . import explain, ls, plan, put, recall, stats, verify, write
+
+# First match wins, so subclasses stand before their bases. Documented in README.
+EXIT_CODES: tuple[tuple[type[Exception], int], ...] = (
+    (errors.RecallError, 3),
+    (errors.IntegrityError, 4),
+    (errors.StubbornRecords, 5),
+    (errors.TooLong, 5),
+    (errors.KeyNotFound, 6),
+    (errors.StoreNotFound, 10),
+    (errors.StoreLocked, 11),
+    (errors.OtherBaseModel, 12),
+    (errors.LoramemError, 1),
+)
+INTERRUPTED = 130
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="loramem")
+@click.option("-v", "--verbose", is_flag=True, help="Log what happens to stderr.")
+def cli(verbose: bool) -> None:
+    """Write facts verbatim into LoRA adapters of a frozen language model, and prove it."""
+    logging.basicConfig(level=logging.INFO if verbose else logging.ERROR, format="%(levelname)s %(name)s: %(message)s")
+    if not verbose:
+        warnings.simplefilter("ignore", FutureWarning)  # of libraries, about their own internals
+
+
+for command in (write, put, recall, explain, ls, stats, verify, plan):
+    cli.add_command(command.command)
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code and never raises for a user's mistake."""
+    try:
+        # click returns what ctx.exit(code) was given, and None from a command that just ends.
+        return cli.main(args=None if arguments is None else list(arguments), standalone_mode=False) or 0
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("Interrupted.", err=True)
+        return INTERRUPTED
+    except errors.LoramemError as error:
+        click.echo(f"Error: {error}", err=True)
+        return next(code for kind, code in EXIT_CODES if isinstance(error, kind))
+
+
+def main() -> None:
+    sys.exit(run())

@@ -1,0 +1,74 @@
+"""Options that several commands share."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from loramem import MemoryStore
+
+Command = Callable[..., Any]
+
+_STORE = click.option(
+    "--store",
+    type=click.Path(path_type=Path),
+    default=Path("memory"),
+    show_default="./memory",
+    envvar="LORAMEM_STORE",
+    show_envvar=True,
+    help="Folder of the store.",
+)
+_MODEL = click.option(
+    "--model",
+    envvar="LORAMEM_MODEL",
+    show_envvar=True,
+    help="Base model: a Hub id or a local folder. A new store takes loramem-tiny, an existing one its own.",
+)
+_DEVICE = click.option(
+    "--device", default="auto", show_default=True, envvar="LORAMEM_DEVICE", show_envvar=True, help="auto, cpu, cuda…"
+)
+_NAMESPACE = click.option("--namespace", default="", help="Recall space, such as team/project.")
+_JSON = click.option("--json", "as_json", is_flag=True, help="JSON on stdout.")
+
+
+def store_options(command: Command) -> Command:
+    """--store, --model, --device and --json."""
+    return _STORE(_MODEL(_DEVICE(_JSON(command))))
+
+
+def namespace_option(command: Command) -> Command:
+    return _NAMESPACE(command)
+
+
+def goal_options(command: Command) -> Command:
+    """--goal and --rank."""
+    goal = click.option(
+        "--goal", type=click.Choice(["fast", "small"]), default="fast", show_default=True, help="Seconds or parameters."
+    )
+    rank = click.option("--rank", type=click.IntRange(1, 128), help="First rank, in place of the planned one.")
+    return goal(rank(command))
+
+
+def input_options(command: Command) -> Command:
+    """--format, --key-field and --value-field."""
+    for option in (
+        click.option("--value-field", default="value", show_default=True, help="Field that holds the value."),
+        click.option("--key-field", default="key", show_default=True, help="Field that holds the key."),
+        click.option(
+            "--format",
+            "format_",
+            type=click.Choice(["jsonl", "json", "csv", "tsv"]),
+            help="Format of FILE; by its suffix unless given, jsonl for stdin.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def open_store(store: Path, model: str | None, device: str, *, create: bool = False) -> "MemoryStore":
+    """The store that the options name."""
+    from loramem import MemoryStore
+
+    return MemoryStore(store, model, device=device, create=create)

@@ -1,0 +1,51 @@
+"""The live bar of a write, on stderr."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from loramem.writer import ProgressCallback, WriteProgress
+
+
+@contextmanager
+def write_bar() -> Iterator["ProgressCallback"]:
+    """A callback that draws tokens ordered, lowest p, loss, rank, elapsed and estimated time."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("[bold]shard {task.fields[shard]}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn(
+            "tokens  lowest p {task.fields[min_prob]:.3f}  loss {task.fields[loss]:.3f}  rank {task.fields[rank]}"
+        ),
+        TextColumn("step {task.fields[step]}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        tasks = {}
+
+        def show(told: "WriteProgress") -> None:
+            fields = {
+                "shard": f"{told.shard}/{told.shards}",
+                "min_prob": told.min_prob,
+                "loss": told.loss,
+                "rank": told.rank,
+                "step": told.step,
+            }
+            if told.shard not in tasks:
+                tasks[told.shard] = bar.add_task("", total=told.tokens_total, **fields)
+            bar.update(tasks[told.shard], completed=told.tokens_ordered, total=told.tokens_total, **fields)
+
+        yield show

@@ -1,0 +1,40 @@
+"""loramem put: one record."""
+
+from pathlib import Path
+
+import click
+
+from . import options
+from .output import note, print_json
+from .progress import write_bar
+
+
+@click.command("put")
+@click.argument("key")
+@click.argument("value")
+@options.store_options
+@options.namespace_option
+@options.goal_options
+def command(
+    key: str,
+    value: str,
+    store: Path,
+    model: str | None,
+    device: str,
+    as_json: bool,
+    namespace: str,
+    goal: str,
+    rank: int | None,
+) -> None:
+    """Write one record into the store (./memory unless named)."""
+    from loramem import Record
+
+    record = Record(key, value, namespace)
+    with options.open_store(store, model, device, create=True) as opened, write_bar() as progress:
+        report = opened.write([record], goal=goal, rank=rank, progress=progress)
+    if as_json:
+        print_json(report)
+    elif report.written:
+        note(f"Written; lowest p {report.min_prob:.3f}, rank {report.rank}, {report.elapsed_s:.1f} s.")
+    else:
+        note("The store holds this record already.")

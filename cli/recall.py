@@ -1,0 +1,38 @@
+"""loramem recall: values decoded from the weights."""
+
+from pathlib import Path
+
+import click
+
+from . import options
+from .output import print_json
+
+
+@click.command("recall")
+@click.argument("keys", nargs=-1, metavar="KEY…")
+@click.option("--all", "everything", is_flag=True, help="Every record of the namespace.")
+@options.store_options
+@options.namespace_option
+def command(
+    keys: tuple[str, ...],
+    everything: bool,
+    store: Path,
+    model: str | None,
+    device: str,
+    as_json: bool,
+    namespace: str,
+) -> None:
+    """Decode values from the adapters of the store (./memory unless named).
+
+    One key prints its value; several, or --all, print key, tab, value. With --json, one object a line.
+    """
+    if bool(keys) == everything:
+        raise click.UsageError("Give one or more keys, or --all.")
+    with options.open_store(store, model, device) as opened:
+        for recall in opened.recall_many(None if everything else keys, namespace):
+            if as_json:
+                print_json(recall)
+            elif len(keys) == 1:
+                click.echo(recall.value)
+            else:
+                click.echo(f"{recall.key}\t{recall.value}")

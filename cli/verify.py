@@ -1,0 +1,38 @@
+"""loramem verify: every file hashed, every record decoded."""
+
+from pathlib import Path
+
+import click
+
+from . import options
+from .output import note, print_facts, print_json
+
+RECALL_INCOMPLETE, DAMAGED = 3, 4
+
+
+@click.command("verify")
+@options.store_options
+def command(store: Path, model: str | None, device: str, as_json: bool) -> None:
+    """Check every file and row of the store (./memory unless named) and decode every record.
+
+    Exit code 3 when a record does not come back, 4 when something is damaged.
+    """
+    with options.open_store(store, model, device) as opened:
+        report = opened.verify()
+    if as_json:
+        print_json(report)
+    else:
+        print_facts(
+            [
+                ("records", report.records),
+                ("exact", report.exact),
+                ("damaged", len(report.damaged)),
+                ("seconds", f"{report.elapsed_s:.1f}"),
+            ]
+        )
+        for problem in report.damaged:
+            note(f"damaged: {problem}")
+        for key in report.failed:
+            note(f"not recalled: {key!r}")
+    if not report.ok:
+        click.get_current_context().exit(DAMAGED if report.damaged else RECALL_INCOMPLETE)

@@ -1,0 +1,84 @@
+"""loramem write: records of a file into adapters."""
+
+import sys
+from pathlib import Path
+
+import click
+
+from . import options
+from .output import note, print_facts, print_json
+from .progress import write_bar
+
+
+@click.command("write")
+@click.argument("file", type=click.Path(path_type=Path, allow_dash=True), required=False)
+@options.store_options
+@options.input_options
+@options.namespace_option
+@options.goal_options
+@click.option("--seed", default=0, show_default=True, help="Same seed and input, same bytes on one machine.")
+@click.option("--partial", is_flag=True, help="Commit the certified records even if others could not be.")
+@click.option("--resume", is_flag=True, help="Run an interrupted write again; takes no FILE.")
+@click.option("--discard", is_flag=True, help="Forget an interrupted write; takes no FILE.")
+def command(
+    file: Path | None,
+    store: Path,
+    model: str | None,
+    device: str,
+    as_json: bool,
+    format_: str | None,
+    key_field: str,
+    value_field: str,
+    namespace: str,
+    goal: str,
+    rank: int | None,
+    seed: int,
+    partial: bool,
+    resume: bool,
+    discard: bool,
+) -> None:
+    """Write the records of FILE (JSONL, JSON, CSV or TSV; - for stdin) and prove that each is recalled.
+
+    The store is ./memory unless named, and is created if there is none.
+    """
+    if (file is not None) + resume + discard != 1:
+        raise click.UsageError("Give a FILE (- for stdin), or --resume, or --discard.")
+    if discard:
+        with options.open_store(store, model, device) as opened:
+            count = opened.discard()
+        print_json({"discarded": count}) if as_json else note(f"Discarded an interrupted write of {count} records.")
+        return
+
+    from loramem import WriterSettings, read_records
+
+    if file is None:
+        with options.open_store(store, model, device) as opened, write_bar() as progress:
+            report = opened.resume(progress)
+    else:
+        source = sys.stdin.buffer if str(file) == "-" else file
+        records = read_records(
+            source, format=format_, key_field=key_field, value_field=value_field, namespace=namespace
+        )
+        with options.open_store(store, model, device, create=True) as opened, write_bar() as progress:
+            report = opened.write(
+                records, goal=goal, rank=rank, partial=partial, settings=WriterSettings(seed=seed), progress=progress
+            )
+    if as_json:
+        print_json(report)
+        return
+    if report.skipped:
+        note(f"{report.skipped} records were in the store already and were skipped.")
+    print_facts(
+        [
+            ("written", f"{report.written} records, every one decoded exactly from the adapter as saved"),
+            ("lowest p", f"{report.min_prob:.3f}"),
+            ("adapters", len(report.adapters)),
+            ("rank", report.rank),
+            ("parameters", f"{report.parameters:,} ({report.bits_per_parameter:.3f} bits of value each)"),
+            ("steps", report.steps),
+            ("seconds", f"{report.elapsed_s:.1f} (training {report.training_s:.1f})"),
+        ]
+    )
+    if report.failed:
+        note(f"{len(report.failed)} records could not be certified: {', '.join(map(repr, report.failed))}")
+        click.get_current_context().exit(5)

@@ -1,0 +1,264 @@
+"""LoRA adapters on a base model: placement, create, grow, save, load.
+
+The saved form is the portable contract: a plain PEFT LoRA (uniform rank, no bias, no rsLoRA, no DoRA, nothing else
+saved), safetensors and a config written by ourselves with sorted keys, since PEFT's own differs from run to run.
+"""
+
+import hashlib
+import json
+import math
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils import get_peft_model_state_dict
+from safetensors.torch import save
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from loramem.base_model import BaseModel
+from loramem.errors import UnsupportedBaseModel
+
+WEIGHTS, CONFIG, CARD = "adapter_model.safetensors", "adapter_config.json", "README.md"
+ALPHA_PER_RANK = 2  # alpha = 2·r: the scaling alpha/r stays 2 when the rank grows, so growth keeps the function
+LAST_LAYERS = 2  # docs/placement.md holds the measurement
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Which linear modules of which decoder layers carry the adapter."""
+
+    modules: tuple[str, ...]
+    """Module names without path, as PEFT's target_modules, sorted."""
+    layers: tuple[int, ...]
+    """0-based decoder layers."""
+
+    @classmethod
+    def default(cls, model: PreTrainedModel) -> "Placement":
+        """All linear modules of the last two layers."""
+        layers = decoder_layers(model)
+        first = max(0, len(layers) - LAST_LAYERS)
+        return cls(linear_modules(layers[-1]), tuple(range(first, len(layers))))
+
+    def parameters_per_rank(self, model: PreTrainedModel) -> int:
+        """Adapter parameters that one rank costs: Σ (inputs + outputs) over the adapted modules."""
+        layers = decoder_layers(model)
+        return sum(
+            sum(_features(module))
+            for layer in self.layers
+            for name, module in _linears(layers[layer])
+            if name in self.modules
+        )
+
+
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """The list of decoder layers, whatever the architecture calls it.
+
+    Raises:
+        UnsupportedBaseModel: None, or more than one, has the configured number of layers.
+    """
+    wanted = model.config.get_text_config().num_hidden_layers
+    found = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == wanted]
+    if len(found) != 1:
+        raise UnsupportedBaseModel(
+            f"{type(model).__name__} has {len(found)} lists of {wanted} layers; exactly one stack of decoder layers "
+            "is needed to place an adapter."
+        )
+    return found[0]
+
+
+def linear_modules(layer: nn.Module) -> tuple[str, ...]:
+    """Sorted names of a layer's linear modules, without path."""
+    return tuple(sorted({name for name, _ in _linears(layer)}))
+
+
+def _linears(layer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    # PEFT wraps a linear module and keeps the original below it as "base_layer": the wrapper's name is the answer.
+    for name, module in layer.named_modules():
+        if isinstance(module, nn.Linear | Conv1D) and ".lora_" not in name:
+            yield name.removesuffix(".base_layer").rpartition(".")[2], module
+
+
+def _features(module: nn.Module) -> tuple[int, int]:
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    inputs, outputs = module.weight.shape  # Conv1D of GPT-2 stores the transpose
+    return int(inputs), int(outputs)
+
+
+class AdaptedModel:
+    """A base model that adapters are attached to, one of them active at a time.
+
+    Not safe to share between threads without a lock: which adapter is active is state of the model.
+    """
+
+    def __init__(self, base: BaseModel, max_loaded: int = 8) -> None:
+        self.base = base
+        self.max_loaded = max_loaded
+        self._peft: PeftModel | None = None
+        self._loaded: OrderedDict[str, None] = OrderedDict()
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The causal LM, through whose adapted modules the active adapter acts."""
+        return self.base.model
+
+    def create(self, name: str, rank: int, placement: Placement, seed: int) -> None:
+        """Attach a fresh trainable adapter (A random, B zero: the base's function) and activate it."""
+        config = LoraConfig(
+            r=rank,
+            lora_alpha=ALPHA_PER_RANK * rank,
+            target_modules=list(placement.modules),
+            layers_to_transform=list(placement.layers),
+            task_type="CAUSAL_LM",
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            if self._peft is None:
+                self._peft = get_peft_model(self.base.model, config, adapter_name=name)
+            else:
+                self._peft.add_adapter(name, config)
+        self._activate(name, trainable=True)
+
+    def grow(self, name: str, rank: int, placement: Placement, seed: int) -> None:
+        """Raise an adapter's rank without changing its function: new rows of A random, new columns of B zero."""
+        old = self.weights(name)
+        self.remove(name)
+        self.create(name, rank, placement, seed)
+        with torch.no_grad():
+            for key, tensor in self.weights(name).items():
+                previous = old[key]
+                if ".lora_A." in key:
+                    tensor[: previous.shape[0]] = previous
+                else:
+                    tensor[:, : previous.shape[1]] = previous
+
+    def load(self, name: str, folder: Path) -> None:
+        """Activate a saved adapter, reading it from disk unless it is loaded already; the least used one leaves."""
+        if name not in self._loaded:
+            if self._peft is None:
+                self._peft = PeftModel.from_pretrained(self.base.model, folder, adapter_name=name)
+            else:
+                self._peft.load_adapter(str(folder), adapter_name=name)
+            while len(self._loaded) >= self.max_loaded:
+                self.remove(next(iter(self._loaded)))
+        self._loaded[name] = None
+        self._loaded.move_to_end(name)
+        self._activate(name, trainable=False)
+
+    def is_loaded(self, name: str) -> bool:
+        return name in self._loaded
+
+    def remove(self, name: str) -> None:
+        """Detach an adapter and free its memory."""
+        if self._peft is not None:
+            self._peft.delete_adapter(name)
+        self._loaded.pop(name, None)
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Within this context the model is the plain base."""
+        if self._peft is None:
+            yield
+        else:
+            with self._peft.disable_adapter():
+                yield
+
+    def weights(self, name: str) -> dict[str, Tensor]:
+        """The adapter's tensors by PEFT name; shared with the model, not copied."""
+        assert self._peft is not None
+        state: dict[str, Tensor] = get_peft_model_state_dict(self._peft, adapter_name=name, save_embedding_layers=False)
+        return dict(sorted(state.items()))
+
+    def trainable(self) -> list[nn.Parameter]:
+        """Parameters of the active adapter that training may change, in a fixed order."""
+        assert self._peft is not None
+        return [p for _, p in sorted(self._peft.named_parameters()) if p.requires_grad]
+
+    def _activate(self, name: str, *, trainable: bool) -> None:
+        assert self._peft is not None
+        self._peft.set_adapter(name, inference_mode=not trainable)
+        self._peft.eval()
+
+
+def serialize(weights: dict[str, Tensor], base: BaseModel, placement: Placement) -> dict[str, bytes]:
+    """The files of an adapter, byte for byte the same for the same weights: name -> content.
+
+    Weights are float32, the precision they were trained and certified in.
+    """
+    tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in sorted(weights.items())}
+    rank = min(next(tensor.shape for name, tensor in tensors.items() if ".lora_A." in name))
+    config = portable_config(rank, placement, base.id, base.revision)
+    return {
+        WEIGHTS: save(tensors, metadata={"format": "pt"}),
+        CONFIG: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),
+        CARD: _card(base.id, rank).encode(),
+    }
+
+
+def portable_config(rank: int, placement: Placement, base_id: str, revision: str | None) -> dict[str, Any]:
+    """adapter_config.json: the fields every LoRA loader knows, and no others."""
+    return {
+        "alpha_pattern": {},
+        "base_model_name_or_path": base_id,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "layers_to_transform": list(placement.layers),
+        "lora_alpha": ALPHA_PER_RANK * rank,
+        "lora_dropout": 0.0,
+        "modules_to_save": None,
+        "peft_type": "LORA",
+        "r": rank,
+        "rank_pattern": {},
+        "revision": revision,
+        "target_modules": sorted(placement.modules),
+        "task_type": "CAUSAL_LM",
+        "use_dora": False,
+        "use_rslora": False,
+    }
+
+
+def adapter_id(files: dict[str, bytes]) -> str:
+    """Content hash of weights and config: 32 hex digits."""
+    digest = hashlib.sha256()
+    for name in (WEIGHTS, CONFIG):
+        digest.update(hashlib.sha256(files[name]).digest())
+    return digest.hexdigest()[:32]
+
+
+def count_parameters(weights: dict[str, Tensor]) -> int:
+    return sum(math.prod(tensor.shape) for tensor in weights.values())
+
+
+def load_weights(target: dict[str, Tensor], source: dict[str, Tensor]) -> None:
+    """Copy saved tensors into an attached adapter of the same shape."""
+    with torch.no_grad():
+        for name, tensor in target.items():
+            tensor.copy_(source[name])
+
+
+def rank_choices(rank: int, limit: int) -> Sequence[int]:
+    """The ranks a write goes through: doubled from ``rank`` up to ``limit``."""
+    ranks = [rank]
+    while ranks[-1] < limit:
+        ranks.append(min(ranks[-1] * 2, limit))
+    return ranks
+
+
+def _card(base_id: str, rank: int) -> str:
+    return f"""---
+base_model: {base_id}
+library_name: peft
+tags: [lora, loramem]
+---
+A LoRA adapter of rank {rank} for `{base_id}`, written by loramem. It holds facts verbatim: whoever has it can
+extract them. Load it with `peft.PeftModel.from_pretrained`, give the key as the user's message, decode greedily.
+"""

@@ -1,0 +1,200 @@
+"""The frozen base model: find, load, fingerprint."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import platformdirs
+import torch
+from filelock import FileLock
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from loramem import embedded
+from loramem.errors import BaseModelNotFound, OtherBaseModel, UnsupportedBaseModel
+from loramem.prompts import PromptTemplate
+
+log = logging.getLogger(__name__)
+
+# Everything a causal LM needs and nothing that could run code: no pickles, no Python files.
+HUB_PATTERNS = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """SHA-256 of what decides a base model's answers; equal fingerprints give equal logits."""
+
+    weights: str
+    config: str
+    tokenizer: str
+
+    def check(self, stored: Mapping[str, str], name: str) -> None:
+        """Compare with the fingerprint a store was written with.
+
+        Raises:
+            OtherBaseModel: Names the first part that differs.
+        """
+        for part, found in asdict(self).items():
+            if stored[part] != found:
+                raise OtherBaseModel(
+                    f"The {part} of base model {name!r} is not what this store was written with "
+                    f"(sha256 {found[:12]}…, expected {stored[part][:12]}…). Adapters only work on their own base: "
+                    "give the original model with --model, or write a new store.",
+                    expected=stored[part],
+                    got=found,
+                )
+
+
+@dataclass
+class BaseModel:
+    """A loaded base model: frozen, in evaluation mode, with all that a store must remember about it."""
+
+    id: str
+    """Hub id, "loramem-tiny", or a local folder's last name: what adapters are saved with. Never a path."""
+    revision: str | None
+    """Commit of the Hub repository; None for local folders."""
+    folder: Path
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    template: PromptTemplate
+    fingerprint: Fingerprint
+    device: torch.device
+    dtype: str
+
+    @property
+    def max_tokens(self) -> int:
+        """Context length in tokens."""
+        return int(self.model.config.get_text_config().max_position_embeddings)
+
+
+def load_base_model(
+    name: str = embedded.NAME,
+    *,
+    revision: str | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    rehash: bool = False,
+) -> BaseModel:
+    """Load a causal language model and freeze it.
+
+    Args:
+        name: "loramem-tiny", a local folder, or a Hub id (downloaded once, safetensors only).
+        revision: Hub branch, tag or commit; resolved to a commit.
+        device: "auto" takes CUDA where there is one; otherwise a torch device.
+        dtype: "float32", "bfloat16", "float16"; "auto" is float32 on CPU, bfloat16 on CUDA.
+        rehash: Hash the weights again even if the cache knows these files.
+
+    Raises:
+        BaseModelNotFound: Nothing there, no network, or no safetensors.
+        UnsupportedBaseModel: Quantised weights, no end token, or not a causal LM.
+    """
+    target = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    if dtype == "auto":
+        dtype = "bfloat16" if target.type == "cuda" else "float32"
+    if dtype not in DTYPES:
+        raise UnsupportedBaseModel(f"Unknown dtype {dtype!r}. Use one of {', '.join(DTYPES)} or auto.")
+    folder, identity, commit = find_base_model(name, revision)
+    if not sorted(folder.glob("*.safetensors")):
+        raise BaseModelNotFound(
+            f"{name!r} has no *.safetensors weights. loramem never loads pickled weights; convert the model first."
+        )
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        if "quantization_config" in config.to_dict():
+            raise UnsupportedBaseModel(
+                f"{name!r} is quantised. Its kernels do not give the same logits in every batch shape, so recall "
+                "could not be certified; use the unquantised model."
+            )
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype], use_safetensors=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise BaseModelNotFound(f"{name!r} cannot be loaded as a causal language model: {reason}") from error
+    model.to(target).eval().requires_grad_(False)
+    # Published generation settings sample, or penalise repetition; generate() would mix them into ours.
+    model.generation_config = GenerationConfig()
+    return BaseModel(
+        id=identity,
+        revision=commit,
+        folder=folder,
+        model=model,
+        tokenizer=tokenizer,
+        template=PromptTemplate.of(tokenizer),
+        fingerprint=fingerprint(folder, rehash=rehash),
+        device=target,
+        dtype=dtype,
+    )
+
+
+def find_base_model(name: str, revision: str | None = None) -> tuple[Path, str, str | None]:
+    """Folder, public identity and commit of a base model named by Hub id, local folder or "loramem-tiny".
+
+    Raises:
+        BaseModelNotFound: No such folder, and the Hub does not give it.
+    """
+    if name == embedded.NAME:
+        return embedded.base_path(), name, None
+    if (local := Path(name).expanduser()).is_dir():
+        return local, local.resolve().name, None
+    try:
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=list(HUB_PATTERNS)))
+    except (RepositoryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError, ValueError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise BaseModelNotFound(
+            f"Base model {name!r} is neither a local folder nor available from the Hub ({reason})."
+        ) from error
+    return folder, name, folder.name
+
+
+def fingerprint(folder: Path, *, rehash: bool = False) -> Fingerprint:
+    """Hash a model folder; weights are hashed once and then known by path, size, mtime and inode."""
+    tokenizer = [*folder.glob("tokenizer*"), *folder.glob("*.jinja"), *folder.glob("vocab*"), *folder.glob("merges*")]
+    return Fingerprint(
+        weights=_digest([_cached_sha256(path, rehash) for path in sorted(folder.glob("*.safetensors"))]),
+        config=_digest([sha256_of(folder / "config.json")]),
+        tokenizer=_digest([sha256_of(path) for path in sorted(tokenizer)]),
+    )
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file as hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _digest(parts: list[str]) -> str:
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _cached_sha256(path: Path, rehash: bool) -> str:
+    stat = path.stat()
+    place = f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ino}"
+    cache = platformdirs.user_cache_path("loramem") / "fingerprints.json"
+    try:
+        known: dict[str, str] = json.loads(cache.read_text())
+    except (OSError, ValueError):  # absent, unreadable or damaged: it is only a cache
+        known = {}
+    if place in known and not rehash:
+        return known[place]
+    found = sha256_of(path)
+    try:
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(cache.with_suffix(".lock")):
+            temporary = cache.with_suffix(".partial")
+            temporary.write_text(json.dumps({**known, place: found}))
+            temporary.replace(cache)
+    except OSError:
+        log.debug("fingerprint cache %s is not writable", cache)
+    return found

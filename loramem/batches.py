@@ -1,0 +1,105 @@
+"""Encoded records as padded tensors, answers flush right.
+
+All answers of a batch end in its last column, so that one slice of the logits holds every supervised position, and
+teacher forcing sees the same left-padded layout as batched generation.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel
+
+from loramem.prompts import EncodedRecord
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B records, T columns of which the last K supervise.
+
+    Attributes:
+        input_ids: (B, T), left-padded.
+        attention_mask: (B, T), or None when nothing is padded.
+        position_ids: (B, T), counting from each record's first real token.
+        targets: (B, K) answer and end token ids.
+        supervised: (B, K) bool; False left of shorter answers.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor | None
+    position_ids: Tensor
+    targets: Tensor
+    supervised: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.input_ids.shape[0], self.input_ids.shape[1]
+
+
+def make_batch(records: Sequence[EncodedRecord], device: torch.device | str) -> Batch:
+    """Pad records into one batch for teacher forcing."""
+    rows = [[*record.prompt_ids, *record.answer_ids] for record in records]
+    input_ids, mask = pad_left(rows)
+    targets, supervised = pad_left([record.answer_ids for record in records])
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    return Batch(
+        input_ids.to(device),
+        None if bool(mask.all()) else mask.to(device),
+        positions.to(device),
+        targets.to(device),
+        supervised.bool().to(device),
+    )
+
+
+def pad_left(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Ids (B, T) padded on the left with 0, and the mask (B, T) of real tokens as int64."""
+    width = max(map(len, rows))
+    ids = torch.zeros(len(rows), width, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, tokens in enumerate(rows):
+        ids[row, width - len(tokens) :] = torch.tensor(tokens)
+        mask[row, width - len(tokens) :] = 1
+    return ids, mask
+
+
+def answer_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """Logits (B, K, V) in float32 for the supervised columns; only these reach the unembedding."""
+    width = batch.targets.shape[1]
+    output = model(
+        input_ids=batch.input_ids,
+        attention_mask=batch.attention_mask,
+        # Without padding the positions are the default ones, and fused attention needs no mask.
+        position_ids=None if batch.attention_mask is None else batch.position_ids,
+        logits_to_keep=width + 1,
+        use_cache=False,
+    )
+    logits: Tensor = output.logits[:, -width - 1 : -1].float()
+    return logits
+
+
+def token_losses(logits: Tensor, batch: Batch) -> Tensor:
+    """Cross-entropy (B, K) in nats per token; 0 where nothing is supervised."""
+    losses = cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), reduction="none").view_as(batch.targets)
+    return losses * batch.supervised
+
+
+def group_by_length(
+    records: Sequence[EncodedRecord], order: Sequence[int], batch_records: int, batch_tokens: int
+) -> list[list[int]]:
+    """Indices of ``records`` in batches of similar length.
+
+    Args:
+        order: Indices to use; ties in length keep this order.
+        batch_records: Most records in a batch.
+        batch_tokens: Most columns times rows in a batch (one record may exceed it alone).
+    """
+    batches: list[list[int]] = []
+    for index in sorted(order, key=lambda index: records[index].total_tokens):
+        width = records[index].total_tokens
+        if batches and len(batches[-1]) < batch_records and width * (len(batches[-1]) + 1) <= batch_tokens:
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+    return batches

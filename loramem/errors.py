@@ -1,0 +1,189 @@
+"""Everything loramem raises on purpose.
+
+    LoramemError
+    ├── RecordError (ValueError)      one input record cannot be written; nothing was changed
+    │   ├── EmptyField                empty key or value
+    │   ├── InvalidField              missing field, not a string, or text that UTF-8 cannot hold
+    │   ├── ConflictingRecord         the key is there already with another value
+    │   ├── PromptCollision           two keys whose prompts have the same token ids
+    │   ├── SpecialTokenInText        key or value spells a special token of the tokenizer
+    │   ├── NotRoundTrip              the tokenizer does not give the value back exactly
+    │   └── TooLong                   prompt and answer exceed the base model's context
+    ├── InputError (ValueError)       the input as a whole: unknown format, not UTF-8, broken JSON
+    ├── KeyNotFound (KeyError)        no committed record has this key
+    ├── RecallError                   the weights did not give a value back; no value is returned
+    ├── WriteError
+    │   ├── StubbornRecords           some records could not be certified at the highest rank
+    │   ├── TrainingDiverged          NaN or Inf came back at every lower learning rate
+    │   └── UnfinishedWrite           a journalled write waits to be resumed or discarded
+    ├── StoreError
+    │   ├── StoreNotFound             there is no store at this path
+    │   ├── StoreFormatError          not a store, or one of a newer format
+    │   └── StoreLocked               another process is writing
+    ├── IntegrityError                a file or row is not what was committed
+    └── BaseModelError
+        ├── BaseModelNotFound         no such model, or it cannot be loaded
+        ├── UnsupportedBaseModel      it loads, but adapters cannot be written for it
+        └── OtherBaseModel            not the base model that the store was written with
+
+Every error carries its facts as attributes, so that callers never parse its text.
+"""
+
+from collections.abc import Sequence
+
+
+class LoramemError(Exception):
+    """Base class of all errors that loramem raises on purpose."""
+
+
+class RecordError(LoramemError, ValueError):
+    """One input record cannot be written. Attributes: ``key``, ``line`` (1-based, or None)."""
+
+    def __init__(self, message: str, *, key: str | None = None, line: int | None = None) -> None:
+        super().__init__(f"Line {line}: {message}" if line is not None else message)
+        self.key, self.line = key, line
+
+
+class EmptyField(RecordError):
+    """Key or value is the empty string."""
+
+
+class InvalidField(RecordError):
+    """A field is missing, not a string, or holds text that UTF-8 cannot encode."""
+
+
+class ConflictingRecord(RecordError):
+    """The key exists already with another value, in the same input or in the store."""
+
+
+class PromptCollision(RecordError):
+    """Two different keys give the same prompt token ids. Attribute ``other``: the other key."""
+
+    def __init__(self, message: str, *, other: str, key: str | None = None, line: int | None = None) -> None:
+        super().__init__(message, key=key, line=line)
+        self.other = other
+
+
+class SpecialTokenInText(RecordError):
+    """Key or value spells a special token. Attribute ``token``."""
+
+    def __init__(self, message: str, *, token: str, key: str | None = None, line: int | None = None) -> None:
+        super().__init__(message, key=key, line=line)
+        self.token = token
+
+
+class NotRoundTrip(RecordError):
+    """Decoding the value's tokens does not give the value. Attributes ``expected``, ``got``."""
+
+    def __init__(
+        self, message: str, *, expected: str, got: str, key: str | None = None, line: int | None = None
+    ) -> None:
+        super().__init__(message, key=key, line=line)
+        self.expected, self.got = expected, got
+
+
+class TooLong(RecordError):
+    """Prompt plus answer exceed the context. Attributes ``tokens``, ``limit``."""
+
+    def __init__(
+        self, message: str, *, tokens: int, limit: int, key: str | None = None, line: int | None = None
+    ) -> None:
+        super().__init__(message, key=key, line=line)
+        self.tokens, self.limit = tokens, limit
+
+
+class InputError(LoramemError, ValueError):
+    """The input cannot be read at all."""
+
+
+class KeyNotFound(LoramemError, KeyError):
+    """No committed record has this key. Attributes ``key``, ``namespace``, ``close`` (similar keys)."""
+
+    def __init__(self, key: str, *, namespace: str = "", close: Sequence[str] = ()) -> None:
+        where = f" in namespace {namespace!r}" if namespace else ""
+        hint = f" Close keys: {', '.join(map(repr, close))}." if close else ""
+        super().__init__(f"No record has the key {key!r}{where}.{hint}")
+        self.key, self.namespace, self.close = key, namespace, tuple(close)
+
+    def __str__(self) -> str:  # KeyError would show the repr of the message
+        return str(self.args[0])
+
+
+class RecallError(LoramemError):
+    """Decoding did not give the committed value. Attributes ``key``, ``adapter``."""
+
+    def __init__(self, message: str, *, key: str, adapter: str) -> None:
+        super().__init__(message)
+        self.key, self.adapter = key, adapter
+
+
+class WriteError(LoramemError):
+    """A write did not commit."""
+
+
+class StubbornRecords(WriteError):
+    """Some records could not be certified. Attributes ``keys`` (the stubborn ones), ``rank`` (the last tried)."""
+
+    def __init__(self, message: str, *, keys: Sequence[str], rank: int) -> None:
+        super().__init__(message)
+        self.keys, self.rank = tuple(keys), rank
+
+
+class TrainingDiverged(WriteError):
+    """The loss became NaN or Inf, at lower learning rates too. Attributes ``step``, ``learning_rate``."""
+
+    def __init__(self, message: str, *, step: int, learning_rate: float) -> None:
+        super().__init__(message)
+        self.step, self.learning_rate = step, learning_rate
+
+
+class UnfinishedWrite(WriteError):
+    """A journalled write was interrupted. Attributes ``write_id``, ``records`` (how many)."""
+
+    def __init__(self, message: str, *, write_id: int, records: int) -> None:
+        super().__init__(message)
+        self.write_id, self.records = write_id, records
+
+
+class StoreError(LoramemError):
+    """The store as a whole cannot be used."""
+
+
+class StoreNotFound(StoreError):
+    """There is no store at this path."""
+
+
+class StoreFormatError(StoreError):
+    """The folder is not a store, or one of a format this version does not read."""
+
+
+class StoreLocked(StoreError):
+    """Another process is writing to the store."""
+
+
+class IntegrityError(LoramemError):
+    """A file or an index row is not what was committed. Attribute ``what``: the damaged thing."""
+
+    def __init__(self, message: str, *, what: str) -> None:
+        super().__init__(message)
+        self.what = what
+
+
+class BaseModelError(LoramemError):
+    """Something about the base model."""
+
+
+class BaseModelNotFound(BaseModelError):
+    """There is no such base model, or it cannot be loaded."""
+
+
+class UnsupportedBaseModel(BaseModelError):
+    """The base model loads, but loramem cannot write adapters for it."""
+
+
+class OtherBaseModel(BaseModelError):
+    """The base model is not the one the store was written with. Attributes ``expected``, ``got``."""
+
+    def __init__(self, message: str, *, expected: str, got: str) -> None:
+        super().__init__(message)
+        self.expected, self.got = expected, got

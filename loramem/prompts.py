@@ -1,0 +1,173 @@
+"""From key and value to token ids: prompt | answer | end token.
+
+The prompt is (prefix ids) + (ids of the key) + (suffix ids). Prefix and suffix come from the base model's chat
+template once, when a store is created, and are frozen as ids from then on: a template may contain today's date, or
+trim what it is given.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from loramem.errors import NotRoundTrip, PromptCollision, SpecialTokenInText, TooLong, UnsupportedBaseModel
+from loramem.records import Record
+
+PLACEHOLDER = "LORAMEM-KEY"
+ANSWER_PLACEHOLDER = "LORAMEM-VALUE"
+
+
+@dataclass(frozen=True)
+class PromptTemplate:
+    """Token ids around the key, and the id that ends an answer."""
+
+    prefix_ids: tuple[int, ...]
+    suffix_ids: tuple[int, ...]
+    end_id: int
+    kind: str
+    """"chat" (from the tokenizer's chat template) or "plain" (key, line feed, value)."""
+
+    @classmethod
+    def of(cls, tokenizer: Any) -> "PromptTemplate":
+        """The template of a transformers tokenizer: its chat template, or a plain one if it has none.
+
+        Raises:
+            UnsupportedBaseModel: No end-of-sequence token, or a chat template that does not contain the key once.
+        """
+        if tokenizer.eos_token_id is None:
+            raise UnsupportedBaseModel(
+                "The tokenizer has no end-of-sequence token, so that an answer could not end. Set eos_token in its "
+                "tokenizer_config.json."
+            )
+        return _chat(tokenizer) if tokenizer.chat_template else _plain(tokenizer)
+
+    def prompt_ids(self, tokenizer: Any, key: str) -> list[int]:
+        """Ids of the whole prompt for a key."""
+        return [*self.prefix_ids, *_ids(tokenizer, key), *self.suffix_ids]
+
+
+def _chat(tokenizer: Any) -> PromptTemplate:
+    def render(*turns: tuple[str, str], generate: bool) -> str:
+        messages = [{"role": role, "content": content} for role, content in turns]
+        # Templates ignore variables they do not know; Qwen3's opens a reasoning block unless told not to.
+        text: str = tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=generate, enable_thinking=False
+        )
+        return text
+
+    prompt = render(("user", PLACEHOLDER), generate=True)
+    if prompt.count(PLACEHOLDER) != 1:
+        raise UnsupportedBaseModel(
+            f"The chat template shows the user's message {prompt.count(PLACEHOLDER)} times; once is needed."
+        )
+    prefix, suffix = prompt.split(PLACEHOLDER)
+    exchange = render(("user", PLACEHOLDER), ("assistant", ANSWER_PLACEHOLDER), generate=False)
+    after = _ids(tokenizer, exchange.rpartition(ANSWER_PLACEHOLDER)[2])
+    # What follows the assistant's text ends the turn (<|im_end|>, <|eot_id|>...); it need not be eos_token.
+    end_id = after[0] if after and after[0] in set(tokenizer.all_special_ids) else tokenizer.eos_token_id
+    return PromptTemplate(tuple(_ids(tokenizer, prefix)), tuple(_ids(tokenizer, suffix)), end_id, "chat")
+
+
+def _plain(tokenizer: Any) -> PromptTemplate:
+    prefix = () if tokenizer.bos_token_id is None else (tokenizer.bos_token_id,)
+    return PromptTemplate(prefix, tuple(_ids(tokenizer, "\n")), tokenizer.eos_token_id, "plain")
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids
+
+
+@dataclass(frozen=True)
+class EncodedRecord:
+    """A record as token ids."""
+
+    record: Record
+    prompt_ids: tuple[int, ...]
+    answer_ids: tuple[int, ...]
+    """The value's tokens and the end token: all of them are trained and certified."""
+
+    @property
+    def length(self) -> int:
+        """ℓ, the number of answer tokens; the end token is not counted (the paper's accounting)."""
+        return len(self.answer_ids) - 1
+
+    @property
+    def total_tokens(self) -> int:
+        return len(self.prompt_ids) + len(self.answer_ids)
+
+
+def decode_answer(tokenizer: Any, ids: Sequence[int]) -> str:
+    """Text of answer ids without the end token, byte for byte: nothing stripped, nothing cleaned up."""
+    text: str = tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return text
+
+
+def encode_records(
+    records: Iterable[Record], tokenizer: Any, template: PromptTemplate, max_tokens: int
+) -> list[EncodedRecord]:
+    """Encode records, refusing whatever could not come back exactly.
+
+    Args:
+        max_tokens: Context length of the base model.
+
+    Raises:
+        SpecialTokenInText: Key or value contains the text of a special token.
+        NotRoundTrip: The value's ids do not decode to the value.
+        TooLong: Prompt, answer and end token exceed ``max_tokens``.
+        PromptCollision: Two keys of one namespace have the same prompt ids.
+    """
+    specials = special_texts(tokenizer)
+    prompts: dict[tuple[str, tuple[int, ...]], Record] = {}
+    encoded = []
+    for record in records:
+        for text, name in ((record.key, "key"), (record.value, "value")):
+            if found := next((special for special in specials if special in text), None):
+                raise SpecialTokenInText(
+                    f"The {name} of {record.key!r} contains {found!r}, a special token of this base model. "
+                    "Write it differently, or use another base model.",
+                    token=found,
+                    key=record.key,
+                    line=record.line,
+                )
+        entry = encode_record(record, tokenizer, template)
+        if entry.total_tokens > max_tokens:
+            raise TooLong(
+                f"Key {record.key!r} needs {entry.total_tokens} tokens (prompt {len(entry.prompt_ids)}, answer "
+                f"{entry.length}, end 1); the base model's context is {max_tokens}. Split the value.",
+                tokens=entry.total_tokens,
+                limit=max_tokens,
+                key=record.key,
+                line=record.line,
+            )
+        other = prompts.setdefault((record.namespace, entry.prompt_ids), record)
+        if other.key != record.key:
+            raise PromptCollision(
+                f"Keys {other.key!r} and {record.key!r} are the same to this base model: their prompts have the "
+                "same token ids. Rename one.",
+                other=other.key,
+                key=record.key,
+                line=record.line,
+            )
+        encoded.append(entry)
+    return encoded
+
+
+def encode_record(record: Record, tokenizer: Any, template: PromptTemplate) -> EncodedRecord:
+    """One record as ids, checked for an exact round trip of its value."""
+    answer = _ids(tokenizer, record.value)
+    if (got := decode_answer(tokenizer, answer)) != record.value or template.end_id in answer:
+        raise NotRoundTrip(
+            f"The value of key {record.key!r} does not survive this tokenizer: {record.value!r} comes back as "
+            f"{got!r}. Use another base model, or encode the value (base64, \\u escapes).",
+            expected=record.value,
+            got=got,
+            key=record.key,
+            line=record.line,
+        )
+    return EncodedRecord(record, tuple(template.prompt_ids(tokenizer, record.key)), (*answer, template.end_id))
+
+
+def special_texts(tokenizer: Any) -> list[str]:
+    """Texts that the tokenizer turns into special tokens, longest first."""
+    texts = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return sorted(texts, key=lambda text: (-len(text), text))

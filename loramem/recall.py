@@ -1,0 +1,121 @@
+"""Reading facts back from the weights: greedy decoding, teacher forcing, and the proof that a write holds."""
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
+
+from loramem.batches import answer_logits, group_by_length, make_batch, pad_left
+from loramem.errors import RecallError
+from loramem.prompts import EncodedRecord
+
+DECODE_RECORDS, DECODE_TOKENS = 64, 32_768
+# The second composition of the proof: another order, another batch size, other neighbours and padding.
+SHUFFLED_RECORDS = 23
+ALONE = 16
+
+
+@dataclass(frozen=True)
+class Proof:
+    """That every record of an adapter was decoded exactly, and under which conditions."""
+
+    min_probs: tuple[float, ...]
+    """Per record, in the order given: the lowest teacher-forced probability of its answer tokens and end token."""
+    conditions: dict[str, object]
+    """dtypes, device, batch shapes and torch version the proof holds for; JSON-able."""
+
+    @property
+    def min_prob(self) -> float:
+        return min(self.min_probs)
+
+
+@torch.inference_mode()
+def greedy_decode(
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], max_tokens: int, end_id: int
+) -> list[list[int]]:
+    """Free-running greedy decoding through every layer, one batch, KV cache.
+
+    Args:
+        prompts: Token ids of each prompt; padded on the left.
+        max_tokens: Most new tokens, the end token included.
+
+    Returns:
+        Generated ids of each prompt up to but without the end token. A row that never ended has ``max_tokens`` ids.
+    """
+    ids, mask = pad_left(prompts)
+    config = GenerationConfig(
+        do_sample=False, num_beams=1, max_new_tokens=max_tokens, eos_token_id=end_id, pad_token_id=end_id
+    )
+    output = model.generate(
+        input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=config
+    )
+    rows: list[list[int]] = output[:, ids.shape[1] :].tolist()
+    return [row[: row.index(end_id)] if end_id in row else row for row in rows]
+
+
+def decode_records(
+    model: PreTrainedModel, records: Sequence[EncodedRecord], batches: Sequence[Sequence[int]]
+) -> Iterator[tuple[int, list[int]]]:
+    """Greedily decode records in the given batches of indices; yields (index, ids without the end token).
+
+    A batch is decoded one token beyond its longest answer, so that a missing end token shows.
+    """
+    for batch in batches:
+        longest = max(len(records[index].answer_ids) for index in batch)
+        rows = greedy_decode(
+            model, [records[index].prompt_ids for index in batch], longest + 1, records[batch[0]].answer_ids[-1]
+        )
+        yield from zip(batch, rows, strict=True)
+
+
+@torch.inference_mode()
+def answer_probabilities(model: PreTrainedModel, records: Sequence[EncodedRecord]) -> Iterator[tuple[int, Tensor]]:
+    """Teacher-forced probability of every answer token and the end token; yields (index, probabilities (ℓ + 1,))."""
+    for batch in group_by_length(records, range(len(records)), DECODE_RECORDS, DECODE_TOKENS):
+        tensors = make_batch([records[index] for index in batch], model.device)
+        log_probs = answer_logits(model, tensors).log_softmax(-1)
+        probs = log_probs.gather(-1, tensors.targets[..., None])[..., 0].exp().cpu()
+        for row, index in enumerate(batch):
+            yield index, probs[row, -len(records[index].answer_ids) :]
+
+
+def prove(model: PreTrainedModel, records: Sequence[EncodedRecord], adapter: str, dtypes: dict[str, str]) -> Proof:
+    """Decode every record from the active adapter in two batch compositions, the least certain also alone.
+
+    Args:
+        adapter: Name for error messages.
+        dtypes: Recorded with the proof: "base" and "adapter".
+
+    Raises:
+        RecallError: A decoded answer differs from the record; names the first.
+    """
+    probs = dict(answer_probabilities(model, records))
+    min_probs = [float(probs[index].min()) for index in range(len(records))]
+    shuffled = list(range(len(records)))
+    random.Random(len(records)).shuffle(shuffled)
+    least_certain = sorted(shuffled, key=lambda index: min_probs[index])[:ALONE]
+    compositions = {
+        "by length": group_by_length(records, range(len(records)), DECODE_RECORDS, DECODE_TOKENS),
+        "shuffled": [shuffled[start : start + SHUFFLED_RECORDS] for start in range(0, len(records), SHUFFLED_RECORDS)],
+        "alone": [[index] for index in least_certain],
+    }
+    for name, batches in compositions.items():
+        for index, ids in decode_records(model, records, batches):
+            if tuple(ids) != records[index].answer_ids[:-1]:
+                key = records[index].record.key
+                raise RecallError(
+                    f"Adapter {adapter} does not decode {key!r} exactly (batches {name}, lowest p "
+                    f"{min_probs[index]:.3f}). Nothing was committed; write again with a higher rank or another seed.",
+                    key=key,
+                    adapter=adapter,
+                )
+    conditions: dict[str, object] = {
+        "dtypes": dtypes,
+        "device": model.device.type,
+        "torch": torch.__version__,
+        "decoded_batches": {name: sorted({len(batch) for batch in batches}) for name, batches in compositions.items()},
+    }
+    return Proof(tuple(min_probs), conditions)

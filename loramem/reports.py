@@ -1,0 +1,114 @@
+"""What the store answers with: plain, frozen, JSON-able with ``dataclasses.asdict``."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class WriteReport:
+    """A committed write."""
+
+    written: int
+    skipped: int
+    """Records that were in the store already, or twice in the input, with the same value."""
+    failed: tuple[str, ...]
+    """Keys that could not be certified; only with ``partial=True``."""
+    adapters: tuple[str, ...]
+    rank: int
+    """The largest rank of the new adapters."""
+    exact_match: float
+    """Share of the new records that were decoded exactly from the adapters as saved."""
+    min_prob: float
+    """Lowest probability of any answer or end token, teacher-forced on the adapters as saved."""
+    parameters: int
+    cost_bits: float
+    """Σ max(0, −log2 p_base − 1) over the answer tokens: what the base did not know."""
+    steps: int
+    visits: int
+    """Records in training batches, over all steps."""
+    training_s: float
+    elapsed_s: float
+    """Planning, training, saving, proof and commit; loading the base model apart."""
+
+    @property
+    def bits_per_parameter(self) -> float:
+        return self.cost_bits / self.parameters if self.parameters else 0.0
+
+    @classmethod
+    def nothing(cls, skipped: int) -> "WriteReport":
+        """Everything was in the store already."""
+        return cls(0, skipped, (), (), 0, 1.0, 1.0, 0, 0.0, 0, 0, 0.0, 0.0)
+
+
+@dataclass(frozen=True)
+class Recall:
+    """A value decoded from the weights and equal to what was committed."""
+
+    key: str
+    value: str
+    min_prob: float
+    """The record's certificate, proved when it was written."""
+    adapter: str
+
+
+@dataclass(frozen=True)
+class TokenProbability:
+    """One answer token under teacher forcing."""
+
+    text: str
+    id: int
+    prob: float
+    base_prob: float
+    """The same without the adapter."""
+    ordered: bool
+    """prob > 0.5: greedy decoding cannot choose another token here."""
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Why a value is recalled; the last token is the end token."""
+
+    key: str
+    value: str
+    adapter: str
+    tokens: tuple[TokenProbability, ...]
+
+    @property
+    def min_prob(self) -> float:
+        return min(token.prob for token in self.tokens)
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """What `MemoryStore.verify` found."""
+
+    records: int
+    exact: int
+    """Records whose decoded value is the committed one."""
+    failed: tuple[str, ...]
+    """Keys whose value did not come back."""
+    damaged: tuple[str, ...]
+    """Files and rows that are not as committed."""
+    elapsed_s: float
+
+    @property
+    def ok(self) -> bool:
+        return not self.failed and not self.damaged
+
+
+@dataclass(frozen=True)
+class Stats:
+    """Counts and sizes of a store."""
+
+    base_model: str
+    records: int
+    adapters: int
+    ranks: list[int]
+    parameters: int
+    answer_tokens: int
+    cost_bits: float
+    bits_per_parameter: float
+    """Cost of the values over adapter parameters: an estimate, since shared format is counted per record."""
+    min_prob: float | None
+    size_bytes: int
+    unfinished_records: int
+    """Records of an interrupted write that waits to be resumed or discarded."""
