@@ -37,15 +37,18 @@ def write_bar() -> Iterator["ProgressCallback"]:
         tasks = {}
 
         def show(told: "WriteProgress") -> None:
-            fields = {
-                "shard": f"{told.shard}/{told.shards}",
-                "min_prob": told.min_prob,
-                "loss": told.loss,
-                "rank": told.rank,
-                "step": told.step,
-            }
             if told.shard not in tasks:
-                tasks[told.shard] = bar.add_task("", total=told.tokens_total, **fields)
-            bar.update(tasks[told.shard], completed=told.tokens_ordered, total=told.tokens_total, **fields)
+                tasks[told.shard] = bar.add_task(
+                    "", start=True, total=told.tokens_total, shard="", min_prob=0.0, loss=0.0, rank=0, step=0
+                )
+            bar.update(
+                tasks[told.shard],
+                completed=told.tokens_ordered,
+                shard=f"{told.shard}/{told.shards}",
+                min_prob=told.min_prob,
+                loss=told.loss,
+                rank=told.rank,
+                step=told.step,
+            )
 
         yield show

@@ -64,7 +64,8 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
         UnsupportedBaseModel: None, or more than one, has the configured number of layers.
     """
     wanted = model.config.get_text_config().num_hidden_layers
-    found = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == wanted]
+    stacks = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    found = [stack for stack in stacks if len(stack) == wanted]
     if len(found) != 1:
         raise UnsupportedBaseModel(
             f"{type(model).__name__} has {len(found)} lists of {wanted} layers; exactly one stack of decoder layers "
@@ -88,6 +89,7 @@ def _linears(layer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def _features(module: nn.Module) -> tuple[int, int]:
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
+    assert isinstance(module.weight, Tensor)
     inputs, outputs = module.weight.shape  # Conv1D of GPT-2 stores the transpose
     return int(inputs), int(outputs)
 
@@ -110,7 +112,10 @@ class AdaptedModel:
         return self.base.model
 
     def create(self, name: str, rank: int, placement: Placement, seed: int) -> None:
-        """Attach a fresh trainable adapter (A random, B zero: the base's function) and activate it."""
+        """Attach a fresh trainable adapter (A random, B zero: the base's function) and activate it.
+
+        One of the same name, left by an interrupted training, is replaced.
+        """
         config = LoraConfig(
             r=rank,
             lora_alpha=ALPHA_PER_RANK * rank,
@@ -123,6 +128,8 @@ class AdaptedModel:
             if self._peft is None:
                 self._peft = get_peft_model(self.base.model, config, adapter_name=name)
             else:
+                if name in self._peft.peft_config:
+                    self.remove(name)
                 self._peft.add_adapter(name, config)
         self._activate(name, trainable=True)
 
@@ -157,9 +164,11 @@ class AdaptedModel:
 
     def remove(self, name: str) -> None:
         """Detach an adapter and free its memory."""
-        if self._peft is not None:
-            self._peft.delete_adapter(name)
+        assert self._peft is not None
         self._loaded.pop(name, None)
+        if self._loaded:  # PEFT warns when the active adapter is deleted
+            self._activate(next(reversed(self._loaded)), trainable=False)
+        self._peft.delete_adapter(name)
 
     @contextmanager
     def disabled(self) -> Iterator[None]:

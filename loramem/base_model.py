@@ -69,6 +69,8 @@ class BaseModel:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     template: PromptTemplate
+    unreachable: frozenset[int]
+    """Token ids that can never be decoded greedily; see `unreachable_tokens`."""
     fingerprint: Fingerprint
     device: torch.device
     dtype: str
@@ -122,20 +124,42 @@ def load_base_model(
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise BaseModelNotFound(f"{name!r} cannot be loaded as a causal language model: {reason}") from error
-    model.to(target).eval().requires_grad_(False)
+    model.to(target)  # type: ignore[arg-type]  # transformers wraps nn.Module.to
+    model.eval().requires_grad_(False)
     # Published generation settings sample, or penalise repetition; generate() would mix them into ours.
     model.generation_config = GenerationConfig()
+    unreachable = unreachable_tokens(model)
     return BaseModel(
         id=identity,
         revision=commit,
         folder=folder,
         model=model,
         tokenizer=tokenizer,
-        template=PromptTemplate.of(tokenizer),
+        template=PromptTemplate.of(tokenizer, unreachable),
+        unreachable=unreachable,
         fingerprint=fingerprint(folder, rehash=rehash),
         device=target,
         dtype=dtype,
     )
+
+
+@torch.inference_mode()
+def unreachable_tokens(model: PreTrainedModel, tolerance: float = 0.005) -> frozenset[int]:
+    """Ids whose row of the unembedding equals another token's: their logits are equal whatever the hidden state.
+
+    Two equal logits cannot both exceed p = 0.5, so no adapter below the head can make such a token certain. Tokens
+    that a base model never saw in training often share one row.
+
+    Args:
+        tolerance: Largest distance of two "equal" rows, as a share of their norm.
+    """
+    rows = model.get_output_embeddings().weight
+    # Equal rows have equal projections, so that after sorting it is enough to compare neighbours.
+    direction = torch.randn(rows.shape[1], generator=torch.Generator().manual_seed(0)).to(rows)
+    order = torch.sort(rows @ direction).indices
+    first, second = rows[order[:-1]].float(), rows[order[1:]].float()
+    equal = (first - second).norm(dim=1) <= tolerance * first.norm(dim=1)
+    return frozenset(order[:-1][equal].tolist()) | frozenset(order[1:][equal].tolist())
 
 
 def find_base_model(name: str, revision: str | None = None) -> tuple[Path, str, str | None]:

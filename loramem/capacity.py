@@ -13,6 +13,7 @@ GOALS = ("fast", "small")
 DENSITY = {"fast": 0.06, "small": 0.3}
 MIN_RANK = {"fast": 8, "small": 1}
 # Most records and answer tokens of one shard; docs/writing.md has seconds per record against shard size.
+MAX_RANK = 128
 SHARD_RECORDS, SHARD_TOKENS = 200, 4000
 
 
@@ -50,6 +51,18 @@ class Plan:
         return sum(shard.cost_bits for shard in self.shards)
 
 
+def check_request(goal: str, rank: int | None, max_rank: int = MAX_RANK) -> None:
+    """Refuse what no plan can follow.
+
+    Raises:
+        ValueError: Unknown goal, or a rank outside 1..max_rank.
+    """
+    if goal not in GOALS:
+        raise ValueError(f"goal must be one of {', '.join(GOALS)}, not {goal!r}")
+    if rank is not None and not 1 <= rank <= max_rank:
+        raise ValueError(f"rank must be between 1 and {max_rank}, not {rank}")
+
+
 def plan_write(
     lengths: Sequence[int],
     costs_bits: Sequence[float],
@@ -57,7 +70,7 @@ def plan_write(
     *,
     goal: str = "fast",
     rank: int | None = None,
-    max_rank: int = 128,
+    max_rank: int = MAX_RANK,
 ) -> Plan:
     """Cut records into shards of nearly equal size, in order, and choose each one's first rank.
 
@@ -69,12 +82,9 @@ def plan_write(
         rank: Use this rank for every shard.
 
     Raises:
-        ValueError: Unknown goal, or a rank outside 1..max_rank.
+        ValueError: See `check_request`.
     """
-    if goal not in GOALS:
-        raise ValueError(f"goal must be one of {', '.join(GOALS)}, not {goal!r}")
-    if rank is not None and not 1 <= rank <= max_rank:
-        raise ValueError(f"rank must be between 1 and {max_rank}, not {rank}")
+    check_request(goal, rank, max_rank)
     shards = []
     for first, last in _cut(lengths):
         cost = sum(costs_bits[first:last])

@@ -8,6 +8,7 @@
     │   ├── PromptCollision           two keys whose prompts have the same token ids
     │   ├── SpecialTokenInText        key or value spells a special token of the tokenizer
     │   ├── NotRoundTrip              the tokenizer does not give the value back exactly
+    │   ├── UnreachableToken          the base model's head cannot tell one of the value's tokens from another
     │   └── TooLong                   prompt and answer exceed the base model's context
     ├── InputError (ValueError)       the input as a whole: unknown format, not UTF-8, broken JSON
     ├── KeyNotFound (KeyError)        no committed record has this key
@@ -80,6 +81,14 @@ class NotRoundTrip(RecordError):
     ) -> None:
         super().__init__(message, key=key, line=line)
         self.expected, self.got = expected, got
+
+
+class UnreachableToken(RecordError):
+    """A token of the value can never have p > 0.5 under this base model. Attribute ``token``: its text."""
+
+    def __init__(self, message: str, *, token: str, key: str | None = None, line: int | None = None) -> None:
+        super().__init__(message, key=key, line=line)
+        self.token = token
 
 
 class TooLong(RecordError):

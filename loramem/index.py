@@ -26,7 +26,7 @@ PENDING, COMMITTED, FAILED, DISCARDED = "pending", "committed", "failed", "disca
 
 @MIGRATIONS()
 def format_1(db: Database) -> None:
-    db["records"].create(
+    db.table("records").create(
         {
             "namespace": str,
             "key": str,
@@ -44,9 +44,9 @@ def format_1(db: Database) -> None:
         pk=("namespace", "key"),
         not_null={"salt", "digest", "adapter", "answer_tokens", "row_sha256"},
     )
-    db["records"].create_index(["adapter"])
-    db["records"].create_index(["namespace", "prompt_sha256"], unique=True)
-    db["adapters"].create(
+    db.table("records").create_index(["adapter"])
+    db.table("records").create_index(["namespace", "prompt_sha256"], unique=True)
+    db.table("adapters").create(
         {
             "id": str,
             "namespace": str,
@@ -62,11 +62,11 @@ def format_1(db: Database) -> None:
         },
         pk="id",
     )
-    db["writes"].create(
+    db.table("writes").create(
         {"id": int, "state": str, "started_at": str, "ended_at": str, "count": int, "records": str, "request": str},
         pk="id",
     )
-    db["meta"].create({"name": str, "value": str}, pk="name")
+    db.table("meta").create({"name": str, "value": str}, pk="name")
 
 
 @dataclass(frozen=True)
@@ -157,6 +157,7 @@ class Index:
     """The database of one store. Not thread-safe by itself: the store holds a lock around it."""
 
     def __init__(self, path: Path) -> None:
+        path.touch(mode=0o600)  # SQLite gives its side files the mode of the database
         connection = sqlite3.connect(path, check_same_thread=False, timeout=30)
         connection.execute("PRAGMA journal_mode=WAL")
         connection.execute("PRAGMA synchronous=FULL")
@@ -172,7 +173,7 @@ class Index:
 
     def find(self, namespace: str, key: str) -> StoredRecord | None:
         try:
-            return _record(self.db["records"].get((namespace, key)))
+            return _record(self.db.table("records").get((namespace, key)))
         except NotFoundError:
             return None
 
@@ -188,7 +189,7 @@ class Index:
         wanted = {"namespace": namespace, "adapter": adapter}
         conditions = {name: value for name, value in wanted.items() if value is not None}
         where = " and ".join(f"{name} = :{name}" for name in conditions) or None
-        for row in self.db["records"].rows_where(where, conditions, order_by="adapter, rowid"):
+        for row in self.db.table("records").rows_where(where, conditions, order_by="adapter, rowid"):
             yield _record(row)
 
     def keys(self, namespace: str) -> Iterator[str]:
@@ -201,17 +202,17 @@ class Index:
 
     def count(self, namespace: str | None = None) -> int:
         if namespace is None:
-            return int(self.db["records"].count)
-        return int(self.db["records"].count_where("namespace = ?", [namespace]))
+            return int(self.db.table("records").count)
+        return int(self.db.table("records").count_where("namespace = ?", [namespace]))
 
     def adapter(self, adapter: str) -> StoredAdapter | None:
         try:
-            return _adapter(self.db["adapters"].get(adapter))
+            return _adapter(self.db.table("adapters").get(adapter))
         except NotFoundError:
             return None
 
     def adapters(self) -> Iterator[StoredAdapter]:
-        for row in self.db["adapters"].rows_where(order_by="rowid"):
+        for row in self.db.table("adapters").rows_where(order_by="rowid"):
             yield _adapter(row)
 
     # The journal
@@ -222,7 +223,7 @@ class Index:
             {"key": r.key, "value": r.value, "namespace": r.namespace, "metadata": dict(r.metadata)} for r in records
         ]
         with self.db.atomic():
-            table = self.db["writes"].insert(
+            table = self.db.table("writes").insert(
                 {
                     "state": PENDING,
                     "started_at": now(),
@@ -231,10 +232,10 @@ class Index:
                     "request": json.dumps(request),
                 }
             )
-        return int(table.last_pk)
+        return int(str(table.last_pk))
 
     def pending_write(self) -> PendingWrite | None:
-        for row in self.db["writes"].rows_where("state = ?", [PENDING], order_by="id"):
+        for row in self.db.table("writes").rows_where("state = ?", [PENDING], order_by="id"):
             records = [Record(**entry) for entry in json.loads(row["records"])]
             return PendingWrite(row["id"], row["started_at"], records, json.loads(row["request"]))
         return None
@@ -248,25 +249,31 @@ class Index:
         """Make adapters and records visible, all or nothing."""
         with self.db.atomic():
             for adapter in adapters:
-                self.db["adapters"].upsert(_seal(_adapter_row(adapter)), pk="id")
-            self.db["records"].insert_all(_seal(_record_row(record)) for record in records)
+                self.db.table("adapters").upsert(_seal(_adapter_row(adapter)), pk="id")
+            self.db.table("records").insert_all(_seal(_record_row(record)) for record in records)
             self._end_write(write_id, COMMITTED)
             self.set_meta("rows_sha256", self.rows_digest())
 
     def _end_write(self, write_id: int, state: str) -> None:
-        self.db["writes"].update(write_id, {"state": state, "ended_at": now(), "records": None})
+        self.db.table("writes").update(write_id, {"state": state, "ended_at": now(), "records": None})
 
     # Integrity
 
+    def seal(self, manifest_sha256: str) -> None:
+        """Finish a new, empty index: bind it to its manifest."""
+        with self.db.atomic():
+            self.set_meta("manifest_sha256", manifest_sha256)
+            self.set_meta("rows_sha256", self.rows_digest())
+
     def meta(self, name: str) -> str | None:
         try:
-            value: str = self.db["meta"].get(name)["value"]
+            value: str = self.db.table("meta").get(name)["value"]
             return value
         except NotFoundError:
             return None
 
     def set_meta(self, name: str, value: str) -> None:
-        self.db["meta"].upsert({"name": name, "value": value}, pk="name")
+        self.db.table("meta").upsert({"name": name, "value": value}, pk="name")
 
     def rows_digest(self) -> str:
         """One digest over the seals of all rows: a lost row shows."""
@@ -282,7 +289,7 @@ class Index:
             if row["integrity_check"] != "ok":
                 yield f"index.db: {row['integrity_check']}"
         for table, name in (("adapters", "id"), ("records", "key")):
-            for row in self.db[table].rows:
+            for row in self.db.table(table).rows:
                 if _seal({k: v for k, v in row.items() if k != "row_sha256"})["row_sha256"] != row["row_sha256"]:
                     yield f"index row of {table} {row[name]!r}"
         committed = self.meta("rows_sha256")

@@ -1,12 +1,18 @@
 """store.json: what a store was created with and never changes."""
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from loramem.errors import StoreFormatError
+from loramem import embedded
+from loramem.errors import IntegrityError, StoreFormatError
 from loramem.files import write_synced
+from loramem.index import Index
+
+if TYPE_CHECKING:
+    from loramem.base_model import BaseModel
 
 FORMAT = 1
 NAME = "store.json"
@@ -33,8 +39,37 @@ class Manifest:
     def to_bytes(self) -> bytes:
         return (json.dumps({"format": FORMAT, **asdict(self)}, indent=2, sort_keys=True) + "\n").encode()
 
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.to_bytes()).hexdigest()
+
     def save(self, store: Path) -> None:
         write_synced(store / NAME, self.to_bytes())
+
+    @classmethod
+    def of(cls, base: "BaseModel") -> "Manifest":
+        """The manifest of a new store for a loaded base model."""
+        from loramem.adapters import Placement
+        from loramem.writer import WriterSettings
+
+        is_local = base.revision is None and base.id != embedded.NAME
+        template, placement = base.template, Placement.default(base.model)
+        return cls(
+            base_model=base.id,
+            location=str(base.folder.resolve()) if is_local else None,
+            revision=base.revision,
+            fingerprint=asdict(base.fingerprint),
+            dtype=base.dtype,
+            prompt={
+                "prefix_ids": list(template.prefix_ids),
+                "suffix_ids": list(template.suffix_ids),
+                "end_id": template.end_id,
+                "kind": template.kind,
+            },
+            placement={"modules": list(placement.modules), "layers": list(placement.layers)},
+            train_threshold=WriterSettings.train_threshold,
+            certify_threshold=WriterSettings.certify_threshold,
+        )
 
     @classmethod
     def from_bytes(cls, content: bytes, store: Path) -> "Manifest":
@@ -56,3 +91,17 @@ class Manifest:
             return cls(**fields)
         except TypeError:
             raise StoreFormatError(f"{store / NAME} is damaged: its fields are {', '.join(sorted(fields))}.") from None
+
+
+def read_manifest(store: Path, index: Index) -> Manifest:
+    """The manifest of an existing store, checked against the digest its index holds.
+
+    Raises:
+        StoreFormatError: See `Manifest.from_bytes`.
+        IntegrityError: store.json is not what was committed.
+    """
+    content = (store / NAME).read_bytes()
+    manifest = Manifest.from_bytes(content, store)
+    if index.meta("manifest_sha256") != hashlib.sha256(content).hexdigest():
+        raise IntegrityError(f"{store / NAME} is not what was committed. Restore it from a backup.", what=NAME)
+    return manifest

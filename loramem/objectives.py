@@ -28,7 +28,7 @@ def weighted_mean(losses: Tensor, weights: Tensor) -> Tensor:
 
 
 def stubborn(losses: Tensor, mask: Tensor, threshold: float = 0.5) -> Tensor:
-    """Supervised tokens (B, T) whose probability is not above ``threshold``; at 0.5 a loss of ln 2 or more.
+    """Supervised tokens (B, T) whose probability is not above ``threshold``; at 0.5 a loss above ln 2.
 
     The published code uses a strict l > ln 2, so that p = 0.5 exactly counts as learned; it does here as well.
     """

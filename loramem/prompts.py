@@ -5,11 +5,18 @@ template once, when a store is created, and are frozen as ids from then on: a te
 trim what it is given.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from loramem.errors import NotRoundTrip, PromptCollision, SpecialTokenInText, TooLong, UnsupportedBaseModel
+from loramem.errors import (
+    NotRoundTrip,
+    PromptCollision,
+    SpecialTokenInText,
+    TooLong,
+    UnreachableToken,
+    UnsupportedBaseModel,
+)
 from loramem.records import Record
 
 PLACEHOLDER = "LORAMEM-KEY"
@@ -27,18 +34,27 @@ class PromptTemplate:
     """"chat" (from the tokenizer's chat template) or "plain" (key, line feed, value)."""
 
     @classmethod
-    def of(cls, tokenizer: Any) -> "PromptTemplate":
+    def of(cls, tokenizer: Any, unreachable: Collection[int] = ()) -> "PromptTemplate":
         """The template of a transformers tokenizer: its chat template, or a plain one if it has none.
 
+        Args:
+            unreachable: Ids that the base model cannot give p > 0.5 (`loramem.base_model.unreachable_tokens`).
+
         Raises:
-            UnsupportedBaseModel: No end-of-sequence token, or a chat template that does not contain the key once.
+            UnsupportedBaseModel: No usable end token, or a chat template that does not contain the key once.
         """
         if tokenizer.eos_token_id is None:
             raise UnsupportedBaseModel(
                 "The tokenizer has no end-of-sequence token, so that an answer could not end. Set eos_token in its "
                 "tokenizer_config.json."
             )
-        return _chat(tokenizer) if tokenizer.chat_template else _plain(tokenizer)
+        template = _chat(tokenizer) if tokenizer.chat_template else _plain(tokenizer, unreachable)
+        if template.end_id in unreachable:
+            raise UnsupportedBaseModel(
+                f"The end token {tokenizer.convert_ids_to_tokens(template.end_id)!r} was never trained in this base "
+                "model: its row of the unembedding equals that of another token, so it cannot reach p > 0.5."
+            )
+        return template
 
     def prompt_ids(self, tokenizer: Any, key: str) -> list[int]:
         """Ids of the whole prompt for a key."""
@@ -61,15 +77,20 @@ def _chat(tokenizer: Any) -> PromptTemplate:
         )
     prefix, suffix = prompt.split(PLACEHOLDER)
     exchange = render(("user", PLACEHOLDER), ("assistant", ANSWER_PLACEHOLDER), generate=False)
-    after = _ids(tokenizer, exchange.rpartition(ANSWER_PLACEHOLDER)[2])
+    after = _ids(tokenizer, exchange.partition(ANSWER_PLACEHOLDER)[2])
     # What follows the assistant's text ends the turn (<|im_end|>, <|eot_id|>...); it need not be eos_token.
-    end_id = after[0] if after and after[0] in set(tokenizer.all_special_ids) else tokenizer.eos_token_id
+    end_id = after[0] if after and after[0] in special_ids(tokenizer) else tokenizer.eos_token_id
     return PromptTemplate(tuple(_ids(tokenizer, prefix)), tuple(_ids(tokenizer, suffix)), end_id, "chat")
 
 
-def _plain(tokenizer: Any) -> PromptTemplate:
-    prefix = () if tokenizer.bos_token_id is None else (tokenizer.bos_token_id,)
-    return PromptTemplate(prefix, tuple(_ids(tokenizer, "\n")), tokenizer.eos_token_id, "plain")
+def _plain(tokenizer: Any, unreachable: Collection[int]) -> PromptTemplate:
+    start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+    if end in unreachable and start is not None:
+        end = start  # some models saw only the start token between documents
+    suffix = tuple(_ids(tokenizer, "\n"))
+    if not suffix:
+        raise UnsupportedBaseModel("The tokenizer has no token for a line feed, which ends the key in a plain prompt.")
+    return PromptTemplate(() if start is None else (start,), suffix, end, "plain")
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:
@@ -103,16 +124,22 @@ def decode_answer(tokenizer: Any, ids: Sequence[int]) -> str:
 
 
 def encode_records(
-    records: Iterable[Record], tokenizer: Any, template: PromptTemplate, max_tokens: int
+    records: Iterable[Record],
+    tokenizer: Any,
+    template: PromptTemplate,
+    max_tokens: int,
+    unreachable: Collection[int] = (),
 ) -> list[EncodedRecord]:
     """Encode records, refusing whatever could not come back exactly.
 
     Args:
         max_tokens: Context length of the base model.
+        unreachable: Ids that the base model cannot give p > 0.5.
 
     Raises:
         SpecialTokenInText: Key or value contains the text of a special token.
         NotRoundTrip: The value's ids do not decode to the value.
+        UnreachableToken: The value needs a token that can never be decoded.
         TooLong: Prompt, answer and end token exceed ``max_tokens``.
         PromptCollision: Two keys of one namespace have the same prompt ids.
     """
@@ -130,6 +157,15 @@ def encode_records(
                     line=record.line,
                 )
         entry = encode_record(record, tokenizer, template)
+        if never := [token for token in entry.answer_ids if token in unreachable]:
+            text = str(tokenizer.convert_ids_to_tokens(never[0]))
+            raise UnreachableToken(
+                f"The value of key {record.key!r} needs the token {text!r}, which this base model never learned: its "
+                "row of the unembedding equals that of another token, so it cannot reach p > 0.5. Use another base.",
+                token=text,
+                key=record.key,
+                line=record.line,
+            )
         if entry.total_tokens > max_tokens:
             raise TooLong(
                 f"Key {record.key!r} needs {entry.total_tokens} tokens (prompt {len(entry.prompt_ids)}, answer "
@@ -165,6 +201,11 @@ def encode_record(record: Record, tokenizer: Any, template: PromptTemplate) -> E
             line=record.line,
         )
     return EncodedRecord(record, tuple(template.prompt_ids(tokenizer, record.key)), (*answer, template.end_id))
+
+
+def special_ids(tokenizer: Any) -> set[int]:
+    """Ids of all special tokens; `all_special_ids` knows only those with a role (eos, bos...)."""
+    return {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
 
 
 def special_texts(tokenizer: Any) -> list[str]:

@@ -49,7 +49,7 @@ def greedy_decode(
     config = GenerationConfig(
         do_sample=False, num_beams=1, max_new_tokens=max_tokens, eos_token_id=end_id, pad_token_id=end_id
     )
-    output = model.generate(
+    output = model.generate(  # type: ignore[operator]  # a mixin's method, hidden by nn.Module.__getattr__
         input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=config
     )
     rows: list[list[int]] = output[:, ids.shape[1] :].tolist()

@@ -6,7 +6,7 @@ Everything that can be said about a record without a tokenizer is checked here, 
 import csv
 import io
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -28,7 +28,7 @@ class Record:
         line: Where the record stood in its input (1-based), for error messages.
 
     Raises:
-        InvalidField: A field is not a string, or not encodable as UTF-8 (a lone surrogate).
+        InvalidField: A field is not a string, or not encodable as UTF-8 (a lone surrogate); metadata is not JSON.
         EmptyField: Key or value is empty.
     """
 
@@ -54,6 +54,12 @@ class Record:
                     f"The {name} {text!r} holds a lone surrogate at character {error.start}, which UTF-8 cannot hold.",
                     line=self.line,
                 ) from None
+        try:
+            json.dumps(dict(self.metadata), allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise InvalidField(
+                f"The metadata of key {self.key!r} is not JSON ({error}).", key=self.key, line=self.line
+            ) from None
         if not self.key:
             raise EmptyField("The key is empty.", key=self.key, line=self.line)
         if not self.value:
@@ -65,6 +71,8 @@ RecordLike = Record | Mapping[str, Any] | tuple[str, str]
 
 def as_records(source: Mapping[str, str] | Iterable[RecordLike], namespace: str = "") -> list[Record]:
     """Records from a mapping key -> value, or an iterable of Records, pairs or dicts with "key" and "value".
+
+    A single dict is a mapping: ``[{"key": ..., "value": ...}]`` is one record, without the brackets it is two.
 
     Raises:
         InvalidField, EmptyField: See `Record`; an entry's position counts as its line.
@@ -120,7 +128,7 @@ def read_records(
     readers = {"jsonl": _read_jsonl, "json": _read_json, "csv": _read_table, "tsv": _read_table}
     rows = readers[format](text, format)
     return [
-        Record(*row, namespace, line=line)  # an item of {key: value}: its fields have no names
+        Record(row[0], row[1], namespace, line=line)  # an item of {key: value}: its fields have no names
         if isinstance(row, tuple)
         else _from_fields(row, key_field, value_field, namespace, line)
         for line, row in rows
@@ -131,9 +139,10 @@ def _decode(data: bytes) -> str:
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
+        decoded = error.object  # without the byte-order mark: error.start counts from behind it
+        line = decoded.count(b"\n", 0, error.start) + 1
         raise InputError(
-            f"Line {line}: byte 0x{data[error.start]:02x} is not UTF-8. Convert the file to UTF-8 first."
+            f"Line {line}: byte 0x{decoded[error.start]:02x} is not UTF-8. Convert the file to UTF-8 first."
         ) from None
 
 
@@ -154,35 +163,58 @@ def _read_json(text: str, _format: str) -> Iterator[tuple[int, Any]]:
 
 
 def _parse_json(text: str, line: int | None) -> Any:
+    where = f"Line {line}: " if line else ""
     try:
         return json.loads(text, object_pairs_hook=_refuse_repeated)
     except json.JSONDecodeError as error:
         raise InputError(f"Line {line or error.lineno}: not JSON ({error.msg} at column {error.colno}).") from None
+    except _RepeatedName as error:
+        raise InputError(f"{where}A JSON object holds the name {error.args[0]!r} twice. Give each key once.") from None
+    except (ValueError, RecursionError) as error:  # an integer of thousands of digits; brackets nested too deep
+        raise InputError(f"{where}not JSON that Python reads ({error}).") from None
+
+
+class _RepeatedName(Exception):
+    """`json` alone would keep the last of two equal names and lose the first silently."""
 
 
 def _refuse_repeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object as dict; `json` alone would keep the last of two equal names and lose the first silently."""
     found = dict(pairs)
     if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        repeated = next(name for name in names if names.count(name) > 1)
-        raise InputError(f"A JSON object holds the name {repeated!r} twice. Give each key once.")
+        raise _RepeatedName(_first_repeated([name for name, _ in pairs]))
     return found
 
 
+def _first_repeated(names: Sequence[str]) -> str:
+    return next(name for name in names if names.count(name) > 1)
+
+
 def _read_table(text: str, format: str) -> Iterator[tuple[int, Any]]:
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if format == "tsv" else ",", strict=True)
-    try:
-        for row in reader:
-            if None in row or None in row.values():
-                raise InvalidField(
-                    f"{len(row)} columns expected ({', '.join(reader.fieldnames or ())}); quote values that hold "
-                    "the delimiter.",
-                    line=reader.line_num,
-                )
-            yield reader.line_num, row
-    except csv.Error as error:
-        raise InputError(f"Line {reader.line_num}: not {format.upper()} ({error}).") from None
+    # Not csv.DictReader: it numbers rows by their last line, and keeps the last of two columns of one name.
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter="\t" if format == "tsv" else ",", strict=True)
+    names: list[str] = []
+    while True:
+        line = reader.line_num + 1
+        try:
+            row = next(reader, None)
+        except csv.Error as error:
+            raise InputError(f"Line {line}: not {format.upper()} ({error}).") from None
+        if row is None:
+            return
+        if not row:  # a blank line
+            continue
+        if not names:
+            names = row
+            if len(set(names)) != len(names):
+                raise InputError(f"Line {line}: a column is named {_first_repeated(names)!r} twice.")
+        elif len(row) != len(names):
+            raise InvalidField(
+                f"{len(names)} columns expected ({', '.join(names)}), not {len(row)}; quote values that hold the "
+                "delimiter.",
+                line=line,
+            )
+        else:
+            yield line, dict(zip(names, row, strict=True))
 
 
 def _from_fields(row: Any, key_field: str, value_field: str, namespace: str, line: int) -> Record:
@@ -195,8 +227,11 @@ def _from_fields(row: Any, key_field: str, value_field: str, namespace: str, lin
             "Name them with --key-field and --value-field.",
             line=line,
         )
-    metadata = dict(row.get("metadata") or {})
-    metadata |= {name: value for name, value in row.items() if name not in (key_field, value_field, "metadata")}
+    others = {name: value for name, value in row.items() if name not in (key_field, value_field)}
+    metadata = others.pop("metadata", None) or {}
+    if not isinstance(metadata, Mapping):
+        raise InvalidField(f"The field 'metadata' must be an object, not {metadata!r}.", line=line)
+    metadata = {**metadata, **others}
     return Record(row[key_field], row[value_field], namespace, metadata, line)
 
 
@@ -209,8 +244,9 @@ def deduplicate(records: Iterable[Record]) -> tuple[list[Record], list[Record]]:
     first: dict[tuple[str, str], Record] = {}
     repeated = []
     for record in records:
-        known = first.setdefault((record.namespace, record.key), record)
-        if known is record:
+        known = first.get((record.namespace, record.key))
+        if known is None:
+            first[record.namespace, record.key] = record
             continue
         if known.value != record.value:
             raise ConflictingRecord(

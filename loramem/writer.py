@@ -275,9 +275,13 @@ class _Run:
         return objectives.memft_ot(losses, supervised, self.settings.train_threshold)
 
     def rate_factor(self) -> float:
-        """Learning rate as a share of its start, tied to progress: the last tokens settle only when it falls."""
+        """Learning rate as a share of its start, tied to progress.
+
+        The last tokens settle only when it falls; but where nothing improves any more it rises again, since a
+        token that two contexts share leaves its saddle only at a high rate.
+        """
         share = self.unordered / self.total_tokens
-        return min(1.0, max(0.1, share / 0.1))
+        return min(1.0, max(0.1, share / 0.1) * 2 ** (self.idle_passes / 5))
 
     def see(self, indices: Sequence[int], losses: Tensor) -> None:
         """Keep the probabilities the training forward computed anyway (of the weights before this step)."""

@@ -114,7 +114,7 @@ def encode_documents(tokenizer: Tokenizer, library: StandardLibrary, *, held_out
 
     The topics are prose and few, so the training side holds them three times.
     """
-    end = tokenizer.token_to_id(END)
+    end = SPECIAL_TOKENS.index(END)
     pieces: list[int] = []
     for name, text in library.documents.items():
         if is_held_out(name) == held_out:
@@ -271,8 +271,8 @@ class Training:
         self.step = int(metadata["step"])
 
 
-def train(training: Training, batches: Batches, work: Path, *, compiled: bool) -> None:
-    """Run to the end of the recipe, with a checkpoint and a line of ``log.jsonl`` every 100 steps."""
+def train(training: Training, batches: Batches, work: Path, *, compiled: bool, checkpoint_steps: int = 100) -> None:
+    """Run to the end of the recipe, with a checkpoint and a line of ``log.jsonl`` every so many steps."""
     recipe, checkpoint = training.recipe, work / "checkpoint.safetensors"
     if checkpoint.exists():
         training.load(checkpoint)
@@ -299,12 +299,12 @@ def train(training: Training, batches: Batches, work: Path, *, compiled: bool) -
         per_fact = losses.detach().sum(1) / (labels[:, 1:] != IGNORED).sum(1).clamp(min=1)
         for age, loss in zip(ages, per_fact.tolist(), strict=True):
             by_age.setdefault(age // 3 * 3, []).append(loss)
-        if training.step % 100 == 0:
+        if training.step % checkpoint_steps == 0:
             training.save(checkpoint)
             line = {
                 "step": training.step,
-                "row_loss": round(float(sums[0]) / 100, 4),
-                "fact_loss": round(float(sums[1]) / 100, 4),
+                "row_loss": round(float(sums[0]) / checkpoint_steps, 4),
+                "fact_loss": round(float(sums[1]) / checkpoint_steps, 4),
                 "fact_loss_by_exposures": {age: round(float(np.mean(of)), 3) for age, of in sorted(by_age.items())},
                 "elapsed_s": round(time.monotonic() - started, 1),
             }
@@ -328,7 +328,7 @@ def held_out_loss(model: Qwen3ForCausalLM, text: np.ndarray, row_tokens: int, ro
 def export(training: Training, tokenizer: Tokenizer, folder: Path) -> None:
     """Write the model as bf16 safetensors with tokenizer and chat template, as transformers loads it."""
     folder.mkdir(parents=True, exist_ok=True)
-    model = training.model.to(torch.bfloat16)
+    model = training.model.bfloat16()
     model.generation_config = GenerationConfig(
         do_sample=False, eos_token_id=SPECIAL_TOKENS.index(END), pad_token_id=SPECIAL_TOKENS.index(PAD)
     )

@@ -1,0 +1,5 @@
+"""``python -m loramem_cli``."""
+
+from .main import main
+
+main()

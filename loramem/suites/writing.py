@@ -1,0 +1,221 @@
+"""How the defaults of a write were chosen: ``python -m loramem.suites.writing placement|objective|kinds|density``.
+
+Every cell trains one adapter on the embedded base, is proved as a write is (saved form, greedy decoding), and becomes
+one line of the results file; a cell that stands there already is not run again. The table is printed from the file.
+"""
+
+import contextlib
+import json
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from loramem.adapters import AdaptedModel, Placement, decoder_layers, serialize
+from loramem.base_model import BaseModel, load_base_model
+from loramem.errors import RecallError
+from loramem.files import write_directory
+from loramem.prompts import encode_records
+from loramem.recall import answer_probabilities, decode_records
+from loramem.suites.generators import KINDS, generate
+from loramem.writer import WriteProgress, WriterSettings, train_adapter
+
+MLP = ("down_proj", "gate_proj", "up_proj")
+ATTENTION = ("k_proj", "o_proj", "q_proj", "v_proj")
+BUDGET = 18_688  # parameters: rank 2 on all linear modules of the last two layers of loramem-tiny
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One adapter to be trained."""
+
+    suite: str
+    name: str
+    kind: str
+    records: int
+    rank: int
+    modules: tuple[str, ...]
+    layers: tuple[int, ...]
+    settings: WriterSettings
+    max_visits: int
+    """Visits per record after which the cell is stopped and scored as it is."""
+
+    @property
+    def id(self) -> str:
+        return json.dumps(asdict(self), sort_keys=True)
+
+
+class _Stopped(Exception):
+    """The cell has used its visits."""
+
+
+def placement_cells(base: BaseModel) -> Iterator[Cell]:
+    """A hundred phone numbers in about the same number of parameters, placed differently."""
+    layers = len(decoder_layers(base.model))
+    places = {
+        "all linear, last layer": (MLP + ATTENTION, (layers - 1,)),
+        "all linear, last two layers": (MLP + ATTENTION, (layers - 2, layers - 1)),
+        "all linear, last three layers": (MLP + ATTENTION, tuple(range(layers - 3, layers))),
+        "all linear, all layers": (MLP + ATTENTION, tuple(range(layers))),
+        "MLP, last two layers": (MLP, (layers - 2, layers - 1)),
+        "attention, last two layers": (ATTENTION, (layers - 2, layers - 1)),
+        "q and v, all layers": (("q_proj", "v_proj"), tuple(range(layers))),
+        "down_proj, last two layers": (("down_proj",), (layers - 2, layers - 1)),
+        "down_proj, layer 4 of 6 (the paper's depth)": (("down_proj",), (layers * 2 // 3,)),
+    }
+    for name, (modules, where) in places.items():
+        per_rank = Placement(modules, where).parameters_per_rank(base.model)
+        for optimizer in ("muon", "adamw"):
+            rank = max(1, round(BUDGET / per_rank))
+            settings = WriterSettings(optimizer=optimizer, batch_records=50)
+            yield Cell("placement", f"{name} ({optimizer})", "phonebook", 100, rank, modules, where, settings, 200)
+
+
+def default_cell(base: BaseModel, suite: str, name: str, kind: str, records: int, rank: int, **settings: Any) -> Cell:
+    placement = Placement.default(base.model)
+    return Cell(suite, name, kind, records, rank, placement.modules, placement.layers, WriterSettings(**settings), 200)
+
+
+def objective_cells(base: BaseModel) -> Iterator[Cell]:
+    """What the objective, its threshold and its curriculum are worth, at a low and a high density."""
+    variants: dict[str, dict[str, Any]] = {
+        "memft-sw, trained to 0.9 (default)": {},
+        "memft-sw without curriculum": {"curriculum": False},
+        "memft-sw, trained to 0.6": {"train_threshold": 0.6},
+        "memft-ot, trained to 0.9": {"objective": "memft-ot"},
+        "memft-ot, trained to 0.6": {"objective": "memft-ot", "train_threshold": 0.6},
+        "sft (plain cross-entropy)": {"objective": "sft"},
+    }
+    for seed in range(2):
+        for name, settings in variants.items():
+            yield default_cell(base, "objective", f"{name}, rank 16", "phonebook", 100, 16, seed=seed, **settings)
+            dense = {"batch_records": 50, "optimizer": "adamw"} | settings
+            yield default_cell(base, "objective", f"{name}, rank 2", "phonebook", 200, 2, seed=seed, **dense)
+
+
+def kinds_cells(base: BaseModel) -> Iterator[Cell]:
+    """Two hundred values of four kinds in the same 18,688 parameters: what the base does for writing."""
+    for kind in KINDS:
+        for optimizer in ("adamw", "muon"):
+            yield default_cell(
+                base, "kinds", f"{kind} ({optimizer})", kind, 200, 2, optimizer=optimizer, batch_records=50
+            )
+
+
+def density_cells(base: BaseModel) -> Iterator[Cell]:
+    """How rank, optimiser, rate and batch trade seconds for parameters."""
+    for rank in (32, 16, 8, 4):
+        for optimizer, rates in (("muon", (5e-3, 1e-2, 2e-2)), ("adamw", (5e-3, 1e-2))):
+            for rate in rates:
+                for batch in (10, 25, 50):
+                    name = f"rank {rank}, {optimizer}, lr {rate:g}, batch {batch}"
+                    yield default_cell(
+                        base, "density", name, "phonebook", 100, rank,
+                        optimizer=optimizer, learning_rate=rate, batch_records=batch,
+                    )  # fmt: skip
+    for optimizer in ("adamw", "muon"):
+        for records in (200, 400):
+            yield default_cell(
+                base, "density", f"{records} records, rank 2, {optimizer}", "phonebook", records, 2,
+                optimizer=optimizer, batch_records=50,
+            )  # fmt: skip
+
+
+SUITES = {"placement": placement_cells, "objective": objective_cells, "kinds": kinds_cells, "density": density_cells}
+
+
+def run_cell(base: BaseModel, cell: Cell) -> dict[str, Any]:
+    """Train, save, reload, decode; the rank stays what the cell says."""
+    records = encode_records(generate(cell.kind, cell.records), base.tokenizer, base.template, base.max_tokens)
+    adapted, placement = AdaptedModel(base), Placement(tuple(sorted(cell.modules)), cell.layers)
+    last: list[WriteProgress] = []
+
+    def watch(progress: WriteProgress) -> None:
+        last[:] = [progress]
+        if progress.step * cell.settings.batch_records >= cell.max_visits * cell.records:
+            raise _Stopped
+
+    with adapted.disabled():
+        base_probs = dict(answer_probabilities(base.model, records))
+    cost_bits = sum(float((-probs[:-1].log2() - 1).clamp(min=0).sum()) for probs in base_probs.values())
+    started = time.monotonic()
+    with contextlib.suppress(_Stopped):
+        train_adapter(adapted, "cell", records, cell.rank, placement, replace(cell.settings, max_rank=cell.rank), watch)
+    training_s = time.monotonic() - started
+    parameters = sum(tensor.numel() for tensor in adapted.weights("cell").values())
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "adapter"
+        write_directory(folder, serialize(adapted.weights("cell"), base, placement))
+        adapted.remove("cell")
+        adapted.load("saved", folder)
+        probs = dict(answer_probabilities(base.model, records))
+        groups = [list(range(start, min(start + 50, len(records)))) for start in range(0, len(records), 50)]
+        decoded = dict(decode_records(base.model, records, groups))
+    adapted.remove("saved")
+    certified = [float(p.min()) >= cell.settings.certify_threshold for p in probs.values()]
+    exact = [tuple(decoded[i]) == records[i].answer_ids[:-1] for i in range(len(records))]
+    if not all(right for right, certain in zip(exact, certified, strict=True) if certain):
+        raise RecallError(f"Cell {cell.name}: a certified record was not decoded.", key="", adapter="saved")
+    return {
+        "suite": cell.suite,
+        "name": cell.name,
+        "certified": sum(certified),
+        "exact": sum(exact),
+        "records": len(records),
+        "ordered_tokens": round(
+            sum(int((p > 0.5).sum()) for p in probs.values()) / sum(len(p) for p in probs.values()), 4
+        ),
+        "steps": last[0].step,
+        "visits_per_record": round(last[0].step * cell.settings.batch_records / len(records), 1),
+        "training_s": round(training_s, 1),
+        "parameters": parameters,
+        "cost_bits": round(cost_bits),
+        "conditions": {
+            "dtype": base.dtype,
+            "device": base.device.type,
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "base": base.fingerprint.weights[:12],
+        },
+        "cell": cell.id,
+    }
+
+
+@click.command()
+@click.argument("suite", type=click.Choice(list(SUITES)))
+@click.option(
+    "--results", type=click.Path(path_type=Path), default=Path("docs/results/writing.jsonl"), show_default=True
+)
+@click.option("--threads", default=os.cpu_count(), show_default="all cores")
+@click.option("--only", default="", help="Only cells whose name contains this.")
+def main(suite: str, results: Path, threads: int, only: str) -> None:
+    """Run the cells of SUITE that are not in the results file yet, and print the table."""
+    torch.set_num_threads(threads)
+    base = load_base_model()
+    done = {line["cell"]: line for line in map(json.loads, results.open())} if results.exists() else {}
+    cells = [cell for cell in SUITES[suite](base) if only in cell.name]
+    for cell in cells:
+        if cell.id not in done:
+            done[cell.id] = run_cell(base, cell)
+            with results.open("a") as file:
+                file.write(json.dumps(done[cell.id]) + "\n")
+            click.echo(json.dumps({k: v for k, v in done[cell.id].items() if k != "cell"}), err=True)
+    click.echo("| cell | seed | rank | parameters | certified | exact | ordered tokens | steps | visits/record | s |")
+    click.echo("|---|---|---|---|---|---|---|---|---|---|")
+    for cell in cells:
+        line = done[cell.id]
+        click.echo(
+            f"| {cell.name} | {cell.settings.seed} | {cell.rank} | {line['parameters']:,} "
+            f"| {line['certified']}/{line['records']} | {line['exact']}/{line['records']} "
+            f"| {line['ordered_tokens']:.1%} | {line['steps']} | {line['visits_per_record']} | {line['training_s']} |"
+        )
+
+
+if __name__ == "__main__":
+    main()

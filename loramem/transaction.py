@@ -1,0 +1,201 @@
+"""One write: admit, plan, train, prove, commit. Everything before the commit can be thrown away."""
+
+import logging
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from loramem.adapters import AdaptedModel, Placement
+from loramem.capacity import Plan, plan_write
+from loramem.errors import ConflictingRecord, PromptCollision, RecallError, StubbornRecords, WriteError
+from loramem.files import move_synced
+from loramem.index import FAILED, Index, prompt_digest, stored_record
+from loramem.prompts import EncodedRecord, PromptTemplate, encode_records
+from loramem.recall import answer_probabilities
+from loramem.records import Record, deduplicate
+from loramem.reports import WriteReport
+from loramem.runs import runs
+from loramem.shards import Shard, numbered, stored_adapter, write_shard
+from loramem.writer import ProgressCallback, WriterSettings
+
+log = logging.getLogger(__name__)
+
+
+class Transaction:
+    """The steps of a write to one store; the caller holds its locks."""
+
+    def __init__(
+        self, store: Path, index: Index, adapted: AdaptedModel, template: PromptTemplate, placement: Placement
+    ) -> None:
+        self.store, self.index, self.adapted = store, index, adapted
+        self.template, self.placement = template, placement
+
+    def admit(self, records: Sequence[Record]) -> tuple[list[EncodedRecord], int]:
+        """New records as token ids, and how many were there already.
+
+        Raises:
+            RecordError: A record cannot be written, or its key has another value; see the subclasses.
+        """
+        fresh, repeated = deduplicate(records)
+        new = []
+        for record in fresh:
+            known = self.index.find(record.namespace, record.key)
+            if known is None:
+                new.append(record)
+            elif known.holds(record.value):
+                repeated.append(record)
+            else:
+                raise ConflictingRecord(
+                    f"Key {record.key!r} is in the store with another value; this one would replace it. "
+                    "Use another key or another store.",
+                    key=record.key,
+                    line=record.line,
+                )
+        if repeated:
+            log.info("%d records are in the store already and were skipped", len(repeated))
+        return self.encode(new), len(repeated)
+
+    def encode(self, records: Sequence[Record]) -> list[EncodedRecord]:
+        """Records as token ids, grouped by namespace: a shard never mixes them, as equal keys are equal prompts."""
+        base = self.adapted.base
+        encoded = encode_records(records, base.tokenizer, self.template, base.max_tokens, base.unreachable)
+        for entry in encoded:
+            record = entry.record
+            other = self.index.find_prompt(record.namespace, prompt_digest(entry.prompt_ids))
+            if other is not None and other != record.key:
+                raise PromptCollision(
+                    f"Key {record.key!r} gives the same prompt token ids as the stored key {other!r}. Rename it.",
+                    other=other,
+                    key=record.key,
+                    line=record.line,
+                )
+        return sorted(encoded, key=lambda entry: entry.record.namespace)
+
+    def plan(self, encoded: Sequence[EncodedRecord], goal: str, rank: int | None) -> Plan:
+        """Shards and ranks for encoded records."""
+        per_rank = self.placement.parameters_per_rank(self.adapted.model)
+        lengths, costs = [entry.length for entry in encoded], self.costs_bits(encoded)
+        shards = []
+        for start, end in runs([entry.record.namespace for entry in encoded]):
+            part = plan_write(lengths[start:end], costs[start:end], per_rank, goal=goal, rank=rank)
+            shards += [shard.moved(start) for shard in part.shards]
+        return Plan(goal, tuple(shards))
+
+    def costs_bits(self, encoded: Sequence[EncodedRecord]) -> list[float]:
+        """What the plain base does not know of each value: Σ max(0, −log2 p − 1) over its answer tokens."""
+        with self.adapted.disabled():
+            probs = dict(answer_probabilities(self.adapted.model, encoded))
+        return [float((-probs[i][:-1].log2() - 1).clamp(min=0).sum()) for i in range(len(encoded))]
+
+    def run(
+        self,
+        write_id: int,
+        encoded: Sequence[EncodedRecord],
+        request: Mapping[str, Any],
+        skipped: int,
+        progress: ProgressCallback | None,
+    ) -> WriteReport:
+        """Train, prove and commit a journalled write.
+
+        A typed error closes the journal entry; anything else (an interrupt, a crash) leaves it to be resumed.
+
+        Raises:
+            StubbornRecords, TrainingDiverged, RecallError: Nothing was committed.
+        """
+        started = time.monotonic()
+        self.clean()
+        settings = WriterSettings(**request["settings"])
+        try:
+            plan = self.plan(encoded, request["goal"], request["rank"])
+            shards, given_up = self._train(plan, encoded, settings, progress)
+            if given_up and not (request["partial"] and shards):
+                raise _stubborn(given_up, settings.max_rank)
+        except (WriteError, RecallError):
+            self.index.end_write(write_id, FAILED)
+            self.clean()
+            raise
+        self._commit(write_id, shards)
+        return _report(shards, given_up, skipped, time.monotonic() - started)
+
+    def clean(self) -> None:
+        """Remove what no committed row needs: staging, and adapters of a write that never committed."""
+        shutil.rmtree(self.store / "staging", ignore_errors=True)
+        committed = {adapter.id for adapter in self.index.adapters()}
+        for folder in (self.store / "adapters").glob("*"):
+            if folder.name not in committed:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def _train(
+        self,
+        plan: Plan,
+        encoded: Sequence[EncodedRecord],
+        settings: WriterSettings,
+        progress: ProgressCallback | None,
+    ) -> tuple[list[tuple[Shard, float]], list[EncodedRecord]]:
+        """Proved shards with the cost of their values in bits, and the records that could not be certified."""
+        shards: list[tuple[Shard, float]] = []
+        given_up: list[EncodedRecord] = []
+        for number, planned in enumerate(plan.shards, start=1):
+            done, failed = write_shard(
+                self.adapted,
+                encoded[planned.first : planned.first + planned.records],
+                planned.rank,
+                self.placement,
+                settings,
+                self.store / "staging",
+                numbered(progress, number, len(plan.shards)),
+            )
+            shards += [(shard, planned.cost_bits * len(shard.records) / planned.records) for shard in done]
+            given_up += failed
+        return shards, given_up
+
+    def _commit(self, write_id: int, shards: Sequence[tuple[Shard, float]]) -> None:
+        """Files first (they were synced in staging), then one transaction."""
+        target = self.store / "adapters"
+        target.mkdir(mode=0o700, exist_ok=True)
+        for shard, _ in shards:
+            move_synced(shard.folder, target / shard.adapter)
+        self.index.commit(
+            write_id,
+            [stored_adapter(shard, target / shard.adapter, cost_bits) for shard, cost_bits in shards],
+            [
+                stored_record(entry.record, entry.prompt_ids, entry.length, shard.adapter, min_prob)
+                for shard, _ in shards
+                for entry, min_prob in zip(shard.records, shard.proof.min_probs, strict=True)
+            ],
+        )
+
+
+def _report(
+    shards: Sequence[tuple[Shard, float]], given_up: Sequence[EncodedRecord], skipped: int, elapsed_s: float
+) -> WriteReport:
+    written = sum(len(shard.records) for shard, _ in shards)
+    trainings = [shard.training for shard, _ in shards]
+    return WriteReport(
+        written=written,
+        skipped=skipped,
+        failed=tuple(entry.record.key for entry in given_up),
+        adapters=tuple(shard.adapter for shard, _ in shards),
+        rank=max(training.rank for training in trainings),
+        exact_match=written / (written + len(given_up)),
+        min_prob=min(shard.proof.min_prob for shard, _ in shards),
+        parameters=sum(training.parameters for training in trainings),
+        cost_bits=sum(cost_bits for _, cost_bits in shards),
+        steps=sum(training.steps for training in trainings),
+        visits=sum(training.visits for training in trainings),
+        training_s=sum(training.elapsed_s for training in trainings),
+        elapsed_s=elapsed_s,
+    )
+
+
+def _stubborn(records: Sequence[EncodedRecord], rank: int) -> StubbornRecords:
+    keys = [entry.record.key for entry in records]
+    shown = ", ".join(map(repr, keys[:5])) + (" …" if len(keys) > 5 else "")
+    return StubbornRecords(
+        f"{len(keys)} records could not be certified, at rank {rank} and on their own: {shown}. Nothing was committed; "
+        "partial=True (--partial) commits the others.",
+        keys=keys,
+        rank=rank,
+    )

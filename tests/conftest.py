@@ -1,0 +1,134 @@
+"""Small base models of several architectures, built here, and where optional material lies."""
+
+import os
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # nothing in the tests may reach the network
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    GPTNeoXConfig,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+)
+from transformers.models.auto import AutoModelForCausalLM
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared"  # the paper's data and a model pretrained by others; tests pass without it
+
+VOCABULARY, WIDTH, LAYERS, CONTEXT = 512, 64, 3, 1024
+SPECIALS = ["<pad>", "<eos>", "<user>", "<assistant>"]
+CHAT = (
+    "{% for m in messages %}{{ '<assistant>' if m['role'] == 'assistant' else '<user>' }}{{ m['content'] }}<eos>"
+    "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+TEXT = ["The quick brown fox jumps over the lazy dog.", "def write(records): return [r.key for r in records]"] * 20
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--runslow", action="store_true", help="also run tests marked slow")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--runslow"):
+        for item in items:
+            if "slow" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="slow; needs --runslow"))
+
+
+def configuration(architecture: str) -> PreTrainedConfig:
+    shape = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": WIDTH,
+        "intermediate_size": 2 * WIDTH,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": 4,
+        "max_position_embeddings": CONTEXT,
+        "tie_word_embeddings": False,
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+        "bos_token_id": None,
+    }
+    grouped = {"num_key_value_heads": 2}
+    return {
+        "qwen3": lambda: Qwen3Config(**shape, **grouped, head_dim=16),
+        "llama": lambda: LlamaConfig(**shape, **grouped),
+        "mistral": lambda: MistralConfig(**shape, **grouped, sliding_window=None),
+        "gpt_neox": lambda: GPTNeoXConfig(**shape),
+    }[architecture]()
+
+
+def save_tokenizer(folder: Path) -> None:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=SPECIALS,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(TEXT, trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<eos>",
+        pad_token="<pad>",
+        additional_special_tokens=["<user>", "<assistant>"],
+        clean_up_tokenization_spaces=False,
+    )
+    fast.chat_template = CHAT
+    fast.save_pretrained(folder)
+
+
+def build_base(folder: Path, architecture: str, seed: int = 0) -> Path:
+    """A random model whose head can pass p = 0.9 for every token: logits must spread well beyond ln(vocabulary)."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(configuration(architecture))
+    head = model.get_output_embeddings().weight.data
+    head.normal_(std=(math.log(VOCABULARY) + 12) / WIDTH)
+    model.save_pretrained(folder)
+    save_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def base_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Folder of a random base model of an architecture; the same arguments give the same folder."""
+    made: dict[tuple[str, int], Path] = {}
+
+    def get(architecture: str = "qwen3", seed: int = 0) -> Path:
+        if (architecture, seed) not in made:
+            folder = tmp_path_factory.mktemp(f"base-{seed}") / f"tiny-{architecture}"
+            made[architecture, seed] = build_base(folder, architecture, seed)
+        return made[architecture, seed]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def base(base_of: Callable[..., Path]) -> Path:
+    return base_of("qwen3")
+
+
+@pytest.fixture(autouse=True)
+def private_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fingerprint cache of the person who runs the tests is left alone."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+def numbers(count: int, digits: int = 4) -> dict[str, str]:
+    """Records for small models: short keys, random digits, the same on every run."""
+    import random
+
+    rng = random.Random(7)
+    return {f"key {i}": "".join(rng.choices("0123456789", k=digits)) for i in range(count)}

@@ -1,0 +1,208 @@
+"""The command line: results on stdout, everything else on stderr, one line and an exit code for a user's mistake."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from loramem_cli.main import run
+
+from .conftest import numbers
+
+RECORDS = numbers(4)
+
+
+@pytest.fixture(scope="module")
+def written(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cli")
+    source = folder / "records.jsonl"
+    source.write_text("".join(json.dumps({"key": k, "value": v}) + "\n" for k, v in RECORDS.items()))
+    assert run(["write", str(source), "--store", str(folder / "memory"), "--model", str(base)]) == 0
+    return folder
+
+
+@pytest.fixture
+def store(written: Path) -> str:
+    return str(written / "memory")
+
+
+def test_write_reports_what_it_did_as_json(base: Path, written: Path, tmp_path: Path, capsys) -> None:
+    arguments = [
+        "write",
+        str(written / "records.jsonl"),
+        "--store",
+        str(tmp_path / "m"),
+        "--model",
+        str(base),
+        "--json",
+    ]
+    assert run(arguments) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["written"], report["exact_match"]) == (4, 1.0)
+    assert run(arguments) == 0  # again: everything is there
+    report = json.loads(capsys.readouterr().out)
+    assert (report["written"], report["skipped"]) == (0, 4)
+
+
+def test_put_and_recall_one_value(base: Path, tmp_path: Path, capsys) -> None:
+    store = ["--store", str(tmp_path / "m")]
+    assert run(["put", "door", "0417#", *store, "--model", str(base)]) == 0
+    assert capsys.readouterr().out == ""
+    assert run(["recall", "door", *store]) == 0
+    assert capsys.readouterr().out == "0417#\n"
+
+
+def test_write_reads_standard_input(base: Path, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "loramem_cli", "write", "-", "--format", "tsv", "--json"],
+        env={**os.environ, "LORAMEM_STORE": str(tmp_path / "m"), "LORAMEM_MODEL": str(base)},
+        input=b"key\tvalue\nk\t42\n",
+        capture_output=True,
+        check=True,
+    )
+    assert json.loads(done.stdout)["written"] == 1
+
+
+def test_recall_many_prints_key_and_value(store: str, capsys) -> None:
+    assert run(["recall", "key 0", "key 2", "--store", store]) == 0
+    assert capsys.readouterr().out == f"key 0\t{RECORDS['key 0']}\nkey 2\t{RECORDS['key 2']}\n"
+
+
+def test_recall_all_as_json_lines(store: str, capsys) -> None:
+    assert run(["recall", "--all", "--store", store, "--json"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert {line["key"]: line["value"] for line in lines} == RECORDS
+
+
+def test_explain_shows_every_token(store: str, capsys) -> None:
+    assert run(["explain", "key 1", "--store", store, "--json"]) == 0
+    explanation = json.loads(capsys.readouterr().out)
+    assert "".join(token["text"] for token in explanation["tokens"][:-1]) == RECORDS["key 1"]
+    assert run(["explain", "key 1", "--store", store]) == 0
+    assert "ordered" in capsys.readouterr().out
+
+
+def test_ls_never_shows_values(store: str, capsys) -> None:
+    assert run(["ls", "--store", store]) == 0
+    shown = capsys.readouterr().out
+    assert all(key in shown for key in RECORDS)
+    assert run(["ls", "--store", store, "--json"]) == 0
+    shown += capsys.readouterr().out
+    assert not any(value in shown for value in RECORDS.values())
+
+
+def test_stats_and_verify_as_json(store: str, capsys) -> None:
+    assert run(["stats", "--store", store, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["records"] == 4
+    assert run(["verify", "--store", store, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["records"], report["exact"]) == (4, 4)
+
+
+def test_text_output_of_stats_verify_and_plan(store: str, written: Path, capsys) -> None:
+    assert run(["stats", "--store", store]) == 0
+    assert run(["verify", "--store", store]) == 0
+    assert run(["plan", str(written / "records.jsonl"), "--store", store]) == 0
+    assert "records" in capsys.readouterr().out
+
+
+def test_plan_makes_no_store(base: Path, written: Path, tmp_path: Path, capsys) -> None:
+    place = tmp_path / "m"
+    assert run(["plan", str(written / "records.jsonl"), "--store", str(place), "--model", str(base), "--json"]) == 0
+    assert sum(shard["records"] for shard in json.loads(capsys.readouterr().out)["shards"]) == 4
+    assert not place.exists()
+
+
+def mistake(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+    code = run(arguments)
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert "Traceback" not in shown.err
+    return code, shown.err
+
+
+def test_an_unknown_key_exits_6_with_close_keys(store: str, capsys) -> None:
+    code, error = mistake(["recall", "key 11", "--store", store], capsys)
+    assert code == 6
+    assert "'key 1'" in error
+    assert len(error.splitlines()) == 1
+
+
+def test_no_store_exits_10(tmp_path: Path, capsys) -> None:
+    code, error = mistake(["recall", "k", "--store", str(tmp_path / "none")], capsys)
+    assert code == 10
+    assert "none" in error
+
+
+def test_another_base_model_exits_12(store: str, base_of, capsys) -> None:
+    code, _ = mistake(["recall", "key 1", "--store", store, "--model", str(base_of("llama"))], capsys)
+    assert code == 12
+
+
+def test_damage_exits_4_and_gives_no_value(written: Path, tmp_path: Path, capsys) -> None:
+    copy = tmp_path / "memory"
+    shutil.copytree(written / "memory", copy)
+    (weights,) = (copy / "adapters").glob("*/adapter_model.safetensors")
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert run(["verify", "--store", str(copy)]) == 4
+    capsys.readouterr()
+    code, error = mistake(["recall", "key 1", "--store", str(copy)], capsys)
+    assert code == 4
+    assert RECORDS["key 1"] not in error
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"key": "", "value": "v"}', "Line 2: The key is empty"),
+        ('{"key": "k", "value": 7}', "Line 2: The value must be a string"),
+        ('{"name": "k"}', "Line 2: No field 'key'"),
+        ("{", "Line 2: not JSON"),
+    ],
+)
+def test_a_bad_record_is_one_line_with_its_line_number(tmp_path: Path, capsys, line: str, message: str) -> None:
+    source = tmp_path / "bad.jsonl"
+    source.write_text('{"key": "good", "value": "v"}\n' + line + "\n")
+    code, error = mistake(["write", str(source), "--store", str(tmp_path / "m")], capsys)
+    assert code == 1
+    assert error.startswith(f"Error: {message}")
+    assert not (tmp_path / "m").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["recall"], ["write"], ["write", "x", "--resume"], ["write", "x", "--goal", "tiny"], ["put", "k"], ["nonsense"]],
+)
+def test_wrong_usage_exits_2(arguments: list[str], capsys) -> None:
+    code, _ = mistake(arguments, capsys)
+    assert code == 2
+
+
+def test_environment_variables_name_the_store(store: str, monkeypatch, capsys) -> None:
+    monkeypatch.setenv("LORAMEM_STORE", store)
+    assert run(["recall", "key 3"]) == 0
+    assert capsys.readouterr().out == RECORDS["key 3"] + "\n"
+
+
+def test_every_command_names_the_default_store(capsys) -> None:
+    for command in ("write", "put", "recall", "explain", "ls", "stats", "verify", "plan"):
+        assert run([command, "--help"]) == 0
+        assert "./memory" in capsys.readouterr().out
+
+
+def test_an_interrupt_exits_130(written: Path, base: Path, tmp_path: Path, monkeypatch) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("loramem.shards.train_adapter", interrupt)
+    place = str(tmp_path / "m")
+    assert run(["write", str(written / "records.jsonl"), "--store", place, "--model", str(base)]) == 130
+    monkeypatch.undo()
+    assert run(["write", str(written / "records.jsonl"), "--store", place]) == 1  # unfinished
+    assert run(["write", "--resume", "--store", place]) == 0
+    assert run(["recall", "key 1", "--store", place]) == 0

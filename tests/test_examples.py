@@ -1,0 +1,50 @@
+"""The examples and the README's Python run as they stand."""
+
+import doctest
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import loramem.store
+
+from .conftest import ROOT
+
+
+def run(*arguments: str, cwd: Path) -> str:
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=cwd,
+        env={**os.environ, "PYTHONWARNINGS": "ignore"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_quickstart_then_recall_from_another_process(tmp_path: Path) -> None:
+    shown = run(str(ROOT / "examples" / "01_quickstart.py"), "memory", cwd=tmp_path)
+    assert "9100672710" in shown
+    assert "Close keys: 'Ada Lindqvist:'" in shown
+    records = tmp_path / "records.csv"
+    records.write_text("key,value\nAda Lindqvist:,9100672710\ndeploy token,ghx_7Qd2-94af\n")
+    shown = run(str(ROOT / "examples" / "02_check_recall.py"), str(records), "memory", cwd=tmp_path)
+    assert shown == "2 of 2 records exact\n"
+
+
+def test_the_phone_book_is_what_its_script_writes(tmp_path: Path) -> None:
+    shown = run("-m", "loramem.suites.generators", "phonebook", "100", cwd=tmp_path)
+    assert shown == (ROOT / "examples" / "phonebook.jsonl").read_text()
+
+
+def test_the_python_blocks_of_the_readme_run(tmp_path: Path) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    assert blocks
+    (tmp_path / "session.py").write_text("\n".join(blocks))
+    run("session.py", cwd=tmp_path)
+
+
+def test_docstring_examples_run() -> None:
+    assert doctest.testmod(loramem.store).failed == 0

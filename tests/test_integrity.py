@@ -1,0 +1,149 @@
+"""Damage is reported and never yields a value."""
+
+import random
+import shutil
+import sqlite3
+from pathlib import Path
+
+import pytest
+
+from loramem import MemoryStore
+from loramem.errors import IntegrityError, LoramemError, OtherBaseModel, RecallError
+
+from .conftest import numbers
+
+RECORDS = numbers(6)
+
+
+@pytest.fixture(scope="module")
+def written(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("written") / "memory"
+    with MemoryStore(path, str(base)) as store:
+        store.write(dict(list(RECORDS.items())[:3]))
+        store.write(dict(list(RECORDS.items())[3:]))
+    return path
+
+
+@pytest.fixture
+def copy(written: Path, tmp_path: Path) -> Path:
+    shutil.copytree(written, tmp_path / "memory")
+    return tmp_path / "memory"
+
+
+def execute(store: Path, statement: str) -> None:
+    connection = sqlite3.connect(store / "index.db")
+    with connection:
+        connection.execute(statement)
+    connection.close()
+
+
+def flip_bit(path: Path, bit: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(content)
+
+
+def never_wrong(store: MemoryStore) -> int:
+    """How many keys still give their value; a key that gives another value fails the test."""
+    given = 0
+    for key, value in RECORDS.items():
+        try:
+            assert store.recall(key) == value
+            given += 1
+        except LoramemError:
+            pass
+    return given
+
+
+def test_values_come_from_the_weights_and_not_from_the_index(copy: Path) -> None:
+    execute(copy, "update records set value = ''")
+    with MemoryStore(copy, create=False) as store:
+        assert {key: store.recall(key) for key in RECORDS} == RECORDS
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json"])
+def test_a_flipped_bit_in_an_adapter_is_reported_and_yields_no_value(copy: Path, name: str) -> None:
+    rng = random.Random(name)
+    adapter = sorted((copy / "adapters").iterdir())[0]
+    for _ in range(5):
+        bit = rng.randrange((adapter / name).stat().st_size * 8)
+        flip_bit(adapter / name, bit)
+        with MemoryStore(copy, create=False) as store:
+            report = store.verify()
+            assert any(name in problem for problem in report.damaged)
+            assert report.exact == 3
+            assert never_wrong(store) == 3
+        flip_bit(adapter / name, bit)
+    with MemoryStore(copy, create=False) as store:
+        assert store.verify().ok
+
+
+def test_swapped_adapters_are_reported_and_yield_no_value(copy: Path) -> None:
+    first, second = sorted((copy / "adapters").iterdir())
+    first.rename(copy / "aside")
+    second.rename(first)
+    (copy / "aside").rename(second)
+    with MemoryStore(copy, create=False) as store:
+        report = store.verify()
+        assert report.exact == 0
+        assert len(report.damaged) >= 2
+        with pytest.raises(IntegrityError, match="not what was committed"):
+            store.recall("key 0")
+
+
+def test_a_missing_adapter_file_is_reported(copy: Path) -> None:
+    adapter = sorted((copy / "adapters").iterdir())[0]
+    (adapter / "adapter_model.safetensors").unlink()
+    with MemoryStore(copy, create=False) as store:
+        assert store.verify().exact == 3
+        assert never_wrong(store) == 3
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "update records set digest = replace(digest, substr(digest, 1, 1), 'x') where key = 'key 1'",
+        "update records set adapter = (select adapter from records where key = 'key 5') where key = 'key 1'",
+        "update records set key = 'key 9' where key = 'key 1'",
+        "update records set answer_tokens = 2 where key = 'key 1'",
+        "update records set min_prob = 0.99 where key = 'key 1'",
+        "update adapters set rank = rank + 1",
+        "delete from records where key = 'key 1'",
+    ],
+)
+def test_a_changed_index_row_is_reported_and_never_gives_a_wrong_value(copy: Path, statement: str) -> None:
+    execute(copy, statement)
+    with MemoryStore(copy, create=False) as store:
+        assert store.verify().damaged
+        never_wrong(store)
+
+
+def test_a_decoded_value_that_is_not_the_committed_one_is_an_error(copy: Path) -> None:
+    execute(copy, "update records set salt = 'other' where key = 'key 1'")
+    with MemoryStore(copy, create=False) as store, pytest.raises(RecallError, match="key 1"):
+        store.recall("key 1")
+
+
+def test_a_damaged_manifest_is_refused(copy: Path) -> None:
+    manifest = copy / "store.json"
+    manifest.write_text(manifest.read_text().replace('"train_threshold": 0.9', '"train_threshold": 0.8'))
+    with pytest.raises(IntegrityError, match=r"store\.json"):
+        MemoryStore(copy, create=False)
+
+
+def test_another_base_model_is_refused(copy: Path, base_of, tmp_path: Path) -> None:
+    with MemoryStore(copy, str(base_of("llama")), create=False) as store, pytest.raises(OtherBaseModel):
+        store.recall("key 0")
+    same_name = tmp_path / "tiny-qwen3"  # same id, same shape, other weights
+    shutil.copytree(base_of("qwen3", seed=1), same_name)
+    with MemoryStore(copy, str(same_name), create=False) as store, pytest.raises(OtherBaseModel, match="weights"):
+        store.recall("key 0")
+
+
+def test_another_chat_template_is_another_base_model(copy: Path, base: Path, tmp_path: Path) -> None:
+    changed = tmp_path / base.name
+    shutil.copytree(base, changed)
+    template = changed / "chat_template.jinja"
+    template.write_text(template.read_text() + " ")
+    with MemoryStore(copy, str(changed), create=False) as store, pytest.raises(OtherBaseModel, match="tokenizer"):
+        store.recall("key 0")

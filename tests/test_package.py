@@ -1,0 +1,102 @@
+"""The package as a whole: its public names, what importing it costs, which way its imports go."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import loramem
+from loramem import errors
+
+from .conftest import ROOT
+
+LAYERS = (
+    ("loramem.suites.writing",),
+    ("loramem.suites.generators",),
+    ("loramem.suites",),
+    ("loramem.embedded.build",),
+    ("loramem",),
+    ("loramem.store",),
+    ("loramem.transaction", "loramem.reader", "loramem.manifest"),
+    ("loramem.shards",),
+    ("loramem.writer",),
+    ("loramem.recall",),
+    ("loramem.batches", "loramem.adapters"),
+    ("loramem.base_model", "loramem.objectives"),
+    ("loramem.prompts", "loramem.index"),
+    ("loramem.capacity", "loramem.reports", "loramem.files", "loramem.runs", "loramem.embedded.corpus"),
+    ("loramem.embedded",),
+    ("loramem.records",),
+    ("loramem.errors",),
+)
+
+
+def test_the_public_names_are_these() -> None:
+    assert loramem.__all__ == [
+        "Explanation",
+        "KeyNotFound",
+        "LoramemError",
+        "MemoryStore",
+        "Plan",
+        "Recall",
+        "Record",
+        "VerifyReport",
+        "WriteReport",
+        "WriterSettings",
+        "base_path",
+        "read_records",
+    ]
+    for name in loramem.__all__:
+        assert getattr(loramem, name).__doc__
+    with pytest.raises(AttributeError, match="nonsense"):
+        _ = loramem.nonsense
+
+
+def test_every_error_has_one_root_and_stands_in_the_tree_of_the_docstring() -> None:
+    classes = [
+        value for value in vars(errors).values() if isinstance(value, type) and value.__module__ == errors.__name__
+    ]
+    drawn = re.findall(r"[├└]── (\w+)", errors.__doc__ or "")
+    assert all(issubclass(kind, errors.LoramemError) for kind in classes)
+    assert sorted(drawn) == sorted(kind.__name__ for kind in classes if kind is not errors.LoramemError)
+
+
+@pytest.mark.parametrize("code", ["import loramem", "from loramem_cli.main import run; run(['--help'])"])
+def test_importing_and_help_do_not_import_torch(code: str) -> None:
+    check = f"{code}\nimport sys\nassert not {{'torch', 'transformers', 'peft', 'scipy'}} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", check], check=True, capture_output=True)
+
+
+def test_reading_the_index_does_not_import_torch(tmp_path: Path) -> None:
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom loramem.index import Index\n"
+        f"Index(Path({str(tmp_path / 'index.db')!r})).count()\nimport loramem.store\nassert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_imports_go_one_way() -> None:
+    level = {module: height for height, modules in enumerate(LAYERS) for module in modules}
+    found = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        for path in (ROOT / "loramem").rglob("*.py")
+    }
+    assert found == set(level)
+    for module in found - {"loramem"}:
+        path = ROOT / Path(*module.split("."))
+        source = (path / "__init__.py" if path.is_dir() else path.with_suffix(".py")).read_text()
+        for node in ast.walk(ast.parse(source)):
+            if not isinstance(node, ast.ImportFrom) or not (node.module or "").startswith("loramem"):
+                continue
+            targets = {f"{node.module}.{alias.name}" for alias in node.names} & set(level) or {node.module}
+            for target in targets:
+                assert level[target] > level[module], f"{module} imports {target}"
+
+
+def test_no_print_in_the_library() -> None:
+    for path in (ROOT / "loramem").rglob("*.py"):
+        calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+        assert not [call for call in calls if isinstance(call.func, ast.Name) and call.func.id == "print"], path

@@ -1,0 +1,202 @@
+"""Writing and reading a store, on a small random base model."""
+
+import threading
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from loramem import KeyNotFound, MemoryStore, Record
+from loramem.errors import ConflictingRecord, RecordError, StoreFormatError, StoreNotFound
+
+from .conftest import numbers
+
+AWKWARD = {
+    "中文键": "值：一二三",
+    "مفتاح": "قيمة ١٢٣",
+    "emoji 🔑": "👩‍👩‍👧‍👦 🏳️‍🌈",
+    "latex": r"\int_0^\infty e^{-x^2}\,dx = \frac{\sqrt{\pi}}{2}",
+    "python": "def f(x):\n\treturn x  # two  spaces\r\n",
+    "hex": "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b",
+    "one": "x",
+    "spaces": "  leading and trailing  ",
+    " key with spaces ": "v",
+    "null": "a\x00b",
+}
+
+
+@pytest.fixture(scope="module")
+def store(base: Path, tmp_path_factory: pytest.TempPathFactory) -> MemoryStore:
+    store = MemoryStore(tmp_path_factory.mktemp("store") / "memory", str(base))
+    store.write(numbers(8))
+    store.write(AWKWARD)
+    return store
+
+
+def test_every_value_comes_back_verbatim(store: MemoryStore) -> None:
+    for key, value in {**numbers(8), **AWKWARD}.items():
+        assert store.recall(key) == value
+
+
+def test_recall_many_gives_every_record_once_with_its_certificate(store: MemoryStore) -> None:
+    recalled = {recall.key: recall for recall in store.recall_many()}
+    assert {key: recall.value for key, recall in recalled.items()} == {**numbers(8), **AWKWARD}
+    assert all(recall.min_prob >= 0.6 for recall in recalled.values())
+    assert len({recall.adapter for recall in recalled.values()}) == 2
+
+
+def test_recall_many_of_chosen_keys(store: MemoryStore) -> None:
+    assert {r.key: r.value for r in store.recall_many(["one", "key 3"])} == {"one": "x", "key 3": numbers(8)["key 3"]}
+
+
+def test_a_store_knows_its_keys(store: MemoryStore) -> None:
+    assert len(store) == 18
+    assert "one" in store
+    assert "two" not in store
+    assert list(store.keys())[:8] == list(numbers(8))
+
+
+def test_an_unknown_key_suggests_close_ones(store: MemoryStore) -> None:
+    with pytest.raises(KeyNotFound, match="key 3") as caught:
+        store.recall("key 33")
+    assert "key 3" in caught.value.close
+    assert isinstance(caught.value, KeyError)
+
+
+def test_writing_the_same_records_again_changes_nothing(store: MemoryStore) -> None:
+    before = [adapter.id for adapter in store.adapters()]
+    report = store.write(numbers(8))
+    assert (report.written, report.skipped) == (0, 8)
+    assert [adapter.id for adapter in store.adapters()] == before
+
+
+def test_another_value_for_a_known_key_is_refused_before_anything_changes(store: MemoryStore) -> None:
+    with pytest.raises(ConflictingRecord):
+        store.write({"new": "1", "one": "y"})
+    assert "new" not in store
+    assert store.pending() is None
+    assert store.recall("one") == "x"
+
+
+def test_the_same_key_may_exist_in_two_namespaces(base: Path, tmp_path: Path) -> None:
+    store = MemoryStore(tmp_path / "memory", str(base))
+    store.write([Record("k", "11"), Record("k", "22", "team/project")])
+    assert store.recall("k") == "11"
+    assert store.recall("k", "team/project") == "22"
+    assert len({adapter.namespace for adapter in store.adapters()}) == 2
+
+
+def test_explain_shows_ordered_tokens_that_the_base_does_not_know(store: MemoryStore) -> None:
+    explanation = store.explain("hex")
+    assert "".join(token.text for token in explanation.tokens[:-1]) == AWKWARD["hex"]
+    assert all(token.ordered for token in explanation.tokens)
+    assert explanation.min_prob >= 0.6
+    assert min(token.base_prob for token in explanation.tokens) < 0.5
+
+
+def test_load_gives_the_model_and_the_prompt_for_ones_own_generate(store: MemoryStore) -> None:
+    import torch
+
+    model, prompt = store.load("one")
+    output = model.generate(
+        torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long), max_new_tokens=1
+    )
+    assert store.base.tokenizer.decode(output[0, -1:]) == "x"
+
+
+def test_verify_decodes_everything(store: MemoryStore) -> None:
+    report = store.verify()
+    assert (report.records, report.exact, report.failed, report.damaged) == (18, 18, (), ())
+    assert report.ok
+
+
+def test_stats_count_what_is_there(store: MemoryStore) -> None:
+    stats = store.stats()
+    assert (stats.records, stats.adapters, stats.unfinished_records) == (18, 2, 0)
+    assert stats.min_prob is not None
+    assert stats.min_prob >= 0.6
+    assert stats.parameters > 0
+
+
+def test_plan_trains_and_changes_nothing(store: MemoryStore) -> None:
+    plan = store.plan({"a": "123", "one": "x"})
+    assert sum(shard.records for shard in plan.shards) == 1  # "one" is there already
+    assert "a" not in store
+
+
+def test_a_store_opened_again_recalls_from_disk(store: MemoryStore) -> None:
+    with MemoryStore(store.path, create=False) as again:
+        assert again.recall("latex") == AWKWARD["latex"]
+
+
+def test_threads_share_a_store(store: MemoryStore) -> None:
+    expected = {**numbers(8), **AWKWARD}
+    wrong: list[str] = []
+
+    def read(keys: list[str]) -> None:
+        wrong.extend(key for key in keys if store.recall(key) != expected[key])
+
+    keys = list(expected)
+    threads = [threading.Thread(target=read, args=(keys[i::3] * 2,)) for i in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_opening_a_missing_store_for_reading_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(StoreNotFound, match="nothing-here"):
+        MemoryStore(tmp_path / "nothing-here", create=False)
+    assert not (tmp_path / "nothing-here").exists()
+
+
+def test_a_folder_with_other_things_is_not_taken_over(base: Path, tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("irreplaceable")
+    with pytest.raises(StoreFormatError, match="not a loramem store"):
+        MemoryStore(tmp_path, str(base))
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_newer_format_is_refused(store: MemoryStore, tmp_path: Path) -> None:
+    import json
+    import shutil
+
+    copy = tmp_path / "memory"
+    shutil.copytree(store.path, copy)
+    manifest = json.loads((copy / "store.json").read_text())
+    (copy / "store.json").write_text(json.dumps({**manifest, "format": 2}))
+    with pytest.raises(StoreFormatError, match="format 2"):
+        MemoryStore(copy, create=False)
+
+
+def test_directories_are_private(store: MemoryStore) -> None:
+    assert store.path.stat().st_mode & 0o077 == 0
+    assert (store.path / "index.db").stat().st_mode & 0o077 == 0
+    for path in (store.path / "adapters").rglob("*"):
+        assert path.stat().st_mode & 0o077 == 0
+
+
+def test_no_adapter_file_names_a_path_or_a_value(store: MemoryStore) -> None:
+    for path in (store.path / "adapters").rglob("*"):
+        if path.is_file():
+            content = path.read_bytes()
+            assert str(store.base.folder).encode() not in content
+            assert AWKWARD["hex"].encode() not in content
+
+
+@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    records=st.dictionaries(st.text(min_size=1, max_size=12), st.text(min_size=1, max_size=12), min_size=1, max_size=4)
+)
+def test_whatever_is_accepted_is_recalled(
+    base: Path, tmp_path_factory: pytest.TempPathFactory, records: dict[str, str]
+) -> None:
+    with MemoryStore(tmp_path_factory.mktemp("any") / "memory", str(base)) as store:
+        try:
+            store.write(records)
+        except RecordError:
+            assert len(store) == 0
+        else:
+            assert {key: store.recall(key) for key in records} == records

@@ -1,0 +1,185 @@
+"""The training loop: when it stops, when the rank grows, what it does with stubborn records and with NaN."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from loramem import MemoryStore, WriterSettings, shards, writer
+from loramem.adapters import AdaptedModel, Placement, decoder_layers
+from loramem.base_model import BaseModel, load_base_model
+from loramem.batches import answer_logits, make_batch
+from loramem.errors import StubbornRecords, TrainingDiverged
+from loramem.prompts import encode_records
+from loramem.recall import answer_probabilities
+from loramem.records import as_records
+
+from .conftest import numbers
+
+
+@pytest.fixture
+def loaded(base: Path) -> BaseModel:
+    return load_base_model(str(base))
+
+
+def encode(base: BaseModel, records: dict[str, str]):
+    return encode_records(as_records(records), base.tokenizer, base.template, base.max_tokens)
+
+
+@pytest.mark.parametrize("objective", writer.OBJECTIVES)
+@pytest.mark.parametrize("optimizer", writer.OPTIMIZERS)
+def test_every_objective_certifies_every_token(loaded: BaseModel, objective: str, optimizer: str) -> None:
+    records = encode(loaded, numbers(6))
+    adapted = AdaptedModel(loaded)
+    settings = WriterSettings(objective=objective, optimizer=optimizer)
+    training = writer.train_adapter(adapted, "new", records, 4, Placement.default(loaded.model), settings)
+    assert training.stubborn == ()
+    for _, probs in answer_probabilities(loaded.model, records):
+        assert float(probs.min()) >= settings.certify_threshold
+
+
+def test_the_curriculum_exposes_every_record_in_the_end(loaded: BaseModel) -> None:
+    records = encode(loaded, numbers(12))
+    settings = WriterSettings(batch_records=2)  # curriculum needs several batches
+    training = writer.train_adapter(AdaptedModel(loaded), "new", records, 8, Placement.default(loaded.model), settings)
+    assert training.stubborn == ()
+
+
+def test_a_long_record_is_written_with_the_sliding_window(loaded: BaseModel) -> None:
+    records = encode(loaded, {"long": "".join(numbers(20, 3).values())})
+    settings = WriterSettings(long_tokens=40)
+    training = writer.train_adapter(AdaptedModel(loaded), "new", records, 16, Placement.default(loaded.model), settings)
+    assert training.stubborn == ()
+
+
+def test_growing_the_rank_keeps_the_function(loaded: BaseModel) -> None:
+    adapted, placement = AdaptedModel(loaded), Placement.default(loaded.model)
+    adapted.create("new", 2, placement, seed=0)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for tensor in adapted.weights("new").values():
+            tensor.normal_(std=0.1)
+    batch = make_batch(encode(loaded, numbers(3)), "cpu")
+    with torch.no_grad():
+        before = answer_logits(loaded.model, batch)
+        adapted.grow("new", 5, placement, seed=1)
+        after = answer_logits(loaded.model, batch)
+        with adapted.disabled():
+            base = answer_logits(loaded.model, batch)
+    assert (before - base).abs().max() > 0.1  # the adapter does something
+    torch.testing.assert_close(after, before, rtol=0, atol=1e-4)
+    assert {min(tensor.shape) for tensor in adapted.weights("new").values()} == {5}
+
+
+def test_the_rank_grows_when_progress_stops(base: Path, tmp_path: Path) -> None:
+    with MemoryStore(tmp_path / "memory", str(base)) as store:
+        report = store.write(numbers(24, 6), rank=1, settings=WriterSettings(patience_passes=3))
+        assert report.rank > 1
+        assert report.exact_match == 1.0
+
+
+def test_what_cannot_be_certified_commits_nothing_and_is_named(base: Path, tmp_path: Path) -> None:
+    settings = WriterSettings(max_rank=1, patience_passes=2)
+    with MemoryStore(tmp_path / "memory", str(base)) as store:
+        with pytest.raises(StubbornRecords) as caught:
+            store.write(numbers(40, 12), rank=1, settings=settings)
+        assert caught.value.keys
+        assert len(store) == 0
+        assert store.pending() is None
+        assert not list((store.path / "adapters").glob("*"))
+
+
+def stubborn_first(times: int):
+    """A train_adapter that calls the first record of a shard stubborn, that many times."""
+    left = [times]
+
+    def train(*arguments: object, **named: object) -> writer.Training:
+        training = writer.train_adapter(*arguments, **named)  # type: ignore[arg-type]
+        if left[0] > 0:
+            left[0] -= 1
+            return replace(training, stubborn=(0,))
+        return training
+
+    return train
+
+
+def test_stubborn_records_get_an_adapter_of_their_own(base: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(shards, "train_adapter", stubborn_first(1))
+    with MemoryStore(tmp_path / "memory", str(base)) as store:
+        report = store.write(numbers(4))
+        assert report.written == 4
+        assert len(report.adapters) == 2
+        assert {key: store.recall(key) for key in numbers(4)} == numbers(4)
+
+
+def test_partial_commits_what_was_certified_and_names_the_rest(base: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(shards, "train_adapter", stubborn_first(2))
+    with MemoryStore(tmp_path / "memory", str(base)) as store:
+        report = store.write(numbers(4), partial=True)
+        assert (report.written, report.failed) == (3, ("key 0",))
+        assert "key 0" not in store
+        assert store.recall("key 3") == numbers(4)["key 3"]
+
+
+def test_nan_once_goes_back_to_the_last_good_state(loaded: BaseModel, monkeypatch) -> None:
+    calls = [0]
+
+    def sometimes(model, batch):
+        calls[0] += 1
+        logits = answer_logits(model, batch)
+        return logits * float("nan") if calls[0] == 4 else logits
+
+    monkeypatch.setattr(writer, "answer_logits", sometimes)
+    records = encode(loaded, numbers(6))
+    training = writer.train_adapter(
+        AdaptedModel(loaded), "new", records, 4, Placement.default(loaded.model), WriterSettings()
+    )
+    assert training.stubborn == ()
+
+
+def test_nan_at_every_rate_is_a_typed_error_and_commits_nothing(base: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(writer, "answer_logits", lambda model, batch: answer_logits(model, batch) * float("inf"))
+    with MemoryStore(tmp_path / "memory", str(base)) as store:
+        with pytest.raises(TrainingDiverged):
+            store.write(numbers(2))
+        assert len(store) == 0
+        assert store.pending() is None
+
+
+def test_the_same_seed_gives_the_same_bytes(base: Path, tmp_path: Path) -> None:
+    contents = []
+    for name in ("one", "two"):
+        with MemoryStore(tmp_path / name, str(base)) as store:
+            store.write(numbers(5), settings=WriterSettings(seed=3))
+            (adapter,) = (store.path / "adapters").iterdir()
+            contents.append({path.name: path.read_bytes() for path in adapter.iterdir()})
+    assert contents[0] == contents[1]
+
+
+def test_progress_reports_every_step(base: Path, tmp_path: Path) -> None:
+    told: list[writer.WriteProgress] = []
+    with MemoryStore(tmp_path / "memory", str(base)) as store:
+        report = store.write(numbers(4), progress=told.append)
+    assert [progress.step for progress in told] == list(range(1, report.steps + 1))
+    assert told[-1].tokens_total == 4 * 5  # four digits and the end token
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"objective": "adam"}, {"optimizer": "memft"}, {"train_threshold": 0.5}, {"certify_threshold": 0.4}],
+)
+def test_contradictory_settings_are_refused(wrong: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=r"must"):
+        WriterSettings(**wrong)  # type: ignore[arg-type]
+
+
+def test_the_default_placement_is_all_linear_modules_of_the_last_two_layers(loaded: BaseModel) -> None:
+    placement = Placement.default(loaded.model)
+    assert placement.layers == (1, 2)
+    assert placement.modules == ("down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj")
+    adapted = AdaptedModel(loaded)
+    adapted.create("new", 1, placement, seed=0)
+    counted = sum(tensor.numel() for tensor in adapted.weights("new").values())
+    assert placement.parameters_per_rank(loaded.model) == counted
+    assert len(decoder_layers(loaded.model)) == 3
