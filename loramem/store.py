@@ -298,14 +298,22 @@ class MemoryStore:
     def verify(self) -> VerifyReport:
         """Check every file and row against its sha256, then decode every record from its adapter.
 
-        Damage does not raise: the report lists it.
+        The base model's weights are hashed again too. Damage does not raise: the report lists it.
+
+        Raises:
+            OtherBaseModel: The base model given is not the store's at all.
         """
+        from loramem.base_model import fingerprint
         from loramem.reader import file_problems
 
         with self._lock:
             started = time.monotonic()
             damaged = list(self._index.damaged())
             damaged += [problem for row in self._index.adapters() for problem in file_problems(self.path, row)]
+            try:
+                fingerprint(self.base.folder, rehash=True).check(self.manifest.fingerprint, self.base.id)
+            except OtherBaseModel as error:
+                damaged.append(str(error))
             records, failed = list(self._index.records()), []
             for start, end in runs([record.adapter for record in records], RECALL_BATCH):
                 try:

@@ -275,13 +275,12 @@ class _Run:
         return objectives.memft_ot(losses, supervised, self.settings.train_threshold)
 
     def rate_factor(self) -> float:
-        """Learning rate as a share of its start, tied to progress.
+        """Learning rate as a share of its start, tied to progress: the last tokens settle only when it falls.
 
-        The last tokens settle only when it falls; but where nothing improves any more it rises again, since a
-        token that two contexts share leaves its saddle only at a high rate.
+        It falls with the share of tokens that are not ordered yet, and further while nothing improves.
         """
         share = self.unordered / self.total_tokens
-        return min(1.0, max(0.1, share / 0.1) * 2 ** (self.idle_passes / 5))
+        return min(1.0, max(0.1, share / 0.1)) * 0.5 ** (self.idle_passes / 10)
 
     def see(self, indices: Sequence[int], losses: Tensor) -> None:
         """Keep the probabilities the training forward computed anyway (of the weights before this step)."""

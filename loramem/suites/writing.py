@@ -158,7 +158,7 @@ def run_cell(base: BaseModel, cell: Cell) -> dict[str, Any]:
         groups = [list(range(start, min(start + 50, len(records)))) for start in range(0, len(records), 50)]
         decoded = dict(decode_records(base.model, records, groups))
     adapted.remove("saved")
-    certified = [float(p.min()) >= cell.settings.certify_threshold for p in probs.values()]
+    certified = [float(probs[i].min()) >= cell.settings.certify_threshold for i in range(len(records))]
     exact = [tuple(decoded[i]) == records[i].answer_ids[:-1] for i in range(len(records))]
     if not all(right for right, certain in zip(exact, certified, strict=True) if certain):
         raise RecallError(f"Cell {cell.name}: a certified record was not decoded.", key="", adapter="saved")
