@@ -41,7 +41,7 @@ def test_every_objective_certifies_every_token(loaded: BaseModel, objective: str
 
 def test_the_curriculum_exposes_every_record_in_the_end(loaded: BaseModel) -> None:
     records = encode(loaded, numbers(12))
-    settings = WriterSettings(batch_records=2)  # curriculum needs several batches
+    settings = WriterSettings(curriculum=True, batch_records=2)  # it needs several batches
     training = writer.train_adapter(AdaptedModel(loaded), "new", records, 8, Placement.default(loaded.model), settings)
     assert training.stubborn == ()
 
