@@ -115,7 +115,7 @@ def train_adapter(
 ) -> Training:
     """Train a new adapter ``name`` until every token of every record is certified.
 
-    The adapter is left attached and active, at the best state reached.
+    The adapter is left attached and active as training left it, certified or not.
 
     Raises:
         TrainingDiverged: NaN or Inf, again after three restarts at lower learning rates.

@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from loramem import MemoryStore
+from loramem import MemoryStore, base_path
 from loramem.base_model import load_base_model
 from loramem.errors import BaseModelNotFound, UnreachableToken, UnsupportedBaseModel
 
@@ -30,17 +30,28 @@ def test_ten_records_are_written_and_recalled_with_and_without_loramem(
         assert {key: store.recall(key) for key in RECORDS} == RECORDS
         (adapter,) = report.adapters
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = PeftModel.from_pretrained(
-        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), tmp_path / "memory" / "adapters" / adapter
-    )
-    for key, value in RECORDS.items():
+    assert recalled_by_peft_alone(folder, tmp_path / "memory" / "adapters" / adapter, list(RECORDS)) == RECORDS
+
+
+def test_the_embedded_base_is_recalled_by_peft_alone(tmp_path: Path) -> None:
+    records = {**numbers(5, 10), "Ünïcode 🔑": "naïve — “quoted”"}
+    with MemoryStore(tmp_path / "memory") as store:
+        (adapter,) = store.write(records).adapters
+    assert recalled_by_peft_alone(base_path(), tmp_path / "memory" / "adapters" / adapter, list(records)) == records
+
+
+def recalled_by_peft_alone(base: Path, adapter: Path, keys: list[str]) -> dict[str, str]:
+    """What transformers and PEFT decode, with nothing of loramem."""
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), adapter)
+    found = {}
+    for key in keys:
         prompt = tokenizer.apply_chat_template(
             [{"role": "user", "content": key}], add_generation_prompt=True, return_tensors="pt", return_dict=True
         )
-        output = model.generate(**prompt, max_new_tokens=40, do_sample=False)
-        answer = output[0, prompt["input_ids"].shape[1] :]
-        assert tokenizer.decode(answer, skip_special_tokens=True) == value
+        output = model.generate(**prompt, max_new_tokens=60, do_sample=False)
+        found[key] = tokenizer.decode(output[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
+    return found
 
 
 @pytest.mark.skipif(not (SHARED / "models" / "tinystories-260k").exists(), reason="model not present")

@@ -72,7 +72,7 @@ def placement_cells(base: BaseModel) -> Iterator[Cell]:
     for name, (modules, where) in places.items():
         per_rank = Placement(modules, where).parameters_per_rank(base.model)
         rank = max(1, round(BUDGET / per_rank))
-        yield Cell("placement", name, "phonebook", 100, rank, modules, where, WriterSettings(batch_records=50), 200)
+        yield Cell("placement", name, "phonebook", 100, rank, modules, where, WriterSettings(batch_records=50), 120)
 
 
 def default_cell(base: BaseModel, suite: str, name: str, kind: str, records: int, rank: int, **settings: Any) -> Cell:
@@ -89,7 +89,7 @@ def objective_cells(base: BaseModel) -> Iterator[Cell]:
         "memft-ot, trained to 0.9": {"objective": "memft-ot"},
         "sft (plain cross-entropy)": {"objective": "sft"},
     }
-    for seed in range(3):
+    for seed in range(2):
         for name, settings in variants.items():
             yield default_cell(base, "objective", f"{name}, rank 16", "phonebook", 100, 16, seed=seed, **settings)
     for name, settings in variants.items():
@@ -106,19 +106,14 @@ def density_cells(base: BaseModel) -> Iterator[Cell]:
     """How rank, optimiser, rate and batch trade seconds for parameters."""
     for rank in (32, 16, 8, 4, 2):
         for optimizer in ("adamw", "muon"):
-            for rate in (5e-3, 1e-2, 2e-2):
-                name = f"rank {rank}, {optimizer}, lr {rate:g}"
-                yield default_cell(
-                    base, "density", name, "phonebook", 100, rank, optimizer=optimizer, learning_rate=rate
-                )
+            yield default_cell(
+                base, "density", f"rank {rank}, {optimizer}", "phonebook", 100, rank, optimizer=optimizer
+            )
+    for rate in (5e-3, 2e-2):
+        yield default_cell(base, "density", f"rank 16, lr {rate:g}", "phonebook", 100, 16, learning_rate=rate)
     for batch in (5, 10, 50):
         yield default_cell(base, "density", f"rank 16, batch {batch}", "phonebook", 100, 16, batch_records=batch)
-    for optimizer in ("adamw", "muon"):
-        for records in (200, 400):
-            yield default_cell(
-                base, "density", f"{records} records, rank 2, {optimizer}", "phonebook", records, 2,
-                optimizer=optimizer, batch_records=50,
-            )  # fmt: skip
+    yield default_cell(base, "density", "400 records, rank 2", "phonebook", 400, 2, batch_records=50)
 
 
 SUITES = {"placement": placement_cells, "objective": objective_cells, "kinds": kinds_cells, "density": density_cells}
@@ -187,22 +182,22 @@ def run_cell(base: BaseModel, cell: Cell) -> dict[str, Any]:
     "--results", type=click.Path(path_type=Path), default=Path("docs/results/writing.jsonl"), show_default=True
 )
 @click.option("--threads", default=os.cpu_count(), show_default="all cores")
-@click.option("--only", default="", help="Only cells whose name contains this.")
-def main(suite: str, results: Path, threads: int, only: str) -> None:
+@click.option("--no-run", is_flag=True, help="Only print what is in the results file.")
+def main(suite: str, results: Path, threads: int, no_run: bool) -> None:
     """Run the cells of SUITE that are not in the results file yet, and print the table."""
     torch.set_num_threads(threads)
     base = load_base_model()
     done = {line["cell"]: line for line in map(json.loads, results.open())} if results.exists() else {}
-    cells = [cell for cell in SUITES[suite](base) if only in cell.name]
+    cells = list(SUITES[suite](base))
     for cell in cells:
-        if cell.id not in done:
+        if cell.id not in done and not no_run:
             done[cell.id] = run_cell(base, cell)
             with results.open("a") as file:
                 file.write(json.dumps(done[cell.id]) + "\n")
             click.echo(json.dumps({k: v for k, v in done[cell.id].items() if k != "cell"}), err=True)
     click.echo("| cell | seed | rank | parameters | certified | exact | ordered tokens | steps | visits/record | s |")
     click.echo("|---|---|---|---|---|---|---|---|---|---|")
-    for cell in cells:
+    for cell in (cell for cell in cells if cell.id in done):
         line = done[cell.id]
         click.echo(
             f"| {cell.name} | {cell.settings.seed} | {cell.rank} | {line['parameters']:,} "
