@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from loramem_cli.main import run
 
-from .conftest import numbers
+from .conftest import ROOT, numbers
 
 RECORDS = numbers(4)
 
@@ -206,3 +206,13 @@ def test_an_interrupt_exits_130(written: Path, base: Path, tmp_path: Path, monke
     assert run(["write", str(written / "records.jsonl"), "--store", place]) == 1  # unfinished
     assert run(["write", "--resume", "--store", place]) == 0
     assert run(["recall", "key 1", "--store", place]) == 0
+
+
+def test_the_readme_names_every_command_and_exit_code() -> None:
+    from loramem_cli.main import EXIT_CODES, INTERRUPTED, cli
+
+    readme = (ROOT / "README.md").read_text()
+    for command in cli.commands:
+        assert f"loramem {command}" in readme or f"| {command} " in readme
+    for code in {0, 2, INTERRUPTED} | {code for _, code in EXIT_CODES}:
+        assert f"\n| {code} |" in readme
