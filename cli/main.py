@@ -2,7 +2,6 @@
 
 import logging
 import sys
-import warnings
 from collections.abc import Sequence
 
 import click
@@ -32,8 +31,6 @@ INTERRUPTED = 130
 def cli(verbose: bool) -> None:
     """Write facts verbatim into LoRA adapters of a frozen language model, and prove it."""
     logging.basicConfig(level=logging.INFO if verbose else logging.ERROR, format="%(levelname)s %(name)s: %(message)s")
-    if not verbose:
-        warnings.simplefilter("ignore", FutureWarning)  # of libraries, about their own internals
 
 
 for command in (write, put, recall, explain, ls, stats, verify, plan):

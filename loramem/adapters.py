@@ -7,6 +7,7 @@ saved), safetensors and a config written by ourselves with sorted keys, since PE
 import hashlib
 import json
 import math
+import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -123,7 +124,7 @@ class AdaptedModel:
             layers_to_transform=list(placement.layers),
             task_type="CAUSAL_LM",
         )
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), _no_future_warnings():
             torch.manual_seed(seed)
             if self._peft is None:
                 self._peft = get_peft_model(self.base.model, config, adapter_name=name)
@@ -149,10 +150,11 @@ class AdaptedModel:
     def load(self, name: str, folder: Path) -> None:
         """Activate a saved adapter, reading it from disk unless it is loaded already; the least used one leaves."""
         if name not in self._loaded:
-            if self._peft is None:
-                self._peft = PeftModel.from_pretrained(self.base.model, folder, adapter_name=name)
-            else:
-                self._peft.load_adapter(str(folder), adapter_name=name)
+            with _no_future_warnings():
+                if self._peft is None:
+                    self._peft = PeftModel.from_pretrained(self.base.model, folder, adapter_name=name)
+                else:
+                    self._peft.load_adapter(str(folder), adapter_name=name)
             while len(self._loaded) >= self.max_loaded:
                 self.remove(next(iter(self._loaded)))
         self._loaded[name] = None
@@ -194,6 +196,14 @@ class AdaptedModel:
         assert self._peft is not None
         self._peft.set_adapter(name, inference_mode=not trainable)
         self._peft.eval()
+
+
+@contextmanager
+def _no_future_warnings() -> Iterator[None]:
+    """PEFT calls names that transformers has deprecated; nobody who uses loramem can act on that."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
 
 
 def serialize(weights: dict[str, Tensor], base: BaseModel, placement: Placement) -> dict[str, bytes]:
