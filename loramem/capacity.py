@@ -12,8 +12,8 @@ GOALS = ("fast", "small")
 # Bits of value cost per adapter parameter that the first rank is chosen for; measured in docs/writing.md.
 DENSITY = {"fast": 0.03, "small": 0.5}
 MIN_RANK = {"fast": 8, "small": 1}
-# Most records and answer tokens of one shard; docs/writing.md has seconds per record against shard size.
 MAX_RANK = 128
+# Most records and answer tokens of one shard: many small adapters with exact routing, none too large to rewrite.
 SHARD_RECORDS, SHARD_TOKENS = 200, 4000
 
 
