@@ -48,6 +48,9 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except (click.Abort, KeyboardInterrupt):
         click.echo("Interrupted.", err=True)
         return INTERRUPTED
+    except OSError as error:  # a full disk, a folder that may not be written
+        click.echo(f"Error: {error}", err=True)
+        return 1
     except errors.LoramemError as error:
         click.echo(f"Error: {error}", err=True)
         return next(code for kind, code in EXIT_CODES if isinstance(error, kind))

@@ -102,9 +102,9 @@ def load_base_model(
 
     Raises:
         BaseModelNotFound: Nothing there, no network, or no safetensors.
-        UnsupportedBaseModel: Quantised weights, no end token, or not a causal LM.
+        UnsupportedBaseModel: Quantised weights, no usable end token, or a device or dtype that cannot be used.
     """
-    target = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    target = _device(device)
     if dtype == "auto":
         dtype = "bfloat16" if target.type == "cuda" else "float32"
     if dtype not in DTYPES:
@@ -144,6 +144,17 @@ def load_base_model(
         device=target,
         dtype=dtype,
     )
+
+
+def _device(name: str) -> torch.device:
+    """The torch device of a name, checked by putting something there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise UnsupportedBaseModel(f"Device {name!r} cannot be used here ({reason}). Use auto or cpu.") from None
 
 
 @contextmanager

@@ -33,10 +33,6 @@ class Batch:
     targets: Tensor
     supervised: Tensor
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.input_ids.shape[0], self.input_ids.shape[1]
-
 
 def make_batch(records: Sequence[EncodedRecord], device: torch.device | str) -> Batch:
     """Pad records into one batch for teacher forcing."""

@@ -18,6 +18,7 @@ from typing import Any
 from sqlite_utils import Database, Migrations
 from sqlite_utils.db import NotFoundError
 
+from loramem.errors import IntegrityError
 from loramem.records import Record
 
 MIGRATIONS = Migrations("loramem")
@@ -166,6 +167,20 @@ class Index:
         if MIGRATIONS.pending(self.db):
             MIGRATIONS.apply(self.db)
 
+    @classmethod
+    def open(cls, path: Path) -> "Index":
+        """The index of an existing store.
+
+        Raises:
+            IntegrityError: It is missing, or not a database that SQLite can read.
+        """
+        if not path.exists():
+            raise IntegrityError(f"{path} is missing. Restore it from a backup.", what=path.name)
+        try:
+            return cls(path)
+        except sqlite3.DatabaseError as error:
+            raise IntegrityError(f"{path} is damaged ({error}). Restore it from a backup.", what=path.name) from None
+
     def close(self) -> None:
         self.db.close()
 
@@ -309,7 +324,21 @@ def _record_row(record: StoredRecord) -> dict[str, Any]:
 
 def _record(row: dict[str, Any]) -> StoredRecord:
     fields = {name: value for name, value in row.items() if name != "row_sha256"}
-    return StoredRecord(**{**fields, "metadata": json.loads(row["metadata"])})
+    return StoredRecord(**{**fields, "metadata": _column(row, "metadata")})
+
+
+def _column(row: dict[str, Any], name: str) -> Any:
+    """A JSON column of a row.
+
+    Raises:
+        IntegrityError: It is not JSON any more.
+    """
+    try:
+        return json.loads(row[name])
+    except (ValueError, TypeError):
+        raise IntegrityError(
+            f"index.db: column {name!r} of a row is not what was committed. Run loramem verify.", what="index.db"
+        ) from None
 
 
 JSON_COLUMNS = ("files", "placement", "training", "proof")
@@ -321,4 +350,4 @@ def _adapter_row(adapter: StoredAdapter) -> dict[str, Any]:
 
 def _adapter(row: dict[str, Any]) -> StoredAdapter:
     fields = {name: value for name, value in row.items() if name != "row_sha256"}
-    return StoredAdapter(**{**fields, **{name: json.loads(row[name]) for name in JSON_COLUMNS}})
+    return StoredAdapter(**{**fields, **{name: _column(row, name) for name in JSON_COLUMNS}})

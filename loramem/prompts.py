@@ -9,6 +9,8 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from jinja2 import TemplateError
+
 from loramem.errors import (
     NotRoundTrip,
     PromptCollision,
@@ -65,9 +67,12 @@ def _chat(tokenizer: Any) -> PromptTemplate:
     def render(*turns: tuple[str, str], generate: bool) -> str:
         messages = [{"role": role, "content": content} for role, content in turns]
         # Templates ignore variables they do not know; Qwen3's opens a reasoning block unless told not to.
-        text: str = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=generate, enable_thinking=False
-        )
+        try:
+            text: str = tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=generate, enable_thinking=False
+            )
+        except TemplateError as error:  # templates refuse roles with raise_exception
+            raise UnsupportedBaseModel(f"The chat template does not take a plain question: {error}.") from None
         return text
 
     prompt = render(("user", PLACEHOLDER), generate=True)

@@ -57,8 +57,9 @@ def write_shard(
     remaining = list(records)
     while remaining:
         training = train_adapter(adapted, UNSAVED, remaining, rank, placement, settings, progress)
-        stubborn = [remaining[index] for index in training.stubborn]
-        certified = [record for index, record in enumerate(remaining) if index not in set(training.stubborn)]
+        left = set(training.stubborn)
+        stubborn = [record for index, record in enumerate(remaining) if index in left]
+        certified = [record for index, record in enumerate(remaining) if index not in left]
         if certified:
             shards.append(_save_and_prove(adapted, certified, placement, settings, training, staging))
         else:

@@ -61,7 +61,7 @@ class MemoryStore:
     Raises:
         StoreNotFound: No store there and ``create`` is False.
         StoreFormatError: The folder is something else, or a newer format.
-        IntegrityError: store.json is not what was committed.
+        IntegrityError: store.json or index.db is not what was committed.
 
     A store is a context manager and may be shared between threads; calls that need the model take turns.
 
@@ -90,7 +90,7 @@ class MemoryStore:
             if not create:
                 raise StoreNotFound(f"There is no store at {self.path}. Write records first, or name it with --store.")
             self._create()
-        self._index = Index(self.path / "index.db")
+        self._index = Index.open(self.path / "index.db")
         self.manifest = read_manifest(self.path, self._index)
 
     def __enter__(self) -> "MemoryStore":
@@ -309,12 +309,17 @@ class MemoryStore:
         with self._lock:
             started = time.monotonic()
             damaged = list(self._index.damaged())
-            damaged += [problem for row in self._index.adapters() for problem in file_problems(self.path, row)]
+            try:
+                adapters, records = list(self._index.adapters()), list(self._index.records())
+            except IntegrityError as error:  # rows that cannot be read leave nothing to decode by
+                count, elapsed_s = self._index.count(), time.monotonic() - started
+                return VerifyReport(count, 0, (), (*damaged, str(error)), elapsed_s)
+            damaged += [problem for row in adapters for problem in file_problems(self.path, row)]
             try:
                 fingerprint(self.base.folder, rehash=True).check(self.manifest.fingerprint, self.base.id)
             except OtherBaseModel as error:
                 damaged.append(str(error))
-            records, failed = list(self._index.records()), []
+            failed: list[str] = []
             for start, end in runs([record.adapter for record in records], RECALL_BATCH):
                 try:
                     decoded = self._reader.try_decode(records[start:end])

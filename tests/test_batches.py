@@ -44,7 +44,7 @@ def test_a_token_with_id_zero_is_not_padding() -> None:
 
 def test_answers_of_a_batch_end_in_its_last_column() -> None:
     batch = make_batch(RAGGED, "cpu")
-    assert batch.shape == (3, 7)
+    assert batch.input_ids.shape == (3, 7)
     assert batch.input_ids.tolist() == [
         [0, 0, 11, 12, 13, 21, 2],
         [0, 0, 14, 22, 23, 24, 2],

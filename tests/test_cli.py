@@ -216,3 +216,21 @@ def test_the_readme_names_every_command_and_exit_code() -> None:
         assert f"loramem {command}" in readme or f"| {command} " in readme
     for code in {0, 2, INTERRUPTED} | {code for _, code in EXIT_CODES}:
         assert f"\n| {code} |" in readme
+
+
+def test_a_device_that_is_not_there_is_one_line(base: Path, tmp_path: Path, capsys) -> None:
+    for device in ("nonsense", "cuda:99"):
+        code, error = mistake(
+            ["put", "k", "v", "--store", str(tmp_path / "m"), "--model", str(base), "--device", device], capsys
+        )
+        assert code == 1
+        assert error.startswith(f"Error: Device '{device}' cannot be used here")
+        assert len(error.splitlines()) == 1
+    assert not (tmp_path / "m").exists()
+
+
+def test_a_store_that_cannot_be_made_is_one_line(base: Path, tmp_path: Path, capsys) -> None:
+    (tmp_path / "file").write_text("")
+    code, error = mistake(["put", "k", "v", "--store", str(tmp_path / "file" / "m"), "--model", str(base)], capsys)
+    assert code == 1
+    assert error.startswith("Error: ")

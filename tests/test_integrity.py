@@ -108,6 +108,8 @@ def test_a_missing_adapter_file_is_reported(copy: Path) -> None:
         "update records set answer_tokens = 2 where key = 'key 1'",
         "update records set min_prob = 0.99 where key = 'key 1'",
         "update adapters set rank = rank + 1",
+        "update adapters set files = substr(files, 2)",
+        "update records set metadata = '{' where key = 'key 1'",
         "delete from records where key = 'key 1'",
     ],
 )
@@ -147,3 +149,13 @@ def test_another_chat_template_is_another_base_model(copy: Path, base: Path, tmp
     template.write_text(template.read_text() + " ")
     with MemoryStore(copy, str(changed), create=False) as store, pytest.raises(OtherBaseModel, match="tokenizer"):
         store.recall("key 0")
+
+
+@pytest.mark.parametrize("content", [None, b"", b"not a database at all" * 99])
+def test_an_index_that_cannot_be_read_is_refused(copy: Path, content: bytes | None) -> None:
+    for path in copy.glob("index.db*"):
+        path.unlink()
+    if content is not None:
+        (copy / "index.db").write_bytes(content)
+    with pytest.raises(IntegrityError):
+        MemoryStore(copy, create=False)
