@@ -17,14 +17,14 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from loramem.base_model import BaseModel
-from loramem.errors import UnsupportedBaseModel
+from loramem.layers import decoder_layers, features, linear_modules, linears
 
 WEIGHTS, CONFIG, CARD = "adapter_model.safetensors", "adapter_config.json", "README.md"
 ALPHA_PER_RANK = 2  # alpha = 2·r: the scaling alpha/r stays 2 when the rank grows, so growth keeps the function
@@ -51,48 +51,11 @@ class Placement:
         """Adapter parameters that one rank costs: Σ (inputs + outputs) over the adapted modules."""
         layers = decoder_layers(model)
         return sum(
-            sum(_features(module))
+            sum(features(module))
             for layer in self.layers
-            for name, module in _linears(layers[layer])
+            for name, module in linears(layers[layer])
             if name in self.modules
         )
-
-
-def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """The list of decoder layers, whatever the architecture calls it.
-
-    Raises:
-        UnsupportedBaseModel: None, or more than one, has the configured number of layers.
-    """
-    wanted = model.config.get_text_config().num_hidden_layers
-    stacks = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    found = [stack for stack in stacks if len(stack) == wanted]
-    if len(found) != 1:
-        raise UnsupportedBaseModel(
-            f"{type(model).__name__} has {len(found)} lists of {wanted} layers; exactly one stack of decoder layers "
-            "is needed to place an adapter."
-        )
-    return found[0]
-
-
-def linear_modules(layer: nn.Module) -> tuple[str, ...]:
-    """Sorted names of a layer's linear modules, without path."""
-    return tuple(sorted({name for name, _ in _linears(layer)}))
-
-
-def _linears(layer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    # PEFT wraps a linear module and keeps the original below it as "base_layer": the wrapper's name is the answer.
-    for name, module in layer.named_modules():
-        if isinstance(module, nn.Linear | Conv1D) and ".lora_" not in name:
-            yield name.removesuffix(".base_layer").rpartition(".")[2], module
-
-
-def _features(module: nn.Module) -> tuple[int, int]:
-    if isinstance(module, nn.Linear):
-        return module.in_features, module.out_features
-    assert isinstance(module.weight, Tensor)
-    inputs, outputs = module.weight.shape  # Conv1D of GPT-2 stores the transpose
-    return int(inputs), int(outputs)
 
 
 class AdaptedModel:
@@ -191,6 +154,14 @@ class AdaptedModel:
         """Parameters of the active adapter that training may change, in a fixed order."""
         assert self._peft is not None
         return [p for _, p in sorted(self._peft.named_parameters()) if p.requires_grad]
+
+    def lora_layers(self, name: str) -> list[LoraLayer]:
+        """The adapted linear modules of an adapter, in a fixed order; its matrices are ``lora_A[name].weight``…"""
+        return [
+            module
+            for _, module in sorted(self.model.named_modules())
+            if isinstance(module, LoraLayer) and name in module.lora_A
+        ]
 
     def _activate(self, name: str, *, trainable: bool) -> None:
         assert self._peft is not None

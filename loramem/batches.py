@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
@@ -61,24 +61,37 @@ def pad_left(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
 
 
 def answer_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """Logits (B, K, V) in float32 for the supervised columns; only these reach the unembedding."""
-    width = batch.targets.shape[1]
-    output = model(
-        input_ids=batch.input_ids,
-        attention_mask=batch.attention_mask,
-        # Without padding the positions are the default ones, and fused attention needs no mask.
-        position_ids=None if batch.attention_mask is None else batch.position_ids,
-        logits_to_keep=width + 1,
-        use_cache=False,
-    )
-    logits: Tensor = output.logits[:, -width - 1 : -1].float()
+    """Logits (N, V) in float32 of the N supervised positions, record by record; only these are unembedded."""
+    before_target = batch.supervised.nonzero(as_tuple=True)
+
+    def supervised_only(_: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+        return (args[0][before_target],)
+
+    head = model.get_output_embeddings().register_forward_pre_hook(supervised_only)
+    try:
+        output = model(
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            # Without padding the positions are the default ones, and fused attention needs no mask.
+            position_ids=None if batch.attention_mask is None else batch.position_ids,
+            logits_to_keep=batch.targets.shape[1] + 1,
+            use_cache=False,
+        )
+    finally:
+        head.remove()
+    logits: Tensor = output.logits.float()
     return logits
 
 
 def token_losses(logits: Tensor, batch: Batch) -> Tensor:
-    """Cross-entropy (B, K) in nats per token; 0 where nothing is supervised."""
-    losses = cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), reduction="none").view_as(batch.targets)
-    return losses * batch.supervised
+    """Cross-entropy (B, K) in nats per token of logits (N, V); 0 where nothing is supervised."""
+    losses = cross_entropy(logits, batch.targets[batch.supervised], reduction="none")
+    return per_position(losses, batch)
+
+
+def per_position(values: Tensor, batch: Batch) -> Tensor:
+    """Values (N,) of the supervised positions at their places in (B, K); 0 elsewhere."""
+    return values.new_zeros(batch.targets.shape).masked_scatter(batch.supervised, values)
 
 
 def group_by_length(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from loramem.batches import answer_logits, group_by_length, make_batch, pad_left
+from loramem.batches import answer_logits, group_by_length, make_batch, pad_left, token_losses
 from loramem.errors import RecallError
 from loramem.prompts import EncodedRecord
 
@@ -76,8 +76,7 @@ def answer_probabilities(model: PreTrainedModel, records: Sequence[EncodedRecord
     """Teacher-forced probability of every answer token and the end token; yields (index, probabilities (ℓ + 1,))."""
     for batch in group_by_length(records, range(len(records)), DECODE_RECORDS, DECODE_TOKENS):
         tensors = make_batch([records[index] for index in batch], model.device)
-        log_probs = answer_logits(model, tensors).log_softmax(-1)
-        probs = log_probs.gather(-1, tensors.targets[..., None])[..., 0].exp().cpu()
+        probs = torch.exp(-token_losses(answer_logits(model, tensors), tensors)).cpu()
         for row, index in enumerate(batch):
             yield index, probs[row, -len(records[index].answer_ids) :]
 

@@ -16,15 +16,20 @@ from torch import Tensor, nn
 
 from loramem import objectives
 from loramem.adapters import AdaptedModel, Placement, count_parameters, load_weights, rank_choices
-from loramem.batches import answer_logits, group_by_length, make_batch, token_losses
+from loramem.batches import group_by_length, per_position, token_losses
 from loramem.errors import TrainingDiverged
+from loramem.initialization import aligned_rows, collect_moments
+from loramem.layers import features
 from loramem.prompts import EncodedRecord
-from loramem.recall import answer_probabilities
+from loramem.trunk import Trunk
 
 log = logging.getLogger(__name__)
 
 OBJECTIVES = ("sft", "memft-ot", "memft-sw")
 OPTIMIZERS = ("muon", "adamw")
+STARTS = ("gradient", "random")
+PRECISIONS = ("auto", "float32", "bfloat16")
+CHECK_RECORDS, CHECK_TOKENS = 64, 32_768
 
 
 @dataclass(frozen=True)
@@ -44,16 +49,21 @@ class WriterSettings:
     """Probability that training aims at; above what is certified, or tokens hover at the boundary."""
     certify_threshold: float = 0.6
     """Probability that every answer token and end token must reach."""
+    start: str = "gradient"
+    """Where A begins: "gradient" (`loramem.initialization`) or "random"; B is zero in both."""
     optimizer: str = "adamw"
     learning_rate: float = 1e-2
     batch_records: int = 25
     batch_tokens: int = 8192
     """Most tokens in a batch, padding included."""
+    precision: str = "auto"
+    """Of the matrix products in training: "float32", "bfloat16" (autocast; adapter weights, losses and every check
+    stay float32), "auto" takes bfloat16 where the processor multiplies it natively."""
     max_grad_norm: float = 1.0
     long_tokens: int = 200
     """A shard of a single answer longer than this is trained with the sliding window."""
     patience_passes: int = 40
-    """Passes over the exposed records without progress before the rank grows."""
+    """Steps without progress before the rank grows, in passes over all records."""
     max_rank: int = 128
     seed: int = 0
 
@@ -62,6 +72,10 @@ class WriterSettings:
             raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}, not {self.objective!r}")
         if self.optimizer not in OPTIMIZERS:
             raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, not {self.optimizer!r}")
+        if self.start not in STARTS:
+            raise ValueError(f"start must be one of {', '.join(STARTS)}, not {self.start!r}")
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, not {self.precision!r}")
         if not 0.5 <= self.certify_threshold <= self.train_threshold < 1:
             raise ValueError(
                 "thresholds must satisfy 0.5 <= certify_threshold <= train_threshold < 1, not "
@@ -120,8 +134,12 @@ def train_adapter(
     Raises:
         TrainingDiverged: NaN or Inf, again after three restarts at lower learning rates.
     """
+    started = time.monotonic()
     adapted.create(name, rank, placement, settings.seed)
-    run = _Run(adapted, name, records, rank, settings, progress)
+    trunk = Trunk(adapted.model, records, min(placement.layers))
+    run = _Run(adapted, name, trunk, rank, settings, progress, started)
+    if settings.start == "gradient":
+        run.align()
     for next_rank in [*rank_choices(rank, settings.max_rank)[1:], None]:
         if run.until_certified_or_stalled() or next_rank is None:
             break
@@ -134,8 +152,16 @@ def train_adapter(
         parameters=count_parameters(adapted.weights(name)),
         steps=run.step,
         visits=run.visits,
-        elapsed_s=time.monotonic() - run.started,
+        elapsed_s=time.monotonic() - started,
     )
+
+
+def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
+    """What training's matrix products are cast to; None leaves them in the model's dtype."""
+    if precision == "auto":
+        native = device.type == "cuda" or (device.type == "cpu" and torch.cpu._is_avx512_bf16_supported())
+        precision = "bfloat16" if native else "float32"
+    return torch.bfloat16 if precision == "bfloat16" else None
 
 
 def make_optimizer(
@@ -154,23 +180,28 @@ class _Run:
         self,
         adapted: AdaptedModel,
         name: str,
-        records: Sequence[EncodedRecord],
+        trunk: Trunk,
         rank: int,
         settings: WriterSettings,
         progress: ProgressCallback | None,
+        started: float,
     ) -> None:
-        self.adapted, self.name, self.records, self.settings = adapted, name, records, settings
-        self.progress = progress
+        self.adapted, self.name, self.trunk, self.settings = adapted, name, trunk, settings
+        self.records, self.progress, self.started = trunk.records, progress, started
         self.generator = torch.Generator().manual_seed(settings.seed)
         # A fixed order for the whole run: the curriculum exposes growing prefixes of it (reference code, PhoneBook).
-        self.order = torch.randperm(len(records), generator=self.generator).tolist()
-        self.started = time.monotonic()
+        self.order = torch.randperm(len(self.records), generator=self.generator).tolist()
+        self.steps_per_pass = math.ceil(len(self.records) / settings.batch_records)
         self.step = self.visits = 0
-        self.total_tokens = sum(len(record.answer_ids) for record in records)
-        self.probs: list[Tensor] = [torch.zeros(len(record.answer_ids)) for record in records]
-        single_long = len(records) == 1 and records[0].length > settings.long_tokens
+        self.tokens = torch.tensor([len(record.answer_ids) for record in self.records])
+        # As last seen, per record: lowest probability, tokens below the certified one, Σ of the losses in nats.
+        self.lowest = torch.zeros(len(self.records))
+        self.open_tokens = self.tokens.clone()
+        self.losses = torch.full((len(self.records),), math.inf)
+        single_long = len(self.records) == 1 and self.records[0].length > settings.long_tokens
         self.sliding = objectives.SlidingState.start(1, adapted.base.device) if single_long else None
         self.learning_rate = settings.learning_rate
+        self.autocast = autocast_dtype(settings.precision, adapted.base.device)
         self.restart(rank)
 
     def restart(self, rank: int) -> None:
@@ -178,7 +209,24 @@ class _Run:
         self.rank = rank
         self.parameters = self.adapted.trainable()
         self.optimizer = make_optimizer(self.parameters, self.settings, self.learning_rate)
-        self.best_unordered, self.best_loss, self.idle_passes = math.inf, math.inf, 0
+        self.best_unordered, self.best_loss, self.best_step = math.inf, math.inf, self.step
+        self.remember()
+
+    def align(self) -> None:
+        """Start A along the preconditioned gradient of all records; one frozen pass, no step."""
+        layers = self.adapted.lora_layers(self.name)
+        with collect_moments(layers, [features(layer.get_base_layer()) for layer in layers]) as moments:
+            for indices in self.batches(range(len(self.records))):
+                losses, *_ = self.forward(indices)
+                losses.sum().backward()
+                self.see(indices, losses.detach())
+        self.optimizer.zero_grad()
+        if not all(found.finite for found in moments):
+            log.warning("the base's gradient is not finite; training starts from random directions")
+            return
+        with torch.no_grad():
+            for layer, found in zip(layers, moments, strict=True):
+                layer.lora_A[self.name].weight.copy_(aligned_rows(found, self.rank, self.generator))
         self.remember()
 
     def remember(self) -> None:
@@ -186,25 +234,34 @@ class _Run:
 
     @property
     def unordered(self) -> int:
-        return sum(int((probs < self.settings.certify_threshold).sum()) for probs in self.probs)
+        return int(self.open_tokens.sum())
+
+    @property
+    def idle_passes(self) -> float:
+        return (self.step - self.best_step) / self.steps_per_pass
 
     def stubborn_records(self) -> list[int]:
-        return [i for i, probs in enumerate(self.probs) if float(probs.min()) < self.settings.certify_threshold]
+        return self.open_tokens.nonzero().flatten().tolist()
 
     def until_certified_or_stalled(self) -> bool:
-        """Train passes over the exposed records; True when everything is certified, False when progress stopped."""
+        """Train passes over the active records; True when everything is certified, False when progress stopped."""
         ratio = objectives.RATIOS[0] if self.uses_curriculum else 1.0
+        visits_at_check = self.visits
         while self.idle_passes < self.settings.patience_passes:
             exposed = self.order[: max(1, math.ceil(len(self.order) * ratio))]
-            loss = self.train_pass(exposed)
-            if loss is None:
+            active = self.active(exposed)
+            done = set(exposed).difference(active)
+            # A look is a third of a visit: looking at those that left once per as many visits costs little.
+            if done and (not active or self.visits - visits_at_check >= len(done)):
+                self.look(sorted(done))
+                active, visits_at_check = self.active(exposed), self.visits
+            if active and not self.train_pass(active):
                 self.recover()
                 continue
-            ordered_share = self.ordered_share(exposed)
             if ratio == 1.0 and self.unordered == 0 and self.check():
                 return True
-            grown = objectives.grown_exposure(ratio, ordered_share)
-            self.note_progress(loss, grew=grown > ratio)
+            grown = objectives.grown_exposure(ratio, self.ordered_share(exposed))
+            self.note_progress(grew=grown > ratio)
             ratio = grown
             self.remember()
         self.check()
@@ -218,17 +275,19 @@ class _Run:
             and len(self.records) >= 2 * self.settings.batch_records
         )
 
-    def train_pass(self, exposed: Sequence[int]) -> float | None:
-        """One pass over the exposed records; mean loss in nats per token, or None at the first NaN or Inf."""
-        shuffled = [exposed[i] for i in torch.randperm(len(exposed), generator=self.generator).tolist()]
-        total_loss, total_tokens = 0.0, 0
-        for batch in self.batches(shuffled):
-            loss = self.train_step(batch)
-            if loss is None:
-                return None
-            tokens = sum(len(self.records[i].answer_ids) for i in batch)
-            total_loss, total_tokens = total_loss + loss * tokens, total_tokens + tokens
-        return total_loss / total_tokens
+    def active(self, exposed: Sequence[int]) -> list[int]:
+        """Records whose gradient is worth a forward pass: all for plain cross-entropy, else those with a token left.
+
+        The objectives give the others weight 0, but only leaving them out saves their forward pass.
+        """
+        if self.settings.objective == "sft" or self.sliding is not None:
+            return list(exposed)
+        return [index for index in exposed if not self.lowest[index] >= self.settings.train_threshold]
+
+    def train_pass(self, active: Sequence[int]) -> bool:
+        """One pass over the active records; False at the first NaN or Inf."""
+        shuffled = [active[i] for i in torch.randperm(len(active), generator=self.generator).tolist()]
+        return all(self.train_step(batch) for batch in self.batches(shuffled))
 
     def batches(self, shuffled: Sequence[int]) -> list[list[int]]:
         """Batches of random composition: a pool of a few batches is sorted by length, then cut and shuffled."""
@@ -242,33 +301,36 @@ class _Run:
         ]
         return [cut[i] for i in torch.randperm(len(cut), generator=self.generator).tolist()]
 
-    def train_step(self, indices: Sequence[int]) -> float | None:
-        batch = make_batch([self.records[i] for i in indices], self.adapted.base.device)
-        logits = answer_logits(self.adapted.model, batch)
+    def forward(self, indices: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """Losses (B, K) of a batch with what is supervised and what is right, both (B, K) bool."""
+        batch = self.trunk.batch(indices)
+        with torch.autocast(batch.targets.device.type, self.autocast, enabled=self.autocast is not None):
+            logits = self.trunk.logits(indices, batch)
         losses = token_losses(logits, batch)
-        mean_loss = float(objectives.weighted_mean(losses.detach(), objectives.sft(losses, batch.supervised)))
-        if not math.isfinite(mean_loss):
-            return None
-        weights = self.weights(losses, logits, batch.supervised, batch.targets)
+        correct = per_position(logits.detach().argmax(-1) == batch.targets[batch.supervised], batch)
+        return losses, batch.supervised, correct
+
+    def train_step(self, indices: Sequence[int]) -> bool:
+        losses, supervised, correct = self.forward(indices)
+        weights = self.weights(losses, supervised, correct)
         self.optimizer.zero_grad()
         objectives.weighted_mean(losses, weights).backward()
         norm = nn.utils.clip_grad_norm_(self.parameters, self.settings.max_grad_norm)
-        if not torch.isfinite(norm):
-            return None
+        if not bool(torch.isfinite(norm) & torch.isfinite(losses.detach()).all()):
+            return False
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate * self.rate_factor()
         self.optimizer.step()
         self.see(indices, losses.detach())
         self.step += 1
         self.visits += len(indices)
-        self.report(mean_loss)
-        return mean_loss
+        self.report(float(losses.detach().sum() / supervised.sum()))
+        return True
 
-    def weights(self, losses: Tensor, logits: Tensor, supervised: Tensor, targets: Tensor) -> Tensor:
+    def weights(self, losses: Tensor, supervised: Tensor, correct: Tensor) -> Tensor:
         if self.settings.objective == "sft":
             return objectives.sft(losses, supervised)
         if self.settings.objective == "memft-sw" and self.sliding is not None:
-            correct = logits.argmax(-1) == targets
             weights, self.sliding = objectives.memft_sw(
                 losses, supervised, correct, self.sliding, self.settings.train_threshold
             )
@@ -280,34 +342,40 @@ class _Run:
 
         It falls with the share of tokens that are not ordered yet, and further while nothing improves.
         """
-        share = self.unordered / self.total_tokens
+        share = self.unordered / int(self.tokens.sum())
         return float(min(1.0, max(0.1, share / 0.1)) * 0.5 ** (self.idle_passes / 10))
 
     def see(self, indices: Sequence[int], losses: Tensor) -> None:
-        """Keep the probabilities the training forward computed anyway (of the weights before this step)."""
-        probs = torch.exp(-losses).cpu()
-        for row, index in enumerate(indices):
-            self.probs[index] = probs[row, -len(self.records[index].answer_ids) :]
+        """Keep what a forward pass said of its records (B, K); a training pass saw the weights before its step."""
+        rows = torch.tensor(indices)
+        highest = losses.amax(1).cpu()
+        self.lowest[rows] = torch.exp(-highest)
+        # Columns without a target have loss 0; NaN is not ordered.
+        stubborn = ~(losses <= -math.log(self.settings.certify_threshold))
+        self.open_tokens[rows] = stubborn.sum(1).cpu()
+        self.losses[rows] = losses.sum(1).cpu()
+
+    @torch.no_grad()
+    def look(self, indices: Sequence[int]) -> None:
+        """Teacher-forced losses of records with the weights as they are now, in the model's own dtype."""
+        for batch_indices in group_by_length(self.records, indices, CHECK_RECORDS, CHECK_TOKENS):
+            batch = self.trunk.batch(batch_indices)
+            self.see(batch_indices, token_losses(self.trunk.logits(batch_indices, batch), batch))
 
     def check(self) -> bool:
-        """Teacher-forced probabilities of all records with the weights as they are now; True if all certified."""
-        for index, probs in answer_probabilities(self.adapted.model, self.records):
-            self.probs[index] = probs
+        """Look at all records; True if every token is certified."""
+        self.look(range(len(self.records)))
         return self.unordered == 0
 
     def ordered_share(self, indices: Sequence[int]) -> float:
-        ordered = sum(int((self.probs[i] >= self.settings.certify_threshold).sum()) for i in indices)
-        return ordered / sum(len(self.records[i].answer_ids) for i in indices)
+        rows = torch.tensor(indices)
+        return 1 - float(self.open_tokens[rows].sum() / self.tokens[rows].sum())
 
-    def note_progress(self, loss: float, *, grew: bool) -> None:
-        """Progress is fewer stubborn tokens, a loss 1 % lower, or more records exposed."""
-        unordered = self.unordered
+    def note_progress(self, *, grew: bool) -> None:
+        """Progress is fewer stubborn tokens, a loss 1 % lower over all records, or more records exposed."""
+        unordered, loss = self.unordered, float(self.losses.sum())
         if grew or unordered < self.best_unordered or loss < 0.99 * self.best_loss:
-            self.idle_passes = 0
-        else:
-            self.idle_passes += 1
-        if grew:  # newly exposed records raise the loss; compare from here on
-            self.best_loss = math.inf
+            self.best_step = self.step
         self.best_unordered = min(unordered, self.best_unordered)
         self.best_loss = min(loss, self.best_loss)
 
@@ -330,12 +398,13 @@ class _Run:
     def report(self, loss: float) -> None:
         if self.progress is None:
             return
+        total = int(self.tokens.sum())
         self.progress(
             WriteProgress(
                 step=self.step,
-                tokens_ordered=self.total_tokens - self.unordered,
-                tokens_total=self.total_tokens,
-                min_prob=min(float(probs.min()) for probs in self.probs),
+                tokens_ordered=total - self.unordered,
+                tokens_total=total,
+                min_prob=float(self.lowest.min()),
                 loss=loss,
                 rank=self.rank,
                 elapsed_s=time.monotonic() - self.started,

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedModel, Qwen3Config
 
-from loramem.batches import Batch, answer_logits, group_by_length, make_batch, pad_left, token_losses
+from loramem.batches import Batch, answer_logits, group_by_length, make_batch, pad_left, per_position, token_losses
 from loramem.prompts import EncodedRecord
 from loramem.records import Record
 
@@ -82,12 +82,7 @@ def test_there_is_no_attention_mask_when_nothing_is_padded() -> None:
 
 
 def test_the_loss_of_a_token_is_its_surprise_in_nats_and_zero_where_nothing_is_supervised() -> None:
-    logits = torch.tensor(
-        [
-            [[math.log(9), 0.0], [0.0, math.log(3)], [0.0, 0.0]],
-            [[5.0, -5.0], [math.log(4), 0.0], [0.0, math.log(7)]],
-        ]
-    )
+    logits = torch.tensor([[math.log(9), 0.0], [0.0, math.log(3)], [0.0, 0.0], [math.log(4), 0.0], [0.0, math.log(7)]])
     batch = Batch(
         input_ids=torch.zeros(2, 3, dtype=torch.long),
         attention_mask=None,
@@ -100,12 +95,11 @@ def test_the_loss_of_a_token_is_its_surprise_in_nats_and_zero_where_nothing_is_s
     torch.testing.assert_close(token_losses(logits, batch), torch.tensor(expected))
 
 
-def test_no_gradient_comes_from_columns_that_are_not_supervised() -> None:
+def test_values_of_supervised_positions_go_to_their_places() -> None:
     batch = make_batch(RAGGED, "cpu")
-    logits = torch.randn(3, 4, 64, generator=torch.Generator().manual_seed(1), requires_grad=True)
-    token_losses(logits, batch).sum().backward()
-    assert logits.grad is not None
-    assert torch.equal(logits.grad.abs().sum(-1) > 0, batch.supervised)
+    placed = per_position(torch.arange(1.0, 1 + int(batch.supervised.sum())), batch)
+    assert torch.equal(placed > 0, batch.supervised)
+    assert placed[batch.supervised].tolist() == list(range(1, 1 + int(batch.supervised.sum())))
 
 
 # --- logits
@@ -143,22 +137,29 @@ def full_logits(model: PreTrainedModel, record: EncodedRecord) -> torch.Tensor:
 @torch.no_grad()
 def test_a_padded_batch_gives_the_logits_of_each_record_alone(model: PreTrainedModel) -> None:
     batch = make_batch(RAGGED, "cpu")
-    together = answer_logits(model, batch)
-    assert together.shape == (3, 4, 64)
-    for row, record in enumerate(RAGGED):
+    together = answer_logits(model, batch).split([len(record.answer_ids) for record in RAGGED])
+    for mine, record in zip(together, RAGGED, strict=True):
         alone = full_logits(model, record)
         assert alone.std() > 0.1
-        torch.testing.assert_close(together[row, -len(record.answer_ids) :], alone, atol=1e-4, rtol=0)
-        torch.testing.assert_close(answer_logits(model, make_batch([record], "cpu"))[0], alone, atol=1e-4, rtol=0)
+        torch.testing.assert_close(mine, alone, atol=1e-4, rtol=0)
+        torch.testing.assert_close(answer_logits(model, make_batch([record], "cpu")), alone, atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+def test_only_supervised_positions_reach_the_unembedding(model: PreTrainedModel) -> None:
+    batch, seen = make_batch(RAGGED, "cpu"), []
+    head = model.get_output_embeddings().register_forward_hook(lambda _, args, out: seen.append(args[0].shape[0]))
+    answer_logits(model, batch)
+    head.remove()
+    assert seen == [sum(len(record.answer_ids) for record in RAGGED)]
 
 
 @torch.no_grad()
 def test_a_batch_without_padding_gives_the_logits_of_each_record_alone(model: PreTrainedModel) -> None:
     records = [encoded([11, 12, 13], [21, 2]), encoded([14, 15], [22, 23, 2])]
-    together = answer_logits(model, make_batch(records, "cpu"))
-    for row, record in enumerate(records):
-        expected = full_logits(model, record)
-        torch.testing.assert_close(together[row, -len(record.answer_ids) :], expected, atol=1e-4, rtol=0)
+    together = answer_logits(model, make_batch(records, "cpu")).split([2, 3])
+    for mine, record in zip(together, records, strict=True):
+        torch.testing.assert_close(mine, full_logits(model, record), atol=1e-4, rtol=0)
 
 
 @torch.no_grad()

@@ -7,13 +7,15 @@ import pytest
 import torch
 
 from loramem import MemoryStore, WriterSettings, shards, writer
-from loramem.adapters import AdaptedModel, Placement, decoder_layers
+from loramem.adapters import AdaptedModel, Placement
 from loramem.base_model import BaseModel, load_base_model
-from loramem.batches import answer_logits, make_batch
+from loramem.batches import Batch, answer_logits, make_batch
 from loramem.errors import StubbornRecords, TrainingDiverged
+from loramem.layers import decoder_layers
 from loramem.prompts import encode_records
 from loramem.recall import answer_probabilities
 from loramem.records import as_records
+from loramem.trunk import Trunk
 
 from .conftest import numbers
 
@@ -122,15 +124,17 @@ def test_partial_commits_what_was_certified_and_names_the_rest(base: Path, tmp_p
         assert store.recall("key 3") == numbers(4)["key 3"]
 
 
-def test_nan_once_goes_back_to_the_last_good_state(loaded: BaseModel, monkeypatch) -> None:
+@pytest.mark.parametrize("bad", [{4}, {1}, {1, 2}], ids=["in training", "before training", "at the first step"])
+def test_nan_once_goes_back_to_the_last_good_state(loaded: BaseModel, monkeypatch, bad: set[int]) -> None:
     calls = [0]
 
-    def sometimes(model, batch):
+    def sometimes(trunk: Trunk, indices: list[int], batch: Batch) -> torch.Tensor:
         calls[0] += 1
-        logits = answer_logits(model, batch)
-        return logits * float("nan") if calls[0] == 4 else logits
+        logits = whole(trunk, indices, batch)
+        return logits * float("nan") if calls[0] in bad else logits
 
-    monkeypatch.setattr(writer, "answer_logits", sometimes)
+    whole = Trunk.logits
+    monkeypatch.setattr(Trunk, "logits", sometimes)
     records = encode(loaded, numbers(6))
     training = writer.train_adapter(
         AdaptedModel(loaded), "new", records, 4, Placement.default(loaded.model), WriterSettings()
@@ -139,7 +143,8 @@ def test_nan_once_goes_back_to_the_last_good_state(loaded: BaseModel, monkeypatc
 
 
 def test_nan_at_every_rate_is_a_typed_error_and_commits_nothing(base: Path, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(writer, "answer_logits", lambda model, batch: answer_logits(model, batch) * float("inf"))
+    whole = Trunk.logits
+    monkeypatch.setattr(Trunk, "logits", lambda *args: whole(*args) * float("inf"))
     with MemoryStore(tmp_path / "memory", str(base)) as store:
         with pytest.raises(TrainingDiverged):
             store.write(numbers(2))
@@ -167,7 +172,14 @@ def test_progress_reports_every_step(base: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"objective": "adam"}, {"optimizer": "memft"}, {"train_threshold": 0.5}, {"certify_threshold": 0.4}],
+    [
+        {"objective": "adam"},
+        {"optimizer": "memft"},
+        {"start": "warm"},
+        {"precision": "float16"},
+        {"train_threshold": 0.5},
+        {"certify_threshold": 0.4},
+    ],
 )
 def test_contradictory_settings_are_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=r"must"):

@@ -17,10 +17,11 @@ from typing import Any
 import click
 import torch
 
-from loramem.adapters import AdaptedModel, Placement, decoder_layers, serialize
+from loramem.adapters import AdaptedModel, Placement, serialize
 from loramem.base_model import BaseModel, load_base_model
 from loramem.errors import RecallError
 from loramem.files import write_directory
+from loramem.layers import decoder_layers
 from loramem.prompts import encode_records
 from loramem.recall import answer_probabilities, decode_records
 from loramem.suites.generators import KINDS, generate

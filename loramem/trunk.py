@@ -1,0 +1,164 @@
+"""What lies below the lowest adapted layer: a constant of each record, run once and cached.
+
+Training steps and teacher-forced checks then run only the tail. The split uses the model's own forward: layers below
+the adapter hand on the cached hidden states in place of computing them, and everything else (masks, position
+embeddings, soft-capping, sliding windows) is done by the architecture's own code, afresh for every batch.
+"""
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from loramem.batches import Batch, answer_logits, group_by_length, make_batch
+from loramem.layers import decoder_layers
+from loramem.prompts import EncodedRecord
+
+log = logging.getLogger(__name__)
+
+CACHE_BYTES = 2**31
+"""Hidden states kept on the compute device; records beyond this budget are kept in host memory."""
+TRUNK_RECORDS, TRUNK_TOKENS = 64, 32_768
+SPLIT_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
+"""Largest difference between tail and full logits that counts as rounding, as a share of the logits' scale."""
+
+
+class _Reached(Exception):
+    """The hidden states that enter the first adapted layer are known; nothing above has to run."""
+
+
+class Trunk:
+    """Cached hidden states of a set of records, and the tail's logits from them.
+
+    Args:
+        model: The base, with or without adapters in layers ``first_layer`` and up.
+        records: What will be asked for, by index.
+        first_layer: Lowest adapted layer (0-based).
+        cache_bytes: Budget on the compute device.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        records: Sequence[EncodedRecord],
+        first_layer: int,
+        cache_bytes: int = CACHE_BYTES,
+    ) -> None:
+        self.model, self.records = model, records
+        self.first_layer = first_layer if first_layer and splits_exactly(model, first_layer, records) else 0
+        self._hidden: list[Tensor] = []
+        if self.first_layer:
+            self._hidden = self._run(cache_bytes)
+
+    def batch(self, indices: Sequence[int]) -> Batch:
+        """The records as a padded batch on the model's device."""
+        return make_batch([self.records[index] for index in indices], self.model.device)
+
+    def logits(self, indices: Sequence[int], batch: Batch) -> Tensor:
+        """Logits (N, V) in float32 of the N supervised positions of ``batch``, through the tail alone.
+
+        Args:
+            indices: The batch's records.
+            batch: From `batch`.
+        """
+        if not self.first_layer:
+            return answer_logits(self.model, batch)
+        with _constant_below(self.model, self.first_layer, self._gather(indices, batch)):
+            return answer_logits(self.model, batch)
+
+    @property
+    def bytes(self) -> int:
+        """Size of the cache."""
+        return sum(hidden.nbytes for hidden in self._hidden)
+
+    @torch.no_grad()
+    def _run(self, cache_bytes: int) -> list[Tensor]:
+        cached: list[Tensor] = [torch.empty(0)] * len(self.records)
+        used = 0
+        for indices in group_by_length(self.records, range(len(self.records)), TRUNK_RECORDS, TRUNK_TOKENS):
+            hidden = entering(self.model, self.first_layer, self.batch(indices))
+            for row, index in enumerate(indices):
+                # A copy: a slice would keep the padded batch alive.
+                mine = hidden[row, -self.records[index].total_tokens :].clone()
+                used += mine.nbytes
+                cached[index] = mine if used <= cache_bytes else mine.cpu()
+        if used > cache_bytes:
+            log.info("hidden states of %d bytes exceed the budget of %d; the rest is in host memory", used, cache_bytes)
+        return cached
+
+    def _gather(self, indices: Sequence[int], batch: Batch) -> Tensor:
+        width = batch.input_ids.shape[1]
+        hidden = self._hidden[indices[0]]
+        # Padding is never attended to; zeros keep it finite.
+        padded = hidden.new_zeros(len(indices), width, hidden.shape[-1], device=self.model.device)
+        for row, index in enumerate(indices):
+            mine = self._hidden[index]
+            padded[row, width - len(mine) :] = mine
+        return padded
+
+
+@torch.no_grad()
+def entering(model: PreTrainedModel, layer: int, batch: Batch) -> Tensor:
+    """Hidden states (B, T, d) that enter decoder layer ``layer``; the layers above are not run."""
+    found: list[Tensor] = []
+
+    def catch(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+        found.append(args[0] if args else kwargs["hidden_states"])
+        raise _Reached
+
+    handle = decoder_layers(model)[layer].register_forward_pre_hook(catch, with_kwargs=True)
+    try:
+        answer_logits(model, batch)
+    except _Reached:
+        pass
+    finally:
+        handle.remove()
+    return found[0]
+
+
+@contextmanager
+def _constant_below(model: PreTrainedModel, layer: int, hidden: Tensor) -> Iterator[None]:
+    """Within this context layers below ``layer`` compute nothing, and ``layer`` is entered by ``hidden`` (B, T, d)."""
+    skipped = list(decoder_layers(model)[:layer])
+    before = [vars(module).get("forward") for module in skipped]
+    for module in skipped:
+        module.forward = lambda *_, **__: hidden
+    try:
+        yield
+    finally:
+        for module, forward in zip(skipped, before, strict=True):
+            if forward is None:
+                del module.forward
+            else:
+                module.forward = forward
+
+
+@torch.no_grad()
+def splits_exactly(model: PreTrainedModel, layer: int, records: Sequence[EncodedRecord]) -> bool:
+    """Whether the tail alone gives the full model's logits, tried on the shortest and the longest record.
+
+    What it cannot split (layers that share keys and values, or take more than the hidden states of the one below)
+    is run whole: correct and slower.
+    """
+    ordered = sorted(records, key=lambda record: record.total_tokens)
+    batch = make_batch([ordered[0], ordered[-1]], model.device)
+    try:
+        full = answer_logits(model, batch)
+        with _constant_below(model, layer, entering(model, layer, batch)):
+            tail = answer_logits(model, batch)
+    except (RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError) as error:
+        log.warning("%s cannot be split at layer %d (%s); every layer is run", type(model).__name__, layer, error)
+        return False
+    difference = float((full - tail).abs().max() / full.abs().max())
+    if difference > SPLIT_TOLERANCE[model.dtype]:
+        log.warning(
+            "%s split at layer %d differs by %.1e of the logits' scale; every layer is run",
+            type(model).__name__,
+            layer,
+            difference,
+        )
+        return False
+    return True
