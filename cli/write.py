@@ -1,6 +1,9 @@
 """loramem write: records of a file into adapters."""
 
 import sys
+from collections.abc import Iterator
+from concurrent.futures import Executor
+from contextlib import contextmanager
 from pathlib import Path
 
 import click
@@ -17,6 +20,7 @@ from .progress import write_bar
 @options.namespace_option
 @options.goal_options
 @click.option("--seed", default=0, show_default=True, help="Same seed and input, same bytes on one machine.")
+@click.option("--workers", type=click.IntRange(1), help="Write shards in this many processes, which share the cores.")
 @click.option("--partial", is_flag=True, help="Commit the certified records even if others could not be.")
 @click.option("--resume", is_flag=True, help="Run an interrupted write again; takes no FILE.")
 @click.option("--discard", is_flag=True, help="Forget an interrupted write; takes no FILE.")
@@ -33,6 +37,7 @@ def command(
     goal: str,
     rank: int | None,
     seed: int,
+    workers: int | None,
     partial: bool,
     resume: bool,
     discard: bool,
@@ -52,16 +57,26 @@ def command(
     from loramem import WriterSettings, read_records
 
     if file is None:
-        with options.open_store(store, model, device) as opened, write_bar() as progress:
-            report = opened.resume(progress)
+        with options.open_store(store, model, device) as opened, _pool(workers) as pool, write_bar() as progress:
+            report = opened.resume(progress, pool)
     else:
         source = sys.stdin.buffer if str(file) == "-" else file
         records = read_records(
             source, format=format_, key_field=key_field, value_field=value_field, namespace=namespace
         )
-        with options.open_store(store, model, device, create=True) as opened, write_bar() as progress:
+        with (
+            options.open_store(store, model, device, create=True) as opened,
+            _pool(workers) as pool,
+            write_bar() as progress,
+        ):
             report = opened.write(
-                records, goal=goal, rank=rank, partial=partial, settings=WriterSettings(seed=seed), progress=progress
+                records,
+                goal=goal,
+                rank=rank,
+                partial=partial,
+                settings=WriterSettings(seed=seed),
+                progress=progress,
+                executor=pool,
             )
     if as_json:
         print_json(report)
@@ -82,3 +97,14 @@ def command(
     if report.failed:
         note(f"{len(report.failed)} records could not be certified: {', '.join(map(repr, report.failed))}")
         click.get_current_context().exit(5)
+
+
+@contextmanager
+def _pool(workers: int | None) -> "Iterator[Executor | None]":
+    if workers is None:
+        yield None
+        return
+    from loramem.jobs import process_pool
+
+    with process_pool(workers) as pool:
+        yield pool

@@ -78,6 +78,12 @@ class BaseModel:
     dtype: str
 
     @property
+    def location(self) -> str:
+        """What `load_base_model` finds it by, here: the folder of a local model, otherwise its id."""
+        is_local = self.revision is None and self.id != embedded.NAME
+        return str(self.folder.resolve()) if is_local else self.id
+
+    @property
     def max_tokens(self) -> int:
         """Context length in tokens."""
         return int(self.model.config.get_text_config().max_position_embeddings)

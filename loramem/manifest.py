@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loramem import embedded
 from loramem.errors import IntegrityError, StoreFormatError
 from loramem.files import write_synced
 from loramem.index import Index
@@ -52,11 +51,10 @@ class Manifest:
         from loramem.adapters import Placement
         from loramem.writer import WriterSettings
 
-        is_local = base.revision is None and base.id != embedded.NAME
         template, placement = base.template, Placement.default(base.model)
         return cls(
             base_model=base.id,
-            location=str(base.folder.resolve()) if is_local else None,
+            location=base.location if base.location != base.id else None,
             revision=base.revision,
             fingerprint=asdict(base.fingerprint),
             dtype=base.dtype,

@@ -1,14 +1,24 @@
-"""One shard from records to a proved adapter on disk: train, save, reload, decode."""
+"""One shard from records to a proved adapter on disk: train, save, reload, decode.
+
+A shard is a job: small picklable arguments in, a small result out, nothing shared with other shards. It stages what
+it made under a hash of its arguments, so that running it again finds it done.
+"""
 
 import hashlib
+import json
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
+from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from loramem.adapters import AdaptedModel, Placement, adapter_id, serialize
+from loramem.base_model import Fingerprint, load_base_model
 from loramem.errors import StubbornRecords
-from loramem.files import write_directory
+from loramem.files import write_directory, write_synced
 from loramem.index import StoredAdapter, now
 from loramem.prompts import EncodedRecord
 from loramem.recall import Proof, prove
@@ -17,107 +27,171 @@ from loramem.writer import ProgressCallback, Training, WriterSettings, train_ada
 log = logging.getLogger(__name__)
 
 UNSAVED = "unsaved"  # name of the adapter being trained, inside the model only
+RESULT = "result.json"
+
+
+@dataclass(frozen=True)
+class ShardJob:
+    """All that writing a shard takes, for any process that finds the same base model."""
+
+    location: str
+    """What `load_base_model` is given: a folder, a Hub id or "loramem-tiny"."""
+    revision: str | None
+    device: str
+    dtype: str
+    fingerprint: Fingerprint
+    records: tuple[EncodedRecord, ...]
+    rank: int
+    placement: Placement
+    settings: WriterSettings
+    staging: Path
+    """Folder of the write, in which the job makes one of its own."""
+
+    @cached_property
+    def folder(self) -> Path:
+        """Where this job stages: a hash of everything that decides its result."""
+        arguments = {
+            "base": asdict(self.fingerprint),
+            "device": self.device,
+            "dtype": self.dtype,
+            "torch": torch.__version__,
+            "records": [[entry.prompt_ids, entry.answer_ids] for entry in self.records],
+            "rank": self.rank,
+            "placement": asdict(self.placement),
+            "settings": asdict(self.settings),
+        }
+        return self.staging / hashlib.sha256(json.dumps(arguments, sort_keys=True).encode()).hexdigest()[:32]
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A proved adapter in a folder, and the records it holds."""
+    """A proved adapter."""
 
     adapter: str
-    folder: Path
-    records: tuple[EncodedRecord, ...]
-    placement: Placement
-    settings: WriterSettings
+    indices: tuple[int, ...]
+    """Which of the job's records it holds."""
     training: Training
     proof: Proof
 
 
-def write_shard(
-    adapted: AdaptedModel,
-    records: Sequence[EncodedRecord],
-    rank: int,
-    placement: Placement,
-    settings: WriterSettings,
-    staging: Path,
-    progress: ProgressCallback | None = None,
-) -> tuple[list[Shard], list[EncodedRecord]]:
+@dataclass(frozen=True)
+class ShardResult:
+    """What a job came to: one adapter, or two when some records were stubborn, and what could not be certified."""
+
+    shards: tuple[Shard, ...]
+    failed: tuple[int, ...]
+    """Indices of records that could not be certified, not even on their own."""
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, content: str) -> "ShardResult":
+        fields = json.loads(content)
+        shards = (
+            Shard(
+                shard["adapter"],
+                tuple(shard["indices"]),
+                Training(**{**shard["training"], "stubborn": tuple(shard["training"]["stubborn"])}),
+                Proof(tuple(shard["proof"]["min_probs"]), shard["proof"]["conditions"]),
+            )
+            for shard in fields["shards"]
+        )
+        return cls(tuple(shards), tuple(fields["failed"]))
+
+
+def run_job(job: ShardJob) -> ShardResult:
+    """Write a shard in a process of its own; the base model is loaded once per process.
+
+    Raises as `write_shard`, and OtherBaseModel if this process finds another base model under the same name.
+    """
+    adapted = _adapted_model(job.location, job.revision, job.device, job.dtype)
+    adapted.base.fingerprint.check(asdict(job.fingerprint), adapted.base.id)
+    return write_shard(job, adapted)
+
+
+@lru_cache(maxsize=1)
+def _adapted_model(location: str, revision: str | None, device: str, dtype: str) -> AdaptedModel:
+    return AdaptedModel(load_base_model(location, revision=revision, device=device, dtype=dtype))
+
+
+def write_shard(job: ShardJob, adapted: AdaptedModel, progress: ProgressCallback | None = None) -> ShardResult:
     """Write records into one adapter; stubborn ones get an adapter of their own before they are given up.
-
-    Args:
-        staging: Directory in which ``<adapter id>/`` is written and synced.
-
-    Returns:
-        Proved shards (one, or two when some records were stubborn) and the records that could not be certified.
 
     Raises:
         TrainingDiverged: See `train_adapter`.
         RecallError: The saved adapter does not decode what training certified.
     """
-    shards = []
-    remaining = list(records)
+    if (done := _finished(job)) is not None:
+        log.info("shard of %d records was finished before", len(job.records))
+        return done
+    shards: list[Shard] = []
+    remaining = list(range(len(job.records)))
     while remaining:
-        training = train_adapter(adapted, UNSAVED, remaining, rank, placement, settings, progress)
-        left = set(training.stubborn)
-        stubborn = [record for index, record in enumerate(remaining) if index in left]
-        certified = [record for index, record in enumerate(remaining) if index not in left]
+        records = [job.records[index] for index in remaining]
+        training = train_adapter(adapted, UNSAVED, records, job.rank, job.placement, job.settings, progress)
+        stubborn = [remaining[place] for place in training.stubborn]
+        certified = [index for index in remaining if index not in set(stubborn)]
         if certified:
-            shards.append(_save_and_prove(adapted, certified, placement, settings, training, staging))
+            shards.append(_save_and_prove(job, adapted, certified, training))
         else:
             adapted.remove(UNSAVED)
         if len(stubborn) == len(remaining):
-            return shards, stubborn
+            break
         if stubborn:
             log.info("%d stubborn records get an adapter of their own", len(stubborn))
         remaining = stubborn
-    return shards, []
+    result = ShardResult(tuple(shards), tuple(remaining))
+    job.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    write_synced(job.folder / RESULT, result.to_json().encode())  # last: a job with a result is whole
+    return result
 
 
-def _save_and_prove(
-    adapted: AdaptedModel,
-    records: Sequence[EncodedRecord],
-    placement: Placement,
-    settings: WriterSettings,
-    training: Training,
-    staging: Path,
-) -> Shard:
-    files = serialize(adapted.weights(UNSAVED), adapted.base, placement)
+def _finished(job: ShardJob) -> ShardResult | None:
+    """The result of an earlier run of the same job whose adapters are still what it proved."""
+    try:
+        result = ShardResult.from_json((job.folder / RESULT).read_text())
+        for shard in result.shards:
+            files = {path.name: path.read_bytes() for path in (job.folder / shard.adapter).iterdir()}
+            if adapter_id(files) != shard.adapter:
+                return None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return result
+
+
+def _save_and_prove(job: ShardJob, adapted: AdaptedModel, indices: Sequence[int], training: Training) -> Shard:
+    records = [job.records[index] for index in indices]
+    files = serialize(adapted.weights(UNSAVED), adapted.base, job.placement)
     adapter = adapter_id(files)
-    folder = staging / adapter
-    write_directory(folder, files)
+    write_directory(job.folder / adapter, files)
     adapted.remove(UNSAVED)
-    adapted.load(adapter, folder)
+    adapted.load(adapter, job.folder / adapter)
     proof = prove(adapted.model, records, adapter, {"base": adapted.base.dtype, "adapter": "float32"})
-    if proof.min_prob < settings.certify_threshold:
+    if proof.min_prob < job.settings.certify_threshold:
         least = min(range(len(records)), key=proof.min_probs.__getitem__)
         raise StubbornRecords(
             f"As saved, {records[least].record.key!r} has p = {proof.min_prob:.3f}, below the certified "
-            f"{settings.certify_threshold}. Write again with a higher rank.",
+            f"{job.settings.certify_threshold}. Write again with a higher rank.",
             keys=[records[least].record.key],
             rank=training.rank,
         )
-    return Shard(adapter, folder, tuple(records), placement, settings, training, proof)
+    return Shard(adapter, tuple(indices), training, proof)
 
 
-def numbered(progress: ProgressCallback | None, shard: int, shards: int) -> ProgressCallback | None:
-    """A callback that is also told which shard of how many is being written (1-based)."""
-    if progress is None:
-        return None
-    return lambda told: progress(replace(told, shard=shard, shards=shards))
-
-
-def stored_adapter(shard: Shard, folder: Path, cost_bits: float) -> StoredAdapter:
+def stored_adapter(job: ShardJob, shard: Shard, folder: Path, cost_bits: float) -> StoredAdapter:
     """The index row of a proved shard whose files lie in ``folder``."""
     files = {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
-    training = {name: value for name, value in asdict(shard.training).items() if name != "stubborn"}
+    training: dict[str, Any] = {name: value for name, value in asdict(shard.training).items() if name != "stubborn"}
     return StoredAdapter(
         id=shard.adapter,
-        namespace=shard.records[0].record.namespace,
+        namespace=job.records[0].record.namespace,
         rank=shard.training.rank,
         parameters=shard.training.parameters,
         size_bytes=sum(map(len, files.values())),
         files={name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
-        placement=asdict(shard.placement),
-        training={**training, "settings": asdict(shard.settings), "cost_bits": cost_bits},
+        placement=asdict(job.placement),
+        training={**training, "settings": asdict(job.settings), "cost_bits": cost_bits},
         proof={**shard.proof.conditions, "min_prob": shard.proof.min_prob},
         created_at=now(),
     )

@@ -33,8 +33,11 @@ from loramem.manifest import Manifest, read_manifest
 from loramem.records import RecordLike, as_records
 from loramem.reports import Explanation, Recall, Stats, VerifyReport, WriteReport
 from loramem.runs import runs
+from loramem.staging import clean
 
 if TYPE_CHECKING:
+    from concurrent.futures import Executor
+
     from loramem.adapters import AdaptedModel
     from loramem.base_model import BaseModel
     from loramem.prompts import PromptTemplate
@@ -181,6 +184,7 @@ class MemoryStore:
         partial: bool = False,
         settings: "WriterSettings | None" = None,
         progress: "ProgressCallback | None" = None,
+        executor: "Executor | None" = None,
     ) -> WriteReport:
         """Write records into new adapters and commit them once every value was decoded back from disk.
 
@@ -193,7 +197,8 @@ class MemoryStore:
             rank: First rank, in place of the planned one.
             partial: Commit the certified records even if others could not be certified.
             settings: How to train; measured defaults otherwise.
-            progress: Called after every training step.
+            progress: Called after every training step; after every shard with an executor.
+            executor: Writes shards side by side; `loramem.jobs.process_pool` makes one that shares out the cores.
 
         Raises:
             RecordError: A record cannot be written (its subclass says why); nothing was changed.
@@ -224,10 +229,10 @@ class MemoryStore:
                 "settings": asdict(settings or WriterSettings()),
             }
             write_id = self._index.begin_write((entry.record for entry in encoded), request)
-            return self._transaction.run(write_id, encoded, request, skipped, progress)
+            return self._transaction.run(write_id, encoded, request, skipped, progress, executor)
 
-    def resume(self, progress: "ProgressCallback | None" = None) -> WriteReport:
-        """Run the interrupted write again from its journal, with the settings it was started with.
+    def resume(self, progress: "ProgressCallback | None" = None, executor: "Executor | None" = None) -> WriteReport:
+        """Go on with the interrupted write, with the settings it was started with; finished shards are kept.
 
         Raises:
             WriteError: There is none; or as `write`.
@@ -235,7 +240,7 @@ class MemoryStore:
         with self._lock, self._writing():
             pending = self._require_pending()
             encoded = self._transaction.encode(pending.records)
-            return self._transaction.run(pending.id, encoded, pending.request, 0, progress)
+            return self._transaction.run(pending.id, encoded, pending.request, 0, progress, executor)
 
     def discard(self) -> int:
         """Forget the interrupted write; returns how many records it held.
@@ -246,6 +251,7 @@ class MemoryStore:
         with self._lock, self._writing():
             pending = self._require_pending()
             self._index.end_write(pending.id, DISCARDED)
+            clean(self.path, self._index)
             return len(pending.records)
 
     # Reading

@@ -1,9 +1,10 @@
 """One write: admit, plan, train, prove, commit. Everything before the commit can be thrown away."""
 
 import logging
-import shutil
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,15 @@ from loramem.capacity import Plan, plan_write
 from loramem.errors import ConflictingRecord, PromptCollision, RecallError, StubbornRecords, WriteError
 from loramem.files import move_synced
 from loramem.index import FAILED, Index, prompt_digest, stored_record
+from loramem.jobs import run_jobs
 from loramem.prompts import EncodedRecord, PromptTemplate, encode_records
 from loramem.recall import answer_probabilities
 from loramem.records import Record, deduplicate
 from loramem.reports import WriteReport
 from loramem.runs import runs
-from loramem.shards import Shard, numbered, stored_adapter, write_shard
+from loramem.shards import Shard, ShardJob, stored_adapter
+from loramem.staging import NAME as STAGING
+from loramem.staging import clean
 from loramem.writer import ProgressCallback, WriterSettings
 
 log = logging.getLogger(__name__)
@@ -96,8 +100,9 @@ class Transaction:
         request: Mapping[str, Any],
         skipped: int,
         progress: ProgressCallback | None,
+        executor: Executor | None = None,
     ) -> WriteReport:
-        """Train, prove and commit a journalled write.
+        """Train, prove and commit a journalled write; shards that an interrupted run had proved are kept.
 
         A typed error closes the journal entry; anything else (an interrupt, a crash) leaves it to be resumed.
 
@@ -105,84 +110,91 @@ class Transaction:
             StubbornRecords, TrainingDiverged, RecallError: Nothing was committed.
         """
         started = time.monotonic()
-        self.clean()
+        clean(self.store, self.index, keep_staged=True)
         settings = WriterSettings(**request["settings"])
         try:
             plan = self.plan(encoded, request["goal"], request["rank"])
-            shards, given_up = self._train(plan, encoded, settings, progress)
-            if given_up and not (request["partial"] and shards):
+            jobs = self._jobs(plan, encoded, settings)
+            results = run_jobs(jobs, self.adapted, executor, progress)
+            written = [
+                _Written(job, shard, planned.cost_bits * len(shard.indices) / planned.records)
+                for job, planned, result in zip(jobs, plan.shards, results, strict=True)
+                for shard in result.shards
+            ]
+            given_up = [job.records[i] for job, result in zip(jobs, results, strict=True) for i in result.failed]
+            if given_up and not (request["partial"] and written):
                 raise _stubborn(given_up, settings.max_rank)
         except (WriteError, RecallError):
             self.index.end_write(write_id, FAILED)
-            self.clean()
+            clean(self.store, self.index)
             raise
-        self._commit(write_id, shards)
-        return _report(shards, given_up, skipped, time.monotonic() - started)
+        self._commit(write_id, written)
+        clean(self.store, self.index)
+        return _report(written, given_up, skipped, time.monotonic() - started)
 
-    def clean(self) -> None:
-        """Remove what no committed row needs: staging, and adapters of a write that never committed."""
-        shutil.rmtree(self.store / "staging", ignore_errors=True)
-        committed = {adapter.id for adapter in self.index.adapters()}
-        for folder in (self.store / "adapters").glob("*"):
-            if folder.name not in committed:
-                shutil.rmtree(folder, ignore_errors=True)
-
-    def _train(
-        self,
-        plan: Plan,
-        encoded: Sequence[EncodedRecord],
-        settings: WriterSettings,
-        progress: ProgressCallback | None,
-    ) -> tuple[list[tuple[Shard, float]], list[EncodedRecord]]:
-        """Proved shards with the cost of their values in bits, and the records that could not be certified."""
-        shards: list[tuple[Shard, float]] = []
-        given_up: list[EncodedRecord] = []
-        for number, planned in enumerate(plan.shards, start=1):
-            done, failed = write_shard(
-                self.adapted,
-                encoded[planned.first : planned.first + planned.records],
-                planned.rank,
-                self.placement,
-                settings,
-                self.store / "staging",
-                numbered(progress, number, len(plan.shards)),
+    def _jobs(self, plan: Plan, encoded: Sequence[EncodedRecord], settings: WriterSettings) -> list[ShardJob]:
+        base = self.adapted.base
+        return [
+            ShardJob(
+                location=base.location,
+                revision=base.revision,
+                device=str(base.device),
+                dtype=base.dtype,
+                fingerprint=base.fingerprint,
+                records=tuple(encoded[planned.first : planned.first + planned.records]),
+                rank=planned.rank,
+                placement=self.placement,
+                settings=settings,
+                staging=self.store / STAGING,
             )
-            shards += [(shard, planned.cost_bits * len(shard.records) / planned.records) for shard in done]
-            given_up += failed
-        return shards, given_up
+            for planned in plan.shards
+        ]
 
-    def _commit(self, write_id: int, shards: Sequence[tuple[Shard, float]]) -> None:
+    def _commit(self, write_id: int, written: Sequence["_Written"]) -> None:
         """Files first (they were synced in staging), then one transaction."""
         target = self.store / "adapters"
         target.mkdir(mode=0o700, exist_ok=True)
-        for shard, _ in shards:
-            move_synced(shard.folder, target / shard.adapter)
+        for one in written:
+            move_synced(one.job.folder / one.shard.adapter, target / one.shard.adapter)
         self.index.commit(
             write_id,
-            [stored_adapter(shard, target / shard.adapter, cost_bits) for shard, cost_bits in shards],
+            [stored_adapter(one.job, one.shard, target / one.shard.adapter, one.cost_bits) for one in written],
             [
-                stored_record(entry.record, entry.prompt_ids, entry.length, shard.adapter, min_prob)
-                for shard, _ in shards
-                for entry, min_prob in zip(shard.records, shard.proof.min_probs, strict=True)
+                stored_record(entry.record, entry.prompt_ids, entry.length, one.shard.adapter, min_prob)
+                for one in written
+                for entry, min_prob in zip(one.records, one.shard.proof.min_probs, strict=True)
             ],
         )
 
 
+@dataclass(frozen=True)
+class _Written:
+    """A proved shard, the job that made it, and what its values cost in bits."""
+
+    job: ShardJob
+    shard: Shard
+    cost_bits: float
+
+    @property
+    def records(self) -> list[EncodedRecord]:
+        return [self.job.records[index] for index in self.shard.indices]
+
+
 def _report(
-    shards: Sequence[tuple[Shard, float]], given_up: Sequence[EncodedRecord], skipped: int, elapsed_s: float
+    shards: Sequence[_Written], given_up: Sequence[EncodedRecord], skipped: int, elapsed_s: float
 ) -> WriteReport:
-    written = sum(len(shard.records) for shard, _ in shards)
-    trainings = [shard.training for shard, _ in shards]
+    written = sum(len(one.shard.indices) for one in shards)
+    trainings = [one.shard.training for one in shards]
     return WriteReport(
         written=written,
         skipped=skipped,
         failed=tuple(entry.record.key for entry in given_up),
-        adapters=tuple(shard.adapter for shard, _ in shards),
+        adapters=tuple(one.shard.adapter for one in shards),
         rank=max(training.rank for training in trainings),
         exact_match=written / (written + len(given_up)),
-        min_prob=min(shard.proof.min_prob for shard, _ in shards),
+        min_prob=min(one.shard.proof.min_prob for one in shards),
         parameters=sum(training.parameters for training in trainings),
-        cost_bits=sum(cost_bits for _, cost_bits in shards),
+        cost_bits=sum(one.cost_bits for one in shards),
         steps=sum(training.steps for training in trainings),
         visits=sum(training.visits for training in trainings),
         training_s=sum(training.elapsed_s for training in trainings),

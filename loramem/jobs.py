@@ -1,0 +1,82 @@
+"""Shard jobs, one after the other in this process or side by side in an executor's."""
+
+import multiprocessing
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+
+from loramem.adapters import AdaptedModel
+from loramem.shards import ShardJob, ShardResult, run_job, write_shard
+from loramem.writer import ProgressCallback, WriteProgress
+
+
+def run_jobs(
+    jobs: Sequence[ShardJob],
+    adapted: AdaptedModel,
+    executor: Executor | None = None,
+    progress: ProgressCallback | None = None,
+) -> list[ShardResult]:
+    """Results of the jobs, in their order.
+
+    Args:
+        adapted: The model that runs them in this process, if there is no executor.
+        executor: Runs `run_job` on each; its processes must find the base model and the staging folder.
+        progress: Told of every step in this process; of every finished shard with an executor.
+
+    Raises as `run_job`, at the first job that fails; jobs that have not begun are cancelled.
+    """
+    if executor is None:
+        return [
+            write_shard(job, adapted, _numbered(progress, number, len(jobs)))
+            for number, job in enumerate(jobs, start=1)
+        ]
+    futures = {executor.submit(run_job, job): number for number, job in enumerate(jobs, start=1)}
+    try:
+        for future in as_completed(futures):
+            number = futures[future]
+            if progress is not None:
+                progress(_finished(jobs[number - 1], future.result(), number, len(jobs)))
+            future.result()
+    finally:
+        for future in futures:
+            future.cancel()
+    return [future.result() for future in futures]
+
+
+@contextmanager
+def process_pool(workers: int) -> Iterator[Executor]:
+    """Spawned processes that share the cores: each computes with as many threads as its share."""
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    with ProcessPoolExecutor(
+        workers,
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=torch.set_num_threads,
+        initargs=(threads,),
+    ) as pool:
+        yield pool
+
+
+def _numbered(progress: ProgressCallback | None, shard: int, shards: int) -> ProgressCallback | None:
+    """A callback that is also told which shard of how many is being written (1-based)."""
+    if progress is None:
+        return None
+    return lambda told: progress(replace(told, shard=shard, shards=shards))
+
+
+def _finished(job: ShardJob, result: ShardResult, number: int, count: int) -> WriteProgress:
+    tokens = [len(record.answer_ids) for record in job.records]
+    return WriteProgress(
+        step=sum(shard.training.steps for shard in result.shards),
+        tokens_ordered=sum(tokens) - sum(tokens[index] for index in result.failed),
+        tokens_total=sum(tokens),
+        min_prob=min((shard.proof.min_prob for shard in result.shards), default=0.0),
+        loss=0.0,
+        rank=max((shard.training.rank for shard in result.shards), default=job.rank),
+        elapsed_s=sum(shard.training.elapsed_s for shard in result.shards),
+        shard=number,
+        shards=count,
+    )
