@@ -1,14 +1,14 @@
 """Values from the weights: the right adapter from disk, decoded, compared with the committed digest."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from loramem.adapters import AdaptedModel
 from loramem.errors import IntegrityError, RecallError
 from loramem.index import Index, StoredAdapter, StoredRecord
 from loramem.prompts import PromptTemplate, decode_answer
-from loramem.recall import answer_probabilities, greedy_decode
+from loramem.recall import DECODE_RECORDS, DECODE_TOKENS, answer_probabilities, greedy_decode
 from loramem.reports import Recall, TokenProbability
 
 
@@ -76,6 +76,19 @@ class Reader:
         if not self.adapted.is_loaded(adapter) and (problems := file_problems(self.store, row)):
             raise IntegrityError(f"{problems[0]}. Values from it are not returned.", what=adapter)
         self.adapted.load(adapter, self.store / "adapters" / adapter)
+
+
+def decode_batches(records: Iterable[StoredRecord]) -> Iterator[list[StoredRecord]]:
+    """Records cut into batches of one adapter, each adapter once, with answers of similar length."""
+    batch: list[StoredRecord] = []
+    for record in sorted(records, key=lambda record: (record.adapter, record.answer_tokens)):
+        tokens = (len(batch) + 1) * (record.answer_tokens + len(record.key))  # a key has no more tokens than bytes
+        if batch and (record.adapter != batch[0].adapter or len(batch) == DECODE_RECORDS or tokens > DECODE_TOKENS):
+            yield batch
+            batch = []
+        batch.append(record)
+    if batch:
+        yield batch
 
 
 def file_problems(store: Path, adapter: StoredAdapter) -> list[str]:

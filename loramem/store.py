@@ -32,7 +32,6 @@ from loramem.manifest import NAME as MANIFEST
 from loramem.manifest import Manifest, read_manifest
 from loramem.records import RecordLike, as_records
 from loramem.reports import Explanation, Recall, Stats, VerifyReport, WriteReport
-from loramem.runs import runs
 from loramem.staging import clean
 
 if TYPE_CHECKING:
@@ -44,8 +43,6 @@ if TYPE_CHECKING:
     from loramem.reader import Reader
     from loramem.transaction import Transaction
     from loramem.writer import ProgressCallback, WriterSettings
-
-RECALL_BATCH = 64
 
 
 class MemoryStore:
@@ -270,18 +267,20 @@ class MemoryStore:
             return next(self._reader.decode([record])).value
 
     def recall_many(self, keys: Iterable[str] | None = None, namespace: str = "") -> Iterator[Recall]:
-        """Decode many values, batched and grouped by adapter; all of the namespace if ``keys`` is None.
+        """Decode many values, batched by adapter and length; all of the namespace if ``keys`` is None.
 
-        Yields in the order of adapters, not of ``keys``. Raises as `recall`, at the first record that fails.
+        Yields in the order of batches, not of ``keys``. Raises as `recall`, at the first record that fails.
         """
+        from loramem.reader import decode_batches
+
         with self._lock:
             if keys is None:
                 found = list(self._index.records(namespace))
             else:
-                found = sorted((self._find(key, namespace) for key in keys), key=lambda record: record.adapter)
-        for start, end in runs([record.adapter for record in found], RECALL_BATCH):
+                found = [self._find(key, namespace) for key in keys]
+        for batch in decode_batches(found):
             with self._lock:
-                decoded = list(self._reader.decode(found[start:end]))
+                decoded = list(self._reader.decode(batch))
             yield from decoded
 
     def explain(self, key: str, namespace: str = "") -> Explanation:
@@ -310,7 +309,7 @@ class MemoryStore:
             OtherBaseModel: The base model given is not the store's at all.
         """
         from loramem.base_model import fingerprint
-        from loramem.reader import file_problems
+        from loramem.reader import decode_batches, file_problems
 
         with self._lock:
             started = time.monotonic()
@@ -326,12 +325,12 @@ class MemoryStore:
             except OtherBaseModel as error:
                 damaged.append(str(error))
             failed: list[str] = []
-            for start, end in runs([record.adapter for record in records], RECALL_BATCH):
+            for batch in decode_batches(records):
                 try:
-                    decoded = self._reader.try_decode(records[start:end])
+                    decoded = self._reader.try_decode(batch)
                     failed += [record.key for record, value in decoded if value is None]
                 except IntegrityError as error:
-                    failed += [record.key for record in records[start:end]]
+                    failed += [record.key for record in batch]
                     if not any(error.what in problem for problem in damaged):
                         damaged.append(str(error))
             return VerifyReport(

@@ -5,8 +5,11 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from loramem.adapters import AdaptedModel, Placement
 from loramem.capacity import Plan, plan_write
@@ -18,11 +21,10 @@ from loramem.prompts import EncodedRecord, PromptTemplate, encode_records
 from loramem.recall import answer_probabilities
 from loramem.records import Record, deduplicate
 from loramem.reports import WriteReport
-from loramem.runs import runs
 from loramem.shards import Shard, ShardJob, stored_adapter
 from loramem.staging import NAME as STAGING
 from loramem.staging import clean
-from loramem.writer import ProgressCallback, WriterSettings
+from loramem.writer import ProgressCallback, WriterSettings, autocast_dtype
 
 log = logging.getLogger(__name__)
 
@@ -81,15 +83,19 @@ class Transaction:
         """Shards and ranks for encoded records."""
         per_rank = self.placement.parameters_per_rank(self.adapted.model)
         lengths, costs = [entry.length for entry in encoded], self.costs_bits(encoded)
-        shards = []
-        for start, end in runs([entry.record.namespace for entry in encoded]):
+        shards, start = [], 0
+        for _, group in groupby(encoded, key=lambda entry: entry.record.namespace):
+            end = start + len(list(group))
             part = plan_write(lengths[start:end], costs[start:end], per_rank, goal=goal, rank=rank)
             shards += [shard.moved(start) for shard in part.shards]
+            start = end
         return Plan(goal, tuple(shards))
 
     def costs_bits(self, encoded: Sequence[EncodedRecord]) -> list[float]:
         """What the plain base does not know of each value: Σ max(0, −log2 p − 1) over its answer tokens."""
-        with self.adapted.disabled():
+        base = self.adapted.base
+        cast = autocast_dtype("auto", base.device)  # an estimate may be half precise
+        with self.adapted.disabled(), torch.autocast(base.device.type, cast, enabled=cast is not None):
             probs = dict(answer_probabilities(self.adapted.model, encoded))
         return [float((-probs[i][:-1].log2() - 1).clamp(min=0).sum()) for i in range(len(encoded))]
 
