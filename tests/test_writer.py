@@ -1,5 +1,7 @@
 """The training loop: when it stops, when the rank grows, what it does with stubborn records and with NaN."""
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +11,7 @@ import torch
 from loramem import MemoryStore, WriterSettings, shards, writer
 from loramem.adapters import AdaptedModel, Placement
 from loramem.base_model import BaseModel, load_base_model
-from loramem.batches import Batch, answer_logits, make_batch
+from loramem.batches import Batch, answer_logits, make_batch, token_losses
 from loramem.errors import StubbornRecords, TrainingDiverged
 from loramem.layers import decoder_layers
 from loramem.prompts import encode_records
@@ -53,6 +55,132 @@ def test_a_long_record_is_written_with_the_sliding_window(loaded: BaseModel) -> 
     settings = WriterSettings(long_tokens=40)
     training = writer.train_adapter(AdaptedModel(loaded), "new", records, 16, Placement.default(loaded.model), settings)
     assert training.stubborn == ()
+
+
+Pass = tuple[bool, dict[int, float]]  # is it trained on; lowest probability of each record in it
+
+
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[Pass]:
+    """Every pass through the layers that carry the adapter, as it happens."""
+    found: list[Pass] = []
+
+    def watched(trunk: Trunk, indices: Sequence[int], batch: Batch) -> torch.Tensor:
+        logits = whole(trunk, indices, batch)
+        lowest = torch.exp(-token_losses(logits.detach(), batch).amax(1)).tolist()
+        found.append((torch.is_grad_enabled(), dict(zip(indices, lowest, strict=True))))
+        return logits
+
+    whole = Trunk.logits
+    monkeypatch.setattr(Trunk, "logits", watched)
+    return found
+
+
+@pytest.mark.parametrize("objective", ["memft-ot", "memft-sw"])
+def test_learned_records_leave_the_training_batches_and_are_looked_at_again(
+    loaded: BaseModel, passes: list[Pass], objective: str
+) -> None:
+    records = encode(loaded, numbers(12))
+    # The start along the gradient would be one more pass with a gradient.
+    settings = WriterSettings(objective=objective, batch_records=4, start="random", precision="float32")
+    training = writer.train_adapter(AdaptedModel(loaded), "new", records, 4, Placement.default(loaded.model), settings)
+    visits, left, looked_at = Counter[int](), set[int](), set[int]()
+    for trained, lowest in passes:
+        if trained:
+            assert not left & lowest.keys()
+            visits.update(lowest.keys())
+        elif visits:
+            looked_at |= left & lowest.keys()
+        left -= lowest.keys()
+        left |= {index for index, probability in lowest.items() if probability >= settings.train_threshold}
+    assert training.stubborn == ()
+    assert training.visits == visits.total() == sum(len(lowest) for trained, lowest in passes if trained)
+    assert len(visits) == len(records)
+    assert min(visits.values()) < max(visits.values())
+    assert looked_at
+
+
+def test_plain_cross_entropy_trains_on_every_record_in_every_pass(loaded: BaseModel, passes: list[Pass]) -> None:
+    records = encode(loaded, numbers(12))
+    settings = WriterSettings(objective="sft", batch_records=4, start="random", precision="float32")
+    training = writer.train_adapter(AdaptedModel(loaded), "new", records, 4, Placement.default(loaded.model), settings)
+    trained = [lowest for with_gradient, lowest in passes if with_gradient]
+    assert [len(lowest) for lowest in trained] == [4] * training.steps
+    for first in range(0, len(trained), 3):
+        assert sorted(index for lowest in trained[first : first + 3] for index in lowest) == list(range(12))
+    # Some were learned before the last pass: the other objectives would have left them out of it.
+    assert any(max(lowest.values()) >= settings.train_threshold for lowest in trained[:-3])
+
+
+def unaligned_run(loaded: BaseModel, records: dict[str, str], **settings: object) -> writer._Run:
+    adapted, placement = AdaptedModel(loaded), Placement.default(loaded.model)
+    adapted.create("new", 4, placement, seed=0)
+    trunk = Trunk(loaded.model, encode(loaded, records), min(placement.layers))
+    return writer._Run(adapted, "new", trunk, 4, WriterSettings(**settings), None, 0.0)  # type: ignore[arg-type]
+
+
+def hold_for_learned(run: writer._Run, indices: list[int]) -> None:
+    run.lowest[indices], run.open_tokens[indices] = 1.0, 0
+
+
+@pytest.mark.parametrize("held", [[0], [1, 4], [0, 1, 2, 3, 4, 5]], ids=str)
+def test_records_wrongly_held_for_learned_come_back(loaded: BaseModel, passes: list[Pass], held: list[int]) -> None:
+    run = unaligned_run(loaded, numbers(6), batch_records=2)
+    hold_for_learned(run, held)
+    assert run.until_certified_or_stalled()
+    assert run.stubborn_records() == []
+    for index in held:
+        trained = [with_gradient for with_gradient, lowest in passes if index in lowest]
+        assert trained[0] is False  # a look, which shows it
+        assert any(trained)
+    assert sorted(passes[-1][1]) == list(range(6))
+    assert min(passes[-1][1].values()) >= run.settings.certify_threshold
+
+
+@pytest.mark.parametrize(("held", "passes_before"), [([0], 1), ([0, 2, 3, 5], 2)], ids=str)
+def test_learned_records_are_looked_at_once_there_were_as_many_visits(
+    loaded: BaseModel, passes: list[Pass], held: list[int], passes_before: int
+) -> None:
+    run = unaligned_run(loaded, numbers(6), learning_rate=1e-9, patience_passes=4)  # the others are never learned
+    hold_for_learned(run, held)
+    assert not run.until_certified_or_stalled()
+    told = [(trained, sorted(lowest)) for trained, lowest in passes[: passes_before + 2]]
+    others = sorted(set(range(6)).difference(held))
+    assert told == [(True, others)] * passes_before + [(False, held), (True, list(range(6)))]
+
+
+def test_records_that_slip_after_they_were_learned_come_back(loaded: BaseModel, passes: list[Pass]) -> None:
+    run = unaligned_run(loaded, numbers(6))
+    assert run.until_certified_or_stalled()
+    certified = len(passes)
+    hold_for_learned(run, list(range(6)))
+    with torch.no_grad():
+        for name, tensor in run.adapted.weights("new").items():
+            if ".lora_B." in name:
+                tensor.zero_()
+    run.restart(4)
+    assert run.until_certified_or_stalled()
+    (looked, first), *rest = passes[certified:]
+    assert not looked
+    assert max(first.values()) < run.settings.certify_threshold
+    assert {index for trained, lowest in rest if trained for index in lowest} == set(range(6))
+    assert min(rest[-1][1].values()) >= run.settings.certify_threshold
+
+
+@pytest.mark.parametrize(
+    ("settings", "stays"),
+    [({}, False), ({"objective": "memft-ot"}, False), ({"objective": "sft"}, True), ({"long_tokens": 40}, True)],
+    ids=["memft-sw", "memft-ot", "sft", "a single long record"],
+)
+def test_which_objectives_leave_learned_records_out(
+    loaded: BaseModel, settings: dict[str, object], stays: bool
+) -> None:
+    run = unaligned_run(loaded, {"long": "".join(numbers(20, 3).values())}, **settings)
+    hold_for_learned(run, [0])
+    assert run.active([0]) == [0] * stays
+    for probability in (0.0, 0.89, float("nan")):  # certified is not learned
+        run.lowest[0] = probability
+        assert run.active([0]) == [0]
 
 
 def test_growing_the_rank_keeps_the_function(loaded: BaseModel) -> None:
