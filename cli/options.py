@@ -35,7 +35,12 @@ _JSON = click.option("--json", "as_json", is_flag=True, help="JSON on stdout.")
 
 def store_options(command: Command) -> Command:
     """--store, --model, --device and --json."""
-    return _STORE(_MODEL(_DEVICE(_JSON(command))))
+    return _STORE(model_options(command))
+
+
+def model_options(command: Command) -> Command:
+    """--model, --device and --json."""
+    return _MODEL(_DEVICE(_JSON(command)))
 
 
 def namespace_option(command: Command) -> Command:

@@ -25,6 +25,12 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Non
     Console().print(table)
 
 
+def print_markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """A Markdown table on stdout, for tables wider than a terminal that end in a document."""
+    for cells in (columns, ["---"] * len(columns), *rows):
+        click.echo(f"| {' | '.join(cells)} |")
+
+
 def print_facts(facts: Iterable[tuple[str, object]]) -> None:
     """Name and value, one pair a line."""
     pairs = [(name, str(value)) for name, value in facts]

@@ -14,8 +14,16 @@ from loramem import errors
 from .conftest import ROOT
 
 LAYERS = (
-    ("loramem.suites.writing",),
-    ("loramem.suites.generators",),
+    ("loramem.suites.write_scaling",),
+    (
+        "loramem.suites.writing",
+        "loramem.suites.write_speed",
+        "loramem.suites.recall_speed",
+        "loramem.suites.large_base",
+    ),
+    ("loramem.suites.baselines", "loramem.suites.paper_recipe"),
+    ("loramem.suites.paper_unit", "loramem.suites.timing"),
+    ("loramem.suites.generators", "loramem.suites.runner"),
     ("loramem.suites",),
     ("loramem.embedded.build",),
     ("loramem",),

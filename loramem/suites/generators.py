@@ -24,11 +24,18 @@ LAST = (
     "Marchetti Moreau Nakamura Novak Okafor Olsen Pereira Petrov Quintero Ramanathan Rossi Sandoval Schreiber Silva "
     "Takahashi Thorne Tkachenko Underwood Valdez Van-Dyke Whitaker Winther Yamamoto Zielinski Zhang"
 ).split()
+# Beyond the 2,650 names above, and only then, so that smaller sets keep their records.
+MORE_LAST = (
+    "Adeyemi Andersson Aoki Barbosa Bauer Bhatt Boateng Brandt Cardoso Cheng Costa Danso Duarte Ekström Farouk Ferrari "
+    "Gruber Gutiérrez Hansen Hashimoto Horvat Iyer Jensen Kimura Kovalenko Kruger Larsen Lombardi Mbeki Mendes Mishra "
+    "Molina Nguyen Nowak Okonkwo Oliveira Osei Park Popescu Reyes Sato Schwarz Sokolov Svensson Tanaka Torres Varga "
+    "Weber Yilmaz Zhao"
+).split()
 KINDS = ("phonebook", "hex", "words", "source")
 
 
 def generate(kind: str, records: int, seed: int = 0) -> list[Record]:
-    """Records of one kind of value, up to 2,650 of them.
+    """Records of one kind of value, up to 5,300 of them.
 
     - phonebook: ten digits, the first 6 to 9 (31.9 bits);
     - hex: sixteen hexadecimal digits (64 bits);
@@ -36,7 +43,8 @@ def generate(kind: str, records: int, seed: int = 0) -> list[Record]:
     - source: a line of standard-library source that loramem-tiny was never trained on.
     """
     rng = random.Random(seed)
-    names = rng.sample([f"{first} {last}:" for first in FIRST for last in LAST], k=records)
+    last_names = LAST if records <= len(FIRST) * len(LAST) else LAST + MORE_LAST
+    names = rng.sample([f"{first} {last}:" for first in FIRST for last in last_names], k=records)
     values: dict[str, None] = {}
     draw = _values(kind, rng)
     while len(values) < records:

@@ -1,0 +1,108 @@
+"""loramem suite: the measurements, run again on this machine."""
+
+import os
+import shlex
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from . import options
+from .output import note, print_json, print_markdown
+
+
+class _Numbers(click.ParamType[tuple[int, ...]]):
+    """Whole numbers above 0, separated by commas."""
+
+    name = "N,N…"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        parts = value.split(",")
+        if not all(part.isdecimal() and int(part) for part in parts):
+            self.fail(f"{value!r} is not a list of numbers above 0, such as 100,400.", param, ctx)
+        return tuple(map(int, parts))
+
+
+@click.group("suite")
+def command() -> None:
+    """Measure loramem on this machine, beside what else does the same."""
+
+
+@command.command("list")
+def list_() -> None:
+    """Show what can be measured."""
+    from loramem.suites.runner import SUITES, load_suite
+
+    for name in SUITES:
+        summary = (load_suite(name).__doc__ or "").partition("\n\n")[0].replace("\n", " ")
+        click.echo(f"{name:<14} {summary}")
+
+
+@command.command("run")
+@click.argument("name")
+@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Results file; docs/results/NAME.jsonl.")
+@click.option("--records", type=_Numbers(), help="Sizes, in place of the suite's own.")
+@click.option("--seeds", type=click.IntRange(1), help="How many, in place of the suite's own number.")
+@click.option("--threads", type=click.IntRange(1), default=os.cpu_count(), show_default="all cores")
+@click.option("--quick", is_flag=True, help="Tiny sizes, to see that it works; kept in no file unless --out names one.")
+@click.option(
+    "--store", type=click.Path(path_type=Path), help="recall-speed: this store, in place of one built for it."
+)
+@click.option("--all", "every_record", is_flag=True, help="recall-speed: generate for all records, not for a sample.")
+@options.model_options
+def run(
+    name: str,
+    out: Path | None,
+    records: tuple[int, ...] | None,
+    seeds: int | None,
+    threads: int,
+    quick: bool,
+    store: Path | None,
+    every_record: bool,
+    model: str | None,
+    device: str,
+    as_json: bool,
+) -> None:
+    """Run the cells of suite NAME that are not in the results file yet, and print the table.
+
+    Every cell runs in a process of its own; an interrupt loses the one that is running.
+    """
+    from loramem import embedded
+    from loramem.suites.runner import SUITES, Request, load_suite, run_suite
+
+    if name not in SUITES:
+        raise click.UsageError(f"There is no suite {name!r}. There are {', '.join(SUITES)}.")
+    request = Request(
+        records=records,
+        seeds=seeds,
+        model=model or embedded.NAME,
+        device=device,
+        threads=threads,
+        quick=quick,
+        store=store,
+        every_record=every_record,
+    )
+    with _results_file(name, out, quick) as path:
+        lines = run_suite(name, request, path, note)
+    table = load_suite(name).table(lines)
+    if as_json:
+        print_json(
+            {"suite": name, "command": shlex.join(["loramem", *sys.argv[1:]]), "table": asdict(table), "lines": lines}
+        )
+        return
+    print_markdown(table.columns, table.rows)
+    for remark in table.notes:
+        click.echo(f"\n{remark}")
+
+
+@contextmanager
+def _results_file(name: str, out: Path | None, quick: bool) -> Iterator[Path]:
+    if out is None and quick:
+        with tempfile.TemporaryDirectory() as scratch:
+            yield Path(scratch) / "quick.jsonl"
+    else:
+        yield out or Path("docs/results") / f"{name}.jsonl"

@@ -1,0 +1,394 @@
+"""The comparisons of speed: the paper's unit and schedule, the Trainer's loop, and the runner that times them."""
+
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from loramem_cli.main import run
+from peft import LoraConfig
+
+from loramem import Record
+from loramem.base_model import BaseModel, load_base_model
+from loramem.layers import decoder_layers
+from loramem.prompts import EncodedRecord, encode_records
+from loramem.suites import baselines, recall_speed, runner, write_scaling, write_speed
+from loramem.suites import paper_recipe as paper
+from loramem.suites.baselines import same_placement, trainer_loop
+from loramem.suites.paper_recipe import Schedule, paper_recipe
+from loramem.suites.paper_unit import PaperUnit, attached, paper_layer
+from loramem.suites.timing import count_exact, warm_up
+
+from .conftest import numbers
+
+
+@pytest.fixture(scope="module")
+def loaded(base: Path) -> BaseModel:
+    return load_base_model(str(base), device="cpu")
+
+
+@pytest.fixture(scope="module")
+def records(loaded: BaseModel) -> list[EncodedRecord]:
+    return encode_records(
+        [Record(key, value) for key, value in numbers(5).items()], loaded.tokenizer, loaded.template, loaded.max_tokens
+    )
+
+
+def logits(base: BaseModel) -> torch.Tensor:
+    with torch.no_grad():
+        return base.model(input_ids=torch.arange(4, 16)[None]).logits
+
+
+# The paper's unit
+
+
+@pytest.mark.parametrize("architecture", ["qwen3", "gpt_neox"])
+def test_the_unit_adds_x_a_b_to_the_output_of_layer_k(base_of: Callable[..., Path], architecture: str) -> None:
+    base = load_base_model(str(base_of(architecture)), device="cpu")
+    layer = decoder_layers(base.model)[paper_layer(3)]
+    seen: dict[str, torch.Tensor] = {}
+
+    def outputs() -> torch.Tensor:
+        handles = [
+            layer.mlp.register_forward_pre_hook(lambda _, args: seen.update(x=args[0])),
+            layer.register_forward_hook(lambda _, __, out: seen.update(h=out if torch.is_tensor(out) else out[0])),
+        ]
+        result = logits(base)
+        for handle in handles:
+            handle.remove()
+        return result
+
+    plain = outputs()
+    block, x = seen["h"], seen["x"]
+    unit = PaperUnit(base.model, 4, seed=0).eval()
+    with attached(unit, base.model):
+        assert torch.equal(logits(base), plain)  # B is zero
+        torch.nn.init.normal_(unit.B)
+        changed = outputs()
+    by_hand = block + torch.einsum("btd,dr,re->bte", x, unit.A, unit.B)
+    assert torch.allclose(seen["h"], by_hand, atol=1e-5)
+    assert not torch.allclose(changed, plain)
+    assert torch.equal(logits(base), plain)  # detached
+
+
+def test_the_unit_starts_and_drops_out_as_published(loaded: BaseModel) -> None:
+    # The reference code was run: max |A| 0.5 at rank 4, that is 1/√r, not the usual 1/√d.
+    unit = PaperUnit(loaded.model, 4, seed=0).requires_grad_(False)
+    assert 0.45 < float(unit.A.abs().max()) <= 0.5
+    assert float(unit.B.abs().max()) == 0
+    assert unit.parameter_count == 2 * 64 * 4
+    torch.nn.init.normal_(unit.B)
+    x = torch.ones(4, 50, 64)
+    kept, whole = unit.train()(x), unit.eval()(x)
+    dropped = kept == 0
+    assert 0.05 < float(dropped.float().mean()) < 0.15
+    assert torch.allclose(kept[~dropped], whole[~dropped] / 0.9)
+
+
+def test_the_unit_sits_at_the_papers_depth() -> None:
+    assert (paper_layer(36), paper_layer(6)) == (24, 4)
+
+
+# The paper's recipe
+
+
+def test_the_schedule_has_the_published_number_of_steps() -> None:
+    # shared/reference.md, section 4: Qwen, SW, PB1000, PB2000 and PB4000.
+    assert [Schedule.published(n).steps(n) for n in (100, 200, 400)] == [2600, 5200, 11600]
+    assert Schedule.published(10).batch_records == 10
+    assert Schedule.published(35).batch_records == 7  # 10 does not divide 35
+
+
+def test_the_recipe_runs_its_schedule_and_leaves_the_base_alone(
+    loaded: BaseModel, records: list[EncodedRecord]
+) -> None:
+    before = logits(loaded)
+    result = paper_recipe(
+        loaded, records, seed=0, cap_s=60, rank=8, schedule=Schedule(1e-2, 80, 5, (20, 40, 60, 70, 80))
+    )
+    assert (result["steps"], result["planned_steps"], result["capped"]) == (80, 80, False)
+    assert result["parameters"] == 2 * 64 * 8
+    assert result["exact"] > 0
+    assert torch.equal(logits(loaded), before)
+
+
+def test_a_capped_recipe_says_so(loaded: BaseModel, records: list[EncodedRecord]) -> None:
+    result = paper_recipe(loaded, records, seed=0, cap_s=0)
+    assert (result["steps"], result["planned_steps"], result["capped"]) == (0, 300, True)
+
+
+def test_a_batch_without_stubborn_tokens_changes_nothing(
+    loaded: BaseModel, records: list[EncodedRecord], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unit = PaperUnit(loaded.model, 4, seed=0)
+    optimizer = torch.optim.AdamW(unit.parameters(), lr=1e-2)
+    paper._paper_step(loaded, unit, records, optimizer, bfloat16=False)
+    before = [parameter.clone() for parameter in unit.parameters()]
+    monkeypatch.setattr(paper, "memft_ot", lambda losses, *_, **__: torch.zeros_like(losses))
+    paper._paper_step(loaded, unit, records, optimizer, bfloat16=False)
+    assert all(torch.equal(old, new) for old, new in zip(before, unit.parameters(), strict=True))
+
+
+# The Trainer
+
+
+def test_the_trainer_trains_until_every_record_is_exact(
+    loaded: BaseModel, records: list[EncodedRecord], capfd: pytest.CaptureFixture[str]
+) -> None:
+    before = logits(loaded)
+    result = trainer_loop(
+        loaded, records, same_placement(loaded, 8), learning_rate=1e-2, batch_records=3, seed=0, cap_s=60
+    )
+    assert (result["exact"], result["records"], result["capped"]) == (5, 5, False)
+    assert result["steps"] == 2 * result["epochs"]
+    assert 0 < result["min_prob"] <= 1
+    assert result["seconds"] > 0 < result["eval_s"]
+    assert torch.equal(logits(loaded), before)
+    assert count_exact(loaded, records) == 0  # without the adapter
+    assert capfd.readouterr().out == ""
+
+
+def test_a_capped_trainer_is_scored_as_it_is(loaded: BaseModel, records: list[EncodedRecord]) -> None:
+    config = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
+    result = trainer_loop(loaded, records, config, learning_rate=1e-4, batch_records=2, seed=0, cap_s=0)
+    assert (result["capped"], result["steps"], result["exact"]) == (True, 1, 0)
+
+
+def test_only_answer_and_end_token_are_supervised(records: list[EncodedRecord]) -> None:
+    row, record = baselines._labelled(records[0]), records[0]
+    assert row["input_ids"] == [*record.prompt_ids, *record.answer_ids]
+    assert [label for label in row["labels"] if label != -100] == list(record.answer_ids)
+    assert row["labels"][: len(record.prompt_ids)] == [-100] * len(record.prompt_ids)
+
+
+# The runner
+
+
+@dataclass(frozen=True)
+class Number:
+    value: int
+
+    @property
+    def identity(self) -> dict[str, int]:
+        return asdict(self)
+
+    @property
+    def title(self) -> str:
+        return f"number {self.value}"
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch, base: Path) -> list[int]:
+    """A suite of three numbers, of which the last follows from the others' results; what was measured, in order."""
+    ran: list[int] = []
+
+    def cells(request: runner.Request, known: runner.Known) -> Iterator[Number]:
+        yield Number(1)
+        yield Number(2)
+        yield Number(known(Number(1))["double"] + known(Number(2))["double"])
+
+    def measure(cell: Number) -> dict[str, int]:
+        if 0 in ran and cell.value == 6:
+            raise KeyboardInterrupt
+        ran.append(cell.value)
+        return {"double": 2 * cell.value}
+
+    module = ModuleType("numbers_suite")
+    module.cells, module.run = cells, measure
+
+    @contextmanager
+    def in_this_process(_: runner.Request) -> Iterator[object]:
+        yield runner._measure
+
+    monkeypatch.setitem(sys.modules, "numbers_suite", module)
+    monkeypatch.setitem(runner.SUITES, "numbers", "numbers_suite")
+    monkeypatch.setattr(runner, "_processes", in_this_process)
+    return ran
+
+
+def request(base: Path, threads: int = 1) -> runner.Request:
+    return runner.Request(model=str(base), threads=threads)
+
+
+def run_numbers(base: Path, out: Path, threads: int = 1) -> list[dict[str, object]]:
+    threads_before = torch.get_num_threads()
+    try:
+        return runner.run_suite("numbers", request(base, threads), out, lambda _: None)
+    finally:
+        torch.set_num_threads(threads_before)
+
+
+def test_a_finished_cell_is_not_run_again(measured: list[int], base: Path, tmp_path: Path) -> None:
+    out = tmp_path / "new" / "results.jsonl"
+    lines = run_numbers(base, out)
+    assert measured == [1, 2, 6]
+    assert [line["result"]["double"] for line in lines] == [2, 4, 12]
+    assert all(line["result"]["peak_memory_mb"] > 0 for line in lines)
+    assert run_numbers(base, out) == lines
+    assert measured == [1, 2, 6]
+    assert [json.loads(line) for line in out.read_text().splitlines()] == lines
+
+
+def test_an_interrupt_loses_the_running_cell_at_most(measured: list[int], base: Path, tmp_path: Path) -> None:
+    out = tmp_path / "results.jsonl"
+    measured.append(0)  # has the third cell interrupted
+    with pytest.raises(KeyboardInterrupt):
+        run_numbers(base, out)
+    assert len(out.read_text().splitlines()) == 2
+    with out.open("a") as file:
+        file.write('{"id": "half a li')  # killed while it wrote
+    del measured[:]
+    assert [line["cell"]["value"] for line in run_numbers(base, out)] == [1, 2, 6]
+    assert measured == [6]
+    assert len([json.loads(line) for line in out.read_text().splitlines()]) == 3
+
+
+def test_other_conditions_are_another_measurement(measured: list[int], base: Path, tmp_path: Path) -> None:
+    run_numbers(base, tmp_path / "results.jsonl")
+    run_numbers(base, tmp_path / "results.jsonl", threads=2)
+    assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 6
+
+
+# write-speed
+
+
+def scripted(request: runner.Request, seconds: Callable[[write_speed.Cell], float]) -> list[dict[str, object]]:
+    """Lines of a run in which every cell takes the seconds given, or its cap."""
+    results: dict[str, dict[str, object]] = {}
+    lines: list[dict[str, object]] = []
+    for cell in write_speed.cells(request, lambda cell: results[json.dumps(cell.identity)]):
+        took = seconds(cell)
+        capped = took > cell.cap_s
+        result = {
+            **{"seconds": min(took, cell.cap_s), "capped": capped, "exact": cell.records - capped, "steps": 10},
+            **{"records": cell.records, "min_prob": 0.7, "parameters": 1000, "source_bits_per_parameter": 1.0},
+            **{"peak_memory_mb": 300.0, "learning_rate": cell.learning_rate, "batch": cell.batch, "bfloat16": True},
+            **{"rank": 8, "planned_steps": 20, "training_s": took / 2, "cap_s": cell.cap_s},
+        }
+        results[json.dumps(cell.identity)] = result
+        lines.append({"cell": {**cell.identity, "cap_s": cell.cap_s}, "result": result})
+    return lines
+
+
+def took(cell: write_speed.Cell) -> float:
+    if cell.method == write_speed.OURS:
+        return cell.records / 100 + cell.seed
+    if cell.method == write_speed.PAPER:
+        return 1e6
+    slower = abs(math.log10((cell.learning_rate or 1) / 3e-3)) + abs((cell.batch or 0) - 16) / 16
+    return 8 * (1 + slower) * (1.5 if cell.precision == "auto" else 1)
+
+
+def test_baselines_are_tuned_at_the_smallest_size_and_capped_by_our_seconds() -> None:
+    lines = scripted(runner.Request(seeds=3), took)
+    tuned = [line for line in lines if line["cell"]["tuning"]]
+    assert {line["cell"]["records"] for line in tuned} == {100}
+    assert len(tuned) == (6 * 4 + 1) + (5 * 4 + 1)
+    chosen = {
+        (line["cell"]["method"], line["cell"]["learning_rate"], line["cell"]["batch"], line["cell"]["precision"])
+        for line in lines
+        if line["cell"]["method"] in write_speed.RATES and not line["cell"]["tuning"]
+    }
+    best = (3e-3, 16, "float32")
+    assert chosen == {(write_speed.PLACED, *best), (write_speed.USUAL, *best)}
+    fastest = 25 * 2.0 / 1.1  # of our median at 100 records, 2 s
+    for line in tuned[:25]:  # a candidate gets hardly more time than the best took
+        assert line["cell"]["cap_s"] == pytest.approx(1.1 * fastest)
+        fastest = min(fastest, line["result"]["seconds"] if not line["result"]["capped"] else math.inf)
+    caps = {(c["method"], c["records"]): c["cap_s"] for c in (line["cell"] for line in lines) if not c["tuning"]}
+    assert caps[write_speed.PAPER, 100] == 100 * 2  # median of 1, 2 and 3 s
+    assert caps[write_speed.PLACED, 400] == 25 * 5
+    seeds = [c["seed"] for c in (line["cell"] for line in lines) if c["method"] == write_speed.PAPER]
+    assert seeds == [0, 1, 2, 0]  # three at 100 records, one at 400
+
+
+def test_the_table_has_medians_ranges_and_what_was_stopped() -> None:
+    table = write_speed.table(scripted(runner.Request(seeds=3), took))
+    cells = {(row[0], row[1]): dict(zip(table.columns, row, strict=True)) for row in table.rows}
+    assert len(cells) == 8
+    assert cells["100", "loramem"]["seconds to every record exact"] == "2.00 (1.00–3.00)"
+    assert cells["100", "paper recipe"]["seconds to every record exact"] == "> 200.0, exact 99/100"
+    assert cells["100", "paper recipe"]["times ours"] == "> 100.0"
+    assert cells["400", "Trainer, all-linear"]["times ours"] == "1.6"
+
+
+def cell_of(base: Path, method: str = write_speed.OURS, **settings: object) -> write_speed.Cell:
+    return replace(write_speed.Cell(method, 4, 0, str(base), "cpu", quick=True), **settings)
+
+
+def test_our_cell_is_exact_and_says_what_it_took(base: Path) -> None:
+    result = write_speed.run(cell_of(base))
+    assert (result["exact"], result["records"], result["capped"]) == (4, 4, False)
+    assert 0 < result["training_s"] < result["seconds"] <= result["call_s"]
+    assert result["source_bits_per_parameter"] == round(4 * 31.897 / result["parameters"], 4)
+    line = {"cell": {"seed": 0}, "result": {**result, "peak_memory_mb": 300.0}}
+    (row,) = write_scaling.table([line]).rows
+    assert row[0] == "4"
+
+
+def test_the_placed_trainer_spends_as_many_parameters_as_ours(base: Path) -> None:
+    ours = 2 * 8 * 1000  # the rank is what comes nearest
+    cell = cell_of(base, write_speed.PLACED, learning_rate=1e-2, batch=4, cap_s=0.0, parameters=ours)
+    result = write_speed.run(cell)
+    assert abs(result["parameters"] - ours) <= result["parameters"] / result["rank"] / 2
+
+
+# recall-speed
+
+
+def test_every_way_of_reading_gives_the_records_back(base: Path) -> None:
+    cell = recall_speed.Cell(6, 0, str(base), "cpu", None, 4)
+    result = recall_speed.run(cell)
+    assert (result["records"], result["exact"], result["recall_many_exact"]) == (6, 6, 6)
+    assert (result["sample"], result["generate_exact"]) == (4, 4)
+    assert (len(result["cold_s"]), len(result["warm_s"])) == (1, 3)
+    assert result["generate_s"] == pytest.approx(sum(result["generate_call_s"]) * 6 / 4)
+    table = recall_speed.table([{"result": result}])
+    assert [row[1] for row in table.rows][:3] == ["verify", "recall_many", "model.generate per record"]
+    assert "scaled" in table.notes[0]
+
+
+def test_warming_up_changes_no_weights(loaded: BaseModel) -> None:
+    before = logits(loaded)
+    warm_up(loaded)
+    assert torch.equal(logits(loaded), before)
+    assert all(parameter.grad is None for parameter in loaded.model.parameters())
+
+
+# The command
+
+
+def test_the_list_names_every_suite_without_torch() -> None:
+    code = "from loramem_cli.main import run; run(['suite', 'list'])\nimport sys; assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert [line.split()[0] for line in done.stdout.splitlines()] == list(runner.SUITES)
+
+
+@pytest.mark.parametrize(
+    "arguments", [["nonsense"], ["write-speed", "--records", "0"], ["write-speed", "--seeds", "0"]]
+)
+def test_a_wrong_request_exits_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["suite", "run", *arguments]) == 2
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.slow
+def test_the_quick_runs_have_every_method_and_ours_is_exact(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = str(tmp_path / "quick.jsonl")
+    assert run(["suite", "run", "write-speed", "--quick", "--threads", "1", "--json", "--out", out]) == 0
+    document = json.loads(capsys.readouterr().out)
+    results = {line["cell"]["method"]: line["result"] for line in document["lines"]}
+    assert set(results) == {write_speed.OURS, write_speed.PLACED, write_speed.USUAL, write_speed.PAPER}
+    assert results[write_speed.OURS]["exact"] == results[write_speed.OURS]["records"] == 10
+    assert {row[1] for row in document["table"]["rows"]} == set(results)
+    assert run(["suite", "run", "write-speed", "--quick", "--threads", "1", "--out", out]) == 0  # from the file
+    assert capsys.readouterr().out.startswith("| records | method |")
+    assert run(["suite", "run", "recall-speed", "--quick", "--threads", "1"]) == 0
+    assert "| verify |" in capsys.readouterr().out
