@@ -236,10 +236,10 @@ def load_weights(target: dict[str, Tensor], source: dict[str, Tensor]) -> None:
 
 
 def rank_choices(rank: int, limit: int) -> Sequence[int]:
-    """The ranks a write goes through: doubled from ``rank`` up to ``limit``."""
+    """The ranks a write goes through: half as much again each time, from ``rank`` up to ``limit``."""
     ranks = [rank]
     while ranks[-1] < limit:
-        ranks.append(min(ranks[-1] * 2, limit))
+        ranks.append(min(math.ceil(ranks[-1] * 1.5), limit))
     return ranks
 
 

@@ -8,13 +8,27 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-GOALS = ("fast", "small")
-# Bits of value cost per adapter parameter that the first rank is chosen for; measured in docs/writing.md.
-DENSITY = {"fast": 0.03, "small": 0.5}
-MIN_RANK = {"fast": 8, "small": 1}
 MAX_RANK = 128
-# Most records and answer tokens of one shard: many small adapters with exact routing, none too large to rewrite.
-SHARD_RECORDS, SHARD_TOKENS = 200, 4000
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What a write is planned for; measured in docs/writing.md."""
+
+    density: float
+    """Bits of value cost per adapter parameter that the first rank is chosen for."""
+    min_rank: int
+    shard_records: int
+    """Most records of one shard: many adapters with exact routing, none too large to rewrite."""
+    shard_tokens: int
+    """Most answer tokens of one shard (one record may exceed it alone)."""
+
+
+GOALS = {
+    "fast": Goal(density=0.03, min_rank=8, shard_records=200, shard_tokens=4000),
+    # A large shard holds more per parameter: rank 2 held 400 phone numbers where rank 1 left three of 200.
+    "small": Goal(density=1.1, min_rank=2, shard_records=400, shard_tokens=8000),
+}
 
 
 @dataclass(frozen=True)
@@ -85,26 +99,26 @@ def plan_write(
         ValueError: See `check_request`.
     """
     check_request(goal, rank, max_rank)
-    shards = []
-    for first, last in _cut(lengths):
+    limits, shards = GOALS[goal], []
+    for first, last in _cut(lengths, limits):
         cost = sum(costs_bits[first:last])
-        guess = math.ceil(cost / (DENSITY[goal] * parameters_per_rank))
-        chosen = rank or min(max(guess, MIN_RANK[goal]), max_rank)
+        guess = math.ceil(cost / (limits.density * parameters_per_rank))
+        chosen = rank or min(max(guess, limits.min_rank), max_rank)
         shards.append(
             ShardPlan(first, last - first, sum(lengths[first:last]), cost, chosen, chosen * parameters_per_rank)
         )
     return Plan(goal, tuple(shards))
 
 
-def _cut(lengths: Sequence[int]) -> list[tuple[int, int]]:
+def _cut(lengths: Sequence[int], limits: Goal) -> list[tuple[int, int]]:
     """Half-open ranges of nearly equal length; a record longer than a shard gets one of its own."""
     if not lengths:
         return []
-    shards = max(math.ceil(len(lengths) / SHARD_RECORDS), math.ceil(sum(lengths) / SHARD_TOKENS))
+    shards = max(math.ceil(len(lengths) / limits.shard_records), math.ceil(sum(lengths) / limits.shard_tokens))
     target = sum(lengths) / shards
     cuts, size = [0], 0.0
     for index, length in enumerate(lengths):
-        full = size >= target or size + length > SHARD_TOKENS or index - cuts[-1] >= SHARD_RECORDS
+        full = size >= target or size + length > limits.shard_tokens or index - cuts[-1] >= limits.shard_records
         if index > cuts[-1] and full:
             cuts.append(index)
             size = 0.0

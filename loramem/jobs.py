@@ -10,6 +10,7 @@ from dataclasses import replace
 import torch
 
 from loramem.adapters import AdaptedModel
+from loramem.processes import end_with_parent
 from loramem.shards import ShardJob, ShardResult, run_job, write_shard
 from loramem.writer import ProgressCallback, WriteProgress
 
@@ -54,10 +55,15 @@ def process_pool(workers: int) -> Iterator[Executor]:
     with ProcessPoolExecutor(
         workers,
         mp_context=multiprocessing.get_context("spawn"),
-        initializer=torch.set_num_threads,
+        initializer=_start_worker,
         initargs=(threads,),
     ) as pool:
         yield pool
+
+
+def _start_worker(threads: int) -> None:
+    end_with_parent()
+    torch.set_num_threads(threads)
 
 
 def _numbered(progress: ProgressCallback | None, shard: int, shards: int) -> ProgressCallback | None:

@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loramem.capacity import DENSITY, GOALS, MIN_RANK, SHARD_RECORDS, SHARD_TOKENS, Plan, plan_write
+from loramem.capacity import GOALS, Plan, plan_write
 
+SHARD_RECORDS, SHARD_TOKENS = GOALS["fast"].shard_records, GOALS["fast"].shard_tokens
 PARAMETERS = 1000  # per rank
 
 
@@ -91,8 +92,8 @@ def test_every_record_is_in_one_shard_in_order_within_the_limits(lengths: list[i
 
 @pytest.mark.parametrize("goal", GOALS)
 def test_the_rank_is_guessed_from_the_cost_of_the_values(goal: str) -> None:
-    wanted = 3 * MIN_RANK[goal] + 1
-    bits = DENSITY[goal] * PARAMETERS * (wanted - 0.5)
+    wanted = 3 * GOALS[goal].min_rank + 1
+    bits = GOALS[goal].density * PARAMETERS * (wanted - 0.5)
     assert plan([5], bits, goal=goal, max_rank=10 * wanted).shards[0].rank == wanted
     # the cost of a shard is that of all its records
     assert plan([5] * 4, bits / 4, goal=goal, max_rank=10 * wanted).shards[0].rank == wanted
@@ -100,16 +101,16 @@ def test_the_rank_is_guessed_from_the_cost_of_the_values(goal: str) -> None:
 
 @pytest.mark.parametrize("goal", GOALS)
 def test_a_guess_keeps_to_the_smallest_and_the_largest_rank(goal: str) -> None:
-    assert plan([5], 0.0, goal=goal).shards[0].rank == MIN_RANK[goal]
-    largest = MIN_RANK[goal] + 3
+    assert plan([5], 0.0, goal=goal).shards[0].rank == GOALS[goal].min_rank
+    largest = GOALS[goal].min_rank + 3
     assert plan([5], 1e9, goal=goal, max_rank=largest).shards[0].rank == largest
     assert plan([5], 0.0, goal=goal, max_rank=1).shards[0].rank == 1
 
 
 def test_each_shard_has_a_rank_of_its_own() -> None:
-    giant = SHARD_TOKENS + 1
-    bits = DENSITY["small"] * PARAMETERS
-    cheap = (MIN_RANK["small"] + 1) * bits
+    giant = GOALS["small"].shard_tokens + 1
+    bits = GOALS["small"].density * PARAMETERS
+    cheap = (GOALS["small"].min_rank + 1) * bits
     shards = plan_write([giant, giant], [cheap, 3 * cheap], PARAMETERS, goal="small", max_rank=10**6).shards
     assert [shard.rank for shard in shards] == [math.ceil(cheap / bits), math.ceil(3 * cheap / bits)]
 

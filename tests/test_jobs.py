@@ -5,8 +5,10 @@ import pickle
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +42,12 @@ class Inline(Executor):
         return future
 
 
+linux_only = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks into /proc")
+
+
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(capacity, "SHARD_RECORDS", 3)
+    monkeypatch.setitem(capacity.GOALS, "fast", replace(capacity.GOALS["fast"], shard_records=3))
 
 
 def contents(store: Path) -> dict[str, bytes]:
@@ -73,6 +78,38 @@ def test_spawned_processes_write_shards(base: Path, tmp_path: Path) -> None:
         assert {recall.key: recall.value for recall in store.recall_many()} == RECORDS
 
 
+PARENT = """
+import os, time
+from loramem.jobs import process_pool
+
+if __name__ == "__main__":
+    with process_pool(1) as pool:
+        print(pool.submit(os.getpid).result(), flush=True)
+        pool.submit(time.sleep, 600).result()
+"""
+
+
+@linux_only
+def test_workers_end_with_a_parent_that_was_killed(tmp_path: Path) -> None:
+    script = tmp_path / "parent.py"
+    script.write_text(PARENT)
+    with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        worker = int(parent.stdout.readline())
+        assert Path(f"/proc/{worker}").exists()
+        parent.kill()
+    deadline = time.monotonic() + 20
+    while running(worker) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not running(worker)
+
+
+def running(pid: int) -> bool:
+    """Whether a process exists and is not merely waiting to be collected."""
+    status = Path(f"/proc/{pid}/stat")
+    return status.exists() and status.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
 def test_staging_is_empty_after_a_write(base: Path, tmp_path: Path) -> None:
     with MemoryStore(tmp_path / "memory", str(base)) as store:
         store.write(RECORDS)
@@ -81,9 +118,10 @@ def test_staging_is_empty_after_a_write(base: Path, tmp_path: Path) -> None:
 
 WRITER = """
 import json, os, signal, sys
+from dataclasses import replace
 from loramem import MemoryStore, capacity
 
-capacity.SHARD_RECORDS = 3
+capacity.GOALS["fast"] = replace(capacity.GOALS["fast"], shard_records=3)
 
 def progress(told):
     if told.shard == 3:
@@ -167,8 +205,6 @@ def test_one_failed_shard_commits_nothing(base: Path, tmp_path: Path, monkeypatc
 
 
 def test_the_same_records_and_settings_are_the_same_job(base: Path, tmp_path: Path) -> None:
-    from dataclasses import replace
-
     from loramem.base_model import load_base_model
     from loramem.prompts import encode_records
     from loramem.records import as_records

@@ -37,7 +37,7 @@ LAYERS = (
     ("loramem.base_model", "loramem.objectives", "loramem.layers", "loramem.initialization"),
     ("loramem.staging",),
     ("loramem.prompts", "loramem.index"),
-    ("loramem.capacity", "loramem.reports", "loramem.files", "loramem.embedded.corpus"),
+    ("loramem.capacity", "loramem.reports", "loramem.files", "loramem.processes", "loramem.embedded.corpus"),
     ("loramem.embedded",),
     ("loramem.records",),
     ("loramem.errors",),

@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from loramem.suites.generators import generate
-from loramem.suites.runner import Known, Request, Result, Table
+from loramem.suites.runner import Known, Request, Result, Table, public_name
 
 if TYPE_CHECKING:
     from loramem import MemoryStore
@@ -38,7 +38,8 @@ class Cell:
 
     @property
     def identity(self) -> Mapping[str, Any]:
-        return asdict(self)
+        store = None if self.store is None else public_name(self.store)
+        return {**asdict(self), "model": public_name(self.model), "store": store}
 
     @property
     def title(self) -> str:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 from loramem import embedded
+from loramem.processes import end_with_parent
 
 SUITES = {
     "write-speed": "loramem.suites.write_speed",
@@ -177,6 +178,11 @@ def machine(request: Request) -> dict[str, Any]:
     }
 
 
+def public_name(model: str) -> str:
+    """A base model as results name it: a local folder by its last name, since paths are nobody else's business."""
+    return Path(model).resolve().name if Path(model).is_dir() else model
+
+
 def processor() -> str:
     """The processor's name, as the system gives it."""
     try:
@@ -191,7 +197,7 @@ def _processes(request: Request) -> Iterator[Callable[[str, Cell, int], Result]]
     """`_measure` in a fresh process each time, so that its memory is its own; a quick run keeps one for all."""
 
     def pool() -> ProcessPoolExecutor:
-        return ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn"))
+        return ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn"), initializer=end_with_parent)
 
     def afresh(module: str, cell: Cell, threads: int) -> Result:
         with pool() as process:

@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from loramem.suites.generators import generate
-from loramem.suites.runner import Known, Request, Result, Table
+from loramem.suites.runner import Known, Request, Result, Table, public_name
 
 OURS, PLACED, USUAL, PAPER = "loramem", "Trainer, our placement", "Trainer, all-linear", "paper recipe"
 SOURCE_BITS = 2 + 9 * log2(10)  # entropy of a phone-book value: 6 to 9, then nine digits
@@ -48,7 +48,8 @@ class Cell:
     @property
     def identity(self) -> Mapping[str, Any]:
         """All but the cap, which follows from other cells' seconds."""
-        return {name: value for name, value in asdict(self).items() if name != "cap_s"}
+        fields = {name: value for name, value in asdict(self).items() if name != "cap_s"}
+        return {**fields, "model": public_name(self.model)}
 
     @property
     def title(self) -> str:
@@ -74,7 +75,7 @@ def cells(request: Request, known: Known) -> Iterator[Cell]:
     for method in (PLACED, USUAL):
         best = yield from tune(limited(method, min(sizes), 0), known)
         for size in sizes:
-            for seed in seeds if method == PLACED or size <= 100 else seeds[:1]:
+            for seed in seeds if size <= 100 else seeds[:1]:
                 cell = replace(limited(method, size, seed), learning_rate=best.learning_rate, batch=best.batch)
                 yield cell
                 yield replace(cell, precision="auto")

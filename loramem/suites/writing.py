@@ -1,4 +1,4 @@
-"""How the defaults of a write were chosen: ``python -m loramem.suites.writing placement|objective|kinds|density``.
+"""How the defaults of a write were chosen: ``python -m loramem.suites.writing placement|objective|kinds|start|density``.
 
 Every cell trains one adapter on the embedded base, is proved as a write is (saved form, greedy decoding), and becomes
 one line of the results file; a cell that stands there already is not run again. The table is printed from the file.
@@ -103,21 +103,51 @@ def kinds_cells(base: BaseModel) -> Iterator[Cell]:
         yield default_cell(base, "kinds", kind, kind, 200, 2, batch_records=50)
 
 
+def start_cells(base: BaseModel) -> Iterator[Cell]:
+    """What the start along the data's gradient and bfloat16 products are worth, for four kinds of value."""
+    variants: dict[str, dict[str, Any]] = {
+        "gradient, bfloat16 (default)": {"precision": "bfloat16"},
+        "gradient, float32": {"precision": "float32"},
+        "random, bfloat16": {"start": "random", "precision": "bfloat16"},
+        "random, float32": {"start": "random", "precision": "float32"},
+    }
+    for kind in KINDS:
+        for name, settings in variants.items():
+            yield default_cell(base, "start", f"100 {kind}, {name}", kind, 100, 16, **settings)
+    for name, settings in variants.items():
+        yield default_cell(base, "start", f"200 phonebook, {name}", "phonebook", 200, 32, **settings)
+
+
 def density_cells(base: BaseModel) -> Iterator[Cell]:
-    """How rank, optimiser, rate and batch trade seconds for parameters."""
+    """How rank, optimiser, objective, rate and batch trade seconds for parameters."""
     for rank in (32, 16, 8, 4, 2):
         for optimizer in ("adamw", "muon"):
             yield default_cell(
-                base, "density", f"rank {rank}, {optimizer}", "phonebook", 100, rank, optimizer=optimizer
+                base, "density", f"100 records, rank {rank}, {optimizer}", "phonebook", 100, rank, optimizer=optimizer
             )
     for rate in (5e-3, 2e-2):
-        yield default_cell(base, "density", f"rank 16, lr {rate:g}", "phonebook", 100, 16, learning_rate=rate)
+        yield default_cell(base, "density", f"100 records, lr {rate:g}", "phonebook", 100, 16, learning_rate=rate)
     for batch in (5, 10, 50):
-        yield default_cell(base, "density", f"rank 16, batch {batch}", "phonebook", 100, 16, batch_records=batch)
-    yield default_cell(base, "density", "400 records, rank 2", "phonebook", 400, 2, batch_records=50)
+        yield default_cell(base, "density", f"100 records, batch {batch}", "phonebook", 100, 16, batch_records=batch)
+    for name, settings in {
+        "": {},
+        ", batch 50": {"batch_records": 50},
+        ", muon": {"optimizer": "muon"},
+        ", sft": {"objective": "sft"},
+        ", random start": {"start": "random"},
+    }.items():
+        yield default_cell(base, "density", f"400 records, rank 2{name}", "phonebook", 400, 2, **settings)
+    yield default_cell(base, "density", "500 records, rank 2", "phonebook", 500, 2)
+    yield default_cell(base, "density", "600 records, rank 2", "phonebook", 600, 2)
 
 
-SUITES = {"placement": placement_cells, "objective": objective_cells, "kinds": kinds_cells, "density": density_cells}
+SUITES = {
+    "placement": placement_cells,
+    "objective": objective_cells,
+    "kinds": kinds_cells,
+    "start": start_cells,
+    "density": density_cells,
+}
 
 
 def run_cell(base: BaseModel, cell: Cell) -> dict[str, Any]:
