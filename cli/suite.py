@@ -48,6 +48,7 @@ def list_() -> None:
 @click.option("--records", type=_Numbers(), help="Sizes, in place of the suite's own.")
 @click.option("--seeds", type=click.IntRange(1), help="How many, in place of the suite's own number.")
 @click.option("--threads", type=click.IntRange(1), default=os.cpu_count(), show_default="all cores")
+@click.option("--no-run", is_flag=True, help="Only print what the results file holds.")
 @click.option("--quick", is_flag=True, help="Tiny sizes, to see that it works; kept in no file unless --out names one.")
 @click.option(
     "--store", type=click.Path(path_type=Path), help="recall-speed: this store, in place of one built for it."
@@ -60,6 +61,7 @@ def run(
     records: tuple[int, ...] | None,
     seeds: int | None,
     threads: int,
+    no_run: bool,
     quick: bool,
     store: Path | None,
     every_record: bool,
@@ -72,7 +74,7 @@ def run(
     Every cell runs in a process of its own; an interrupt loses the one that is running.
     """
     from loramem import embedded
-    from loramem.suites.runner import SUITES, Request, load_suite, run_suite
+    from loramem.suites.runner import SUITES, Request, load_suite, measured, run_suite
 
     if name not in SUITES:
         raise click.UsageError(f"There is no suite {name!r}. There are {', '.join(SUITES)}.")
@@ -87,7 +89,9 @@ def run(
         every_record=every_record,
     )
     with _results_file(name, out, quick) as path:
-        lines = run_suite(name, request, path, note)
+        lines = measured(name, request, path) if no_run else run_suite(name, request, path, note)
+    if not lines:
+        raise click.UsageError("The results file holds nothing of this suite, measured on this machine.")
     table = load_suite(name).table(lines)
     if as_json:
         print_json(

@@ -1,4 +1,4 @@
-"""Greedy decoding in batches: a long common prefix is run once, batches hold records of one adapter and similar length."""
+"""Greedy decoding in batches: a long common prefix is run once; batches are of one adapter and of similar length."""
 
 from types import SimpleNamespace
 

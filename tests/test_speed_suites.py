@@ -393,5 +393,8 @@ def test_the_quick_runs_have_every_method_and_ours_is_exact(tmp_path: Path, caps
     assert {row[1].removesuffix(", bfloat16") for row in document["table"]["rows"]} == set(results)
     assert run(["suite", "run", "write-speed", "--quick", "--threads", "1", "--out", out]) == 0  # from the file
     assert capsys.readouterr().out.startswith("| records | method |")
+    assert run(["suite", "run", "write-speed", "--no-run", "--threads", "1", "--out", out]) == 0
+    assert capsys.readouterr().out.startswith("| records | method |")
+    assert run(["suite", "run", "recall-speed", "--no-run", "--threads", "1", "--out", out]) == 2
     assert run(["suite", "run", "recall-speed", "--quick", "--threads", "1"]) == 0
     assert "| verify |" in capsys.readouterr().out

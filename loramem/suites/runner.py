@@ -120,6 +120,13 @@ def run_suite(name: str, request: Request, out: Path, progress: Callable[[str], 
     return lines
 
 
+def measured(name: str, request: Request, path: Path) -> list[Result]:
+    """The lines of a suite that ``path`` holds for this machine, without measuring anything."""
+    conditions = machine(request)
+    lines = Results(path, name, conditions).lines.values()
+    return [line for line in lines if line["suite"] == name and line["conditions"] == conditions]
+
+
 class Results:
     """The lines of a results file that were measured under the same conditions.
 

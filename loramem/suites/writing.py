@@ -1,4 +1,4 @@
-"""How the defaults of a write were chosen: ``python -m loramem.suites.writing placement|objective|kinds|start|density``.
+"""How the defaults of a write were chosen: ``python -m loramem.suites.writing SUITE``.
 
 Every cell trains one adapter on the embedded base, is proved as a write is (saved form, greedy decoding), and becomes
 one line of the results file; a cell that stands there already is not run again. The table is printed from the file.
