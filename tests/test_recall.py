@@ -113,4 +113,3 @@ def test_a_batch_is_cut_at_its_most_records_and_tokens(monkeypatch: pytest.Monke
     assert [len(batch) for batch in decode_batches([stored("a", "k", 10)] * 5)] == [2, 2, 1]
     assert [len(batch) for batch in decode_batches([stored("a", "k", 1000)] * 2)] == [1, 1]
     assert list(decode_batches([])) == []
-

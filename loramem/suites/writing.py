@@ -129,13 +129,14 @@ def density_cells(base: BaseModel) -> Iterator[Cell]:
         yield default_cell(base, "density", f"100 records, lr {rate:g}", "phonebook", 100, 16, learning_rate=rate)
     for batch in (5, 10, 50):
         yield default_cell(base, "density", f"100 records, batch {batch}", "phonebook", 100, 16, batch_records=batch)
-    for name, settings in {
+    dense: dict[str, dict[str, Any]] = {
         "": {},
         ", batch 50": {"batch_records": 50},
         ", muon": {"optimizer": "muon"},
         ", sft": {"objective": "sft"},
         ", random start": {"start": "random"},
-    }.items():
+    }
+    for name, settings in dense.items():
         yield default_cell(base, "density", f"400 records, rank 2{name}", "phonebook", 400, 2, **settings)
     yield default_cell(base, "density", "500 records, rank 2", "phonebook", 500, 2)
     yield default_cell(base, "density", "600 records, rank 2", "phonebook", 600, 2)
