@@ -31,10 +31,24 @@ Every error carries its facts as attributes, so that callers never parse its tex
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 
 class LoramemError(Exception):
-    """Base class of all errors that loramem raises on purpose."""
+    """Base class of all errors that loramem raises on purpose.
+
+    They cross process boundaries as they are: pickling keeps message and attributes.
+    """
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The default would call the class with the message alone; many take keyword arguments as well.
+        return _restored, (type(self), self.args, vars(self))
+
+
+def _restored(kind: type[LoramemError], args: tuple[Any, ...], attributes: dict[str, Any]) -> LoramemError:
+    error = kind.__new__(kind, *args)
+    vars(error).update(attributes)
+    return error
 
 
 class RecordError(LoramemError, ValueError):

@@ -38,7 +38,7 @@ class Inline(Executor):
         try:
             future.set_result(pickle.loads(pickle.dumps(function(*args, **kwargs))))
         except Exception as error:
-            future.set_exception(error)
+            future.set_exception(pickle.loads(pickle.dumps(error)))
         return future
 
 

@@ -1,6 +1,7 @@
 """The package as a whole: its public names, what importing it costs, which way its imports go."""
 
 import ast
+import pickle
 import re
 import subprocess
 import sys
@@ -72,6 +73,26 @@ def test_every_error_has_one_root_and_stands_in_the_tree_of_the_docstring() -> N
     drawn = re.findall(r"[├└]── (\w+)", errors.__doc__ or "")
     assert all(issubclass(kind, errors.LoramemError) for kind in classes)
     assert sorted(drawn) == sorted(kind.__name__ for kind in classes if kind is not errors.LoramemError)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        errors.StubbornRecords("two records are left", keys=["a", "b"], rank=8),
+        errors.TrainingDiverged("not finite", step=3, learning_rate=0.1),
+        errors.RecallError("not exact", key="a", adapter="0" * 32),
+        errors.KeyNotFound("a", namespace="n", close=["b"]),
+        errors.PromptCollision("the same prompt", other="b", key="a", line=3),
+        errors.OtherBaseModel("another model", expected="1", got="2"),
+        errors.UnfinishedWrite("a write waits", write_id=1, records=2),
+        errors.LoramemError("plain"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_errors_come_out_of_another_process_as_they_went_in(error: errors.LoramemError) -> None:
+    copy = pickle.loads(pickle.dumps(error))
+    assert type(copy) is type(error)
+    assert (str(copy), copy.args, vars(copy)) == (str(error), error.args, vars(error))
 
 
 @pytest.mark.parametrize("code", ["import loramem", "from loramem_cli.main import run; run(['--help'])"])
