@@ -30,6 +30,11 @@ OPTIMIZERS = ("muon", "adamw")
 STARTS = ("gradient", "random")
 PRECISIONS = ("auto", "float32", "bfloat16")
 CHECK_RECORDS, CHECK_TOKENS = 64, 32_768
+# Without progress for as many passes, and at least as many steps, the rate is halved; down to MIN_DECAY of its start.
+DECAY_PASSES, DECAY_STEPS, MIN_DECAY = 3, 12, 1 / 64
+# Without progress for as many, and a larger share of the tokens than HOPELESS not ordered, training begins again at a
+# third of the rate, until it is SLOWEST times lower. Measured on three base models, docs/engine.md.
+WRECKED_PASSES, WRECKED_STEPS, HOPELESS, SLOWEST = 8, 40, 0.1, 8
 
 
 @dataclass(frozen=True)
@@ -132,16 +137,20 @@ def train_adapter(
     The adapter is left attached and active as training left it, certified or not.
 
     Raises:
-        TrainingDiverged: NaN or Inf, again after three restarts at lower learning rates.
+        TrainingDiverged: NaN or Inf, again after several restarts at lower learning rates.
     """
     started = time.monotonic()
     adapted.create(name, rank, placement, settings.seed)
     trunk = Trunk(adapted.model, records, min(placement.layers))
     run = _Run(adapted, name, trunk, rank, settings, progress, started)
-    if settings.start == "gradient":
-        run.align()
+    run.align()
     for next_rank in [*rank_choices(rank, settings.max_rank)[1:], None]:
-        if run.until_certified_or_stalled() or next_rank is None:
+        done = run.until_certified_or_stalled()
+        while not done and run.too_fast:
+            adapted.create(name, run.rank, placement, settings.seed)
+            run.start_slower()
+            done = run.until_certified_or_stalled()
+        if done or next_rank is None:
             break
         log.info("no progress at rank %d with %d tokens left; growing to %d", run.rank, run.unordered, next_rank)
         adapted.grow(name, next_rank, placement, settings.seed + next_rank)
@@ -210,10 +219,13 @@ class _Run:
         self.parameters = self.adapted.trainable()
         self.optimizer = make_optimizer(self.parameters, self.settings, self.learning_rate)
         self.best_unordered, self.best_loss, self.best_step = math.inf, math.inf, self.step
+        self.decay, self.decay_step = 1.0, self.step
         self.remember()
 
     def align(self) -> None:
         """Start A along the preconditioned gradient of all records; one frozen pass, no step."""
+        if self.settings.start == "random":
+            return
         layers = self.adapted.lora_layers(self.name)
         with collect_moments(layers, [features(layer.get_base_layer()) for layer in layers]) as moments:
             for indices in self.batches(range(len(self.records))):
@@ -229,6 +241,20 @@ class _Run:
                 layer.lora_A[self.name].weight.copy_(aligned_rows(found, self.rank, self.generator))
         self.remember()
 
+    @property
+    def too_fast(self) -> bool:
+        """Whether training stopped so far from done that the rate is to blame, and there is a lower one to try."""
+        hopeless = self.unordered > HOPELESS * int(self.tokens.sum())
+        return hopeless and self.learning_rate > self.settings.learning_rate / SLOWEST
+
+    def start_slower(self) -> None:
+        """Begin again, from the base's function, at a third of the rate: weights that a high one wrecked stay so."""
+        self.learning_rate /= 3
+        log.info("no progress with %d tokens left; starting again at rate %g", self.unordered, self.learning_rate)
+        self.lowest.zero_()
+        self.restart(self.rank)
+        self.align()
+
     def remember(self) -> None:
         self.last_good = {key: tensor.clone() for key, tensor in self.adapted.weights(self.name).items()}
 
@@ -240,6 +266,11 @@ class _Run:
     def idle_passes(self) -> float:
         return (self.step - self.best_step) / self.steps_per_pass
 
+    @property
+    def wrecked(self) -> bool:
+        """A few idle passes with most tokens still open: not a matter of the last tokens settling."""
+        return self.step - self.best_step >= max(WRECKED_PASSES * self.steps_per_pass, WRECKED_STEPS)
+
     def stubborn_records(self) -> list[int]:
         return self.open_tokens.nonzero().flatten().tolist()
 
@@ -247,7 +278,7 @@ class _Run:
         """Train passes over the active records; True when everything is certified, False when progress stopped."""
         ratio = objectives.RATIOS[0] if self.uses_curriculum else 1.0
         visits_at_check = self.visits
-        while self.idle_passes < self.settings.patience_passes:
+        while self.idle_passes < self.settings.patience_passes and not (self.wrecked and self.too_fast):
             exposed = self.order[: max(1, math.ceil(len(self.order) * ratio))]
             active = self.active(exposed)
             done = set(exposed).difference(active)
@@ -340,10 +371,11 @@ class _Run:
     def rate_factor(self) -> float:
         """Learning rate as a share of its start, tied to progress: the last tokens settle only when it falls.
 
-        It falls with the share of tokens that are not ordered yet, and further while nothing improves.
+        It falls with the share of tokens that are not ordered yet, and by half, for good, whenever nothing improved
+        for a few passes: a rate that settles on one base model hovers on another.
         """
         share = self.unordered / int(self.tokens.sum())
-        return float(min(1.0, max(0.1, share / 0.1)) * 0.5 ** (self.idle_passes / 10))
+        return min(1.0, max(0.1, share / 0.1)) * self.decay
 
     def see(self, indices: Sequence[int], losses: Tensor) -> None:
         """Keep what a forward pass said of its records (B, K); a training pass saw the weights before its step."""
@@ -375,7 +407,9 @@ class _Run:
         """Progress is fewer stubborn tokens, a loss 1 % lower over all records, or more records exposed."""
         unordered, loss = self.unordered, float(self.losses.sum())
         if grew or unordered < self.best_unordered or loss < 0.99 * self.best_loss:
-            self.best_step = self.step
+            self.best_step = self.decay_step = self.step
+        elif self.step - self.decay_step >= max(DECAY_PASSES * self.steps_per_pass, DECAY_STEPS):
+            self.decay, self.decay_step = max(self.decay / 2, MIN_DECAY), self.step
         self.best_unordered = min(unordered, self.best_unordered)
         self.best_loss = min(loss, self.best_loss)
 
@@ -385,7 +419,7 @@ class _Run:
         log.warning(
             "loss is not finite at step %d; back to the last good state at rate %g", self.step, self.learning_rate
         )
-        if self.learning_rate < self.settings.learning_rate / 8:
+        if self.learning_rate < self.settings.learning_rate / 64:
             raise TrainingDiverged(
                 f"Training diverged at step {self.step}, also at learning rate {self.learning_rate * 2:g}. "
                 "Nothing was committed. Check the base model for NaN weights, or lower the learning rate.",
