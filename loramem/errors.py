@@ -17,6 +17,7 @@
     │   ├── StubbornRecords           some records could not be certified at the highest rank
     │   ├── TrainingDiverged          NaN or Inf came back at every lower learning rate
     │   └── UnfinishedWrite           a journalled write waits to be resumed or discarded
+    ├── WorkerLost                    a worker process ended in the middle of a write; it can be resumed
     ├── StoreError
     │   ├── StoreNotFound             there is no store at this path
     │   ├── StoreFormatError          not a store, or one of a newer format
@@ -158,6 +159,10 @@ class TrainingDiverged(WriteError):
     def __init__(self, message: str, *, step: int, learning_rate: float) -> None:
         super().__init__(message)
         self.step, self.learning_rate = step, learning_rate
+
+
+class WorkerLost(LoramemError):
+    """A worker process ended in the middle of a write, which stays journalled."""
 
 
 class UnfinishedWrite(WriteError):

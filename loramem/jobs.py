@@ -3,13 +3,14 @@
 import multiprocessing
 import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
+from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
 
 from loramem.adapters import AdaptedModel
+from loramem.errors import WorkerLost
 from loramem.processes import end_with_parent
 from loramem.shards import ShardJob, ShardResult, run_job, write_shard
 from loramem.writer import ProgressCallback, WriteProgress
@@ -29,6 +30,9 @@ def run_jobs(
         progress: Told of every step in this process; of every finished shard with an executor.
 
     Raises as `run_job`, at the first job that fails; jobs that have not begun are cancelled.
+
+    Raises:
+        WorkerLost: A worker process was killed, or ran out of memory.
     """
     if executor is None:
         return [
@@ -42,6 +46,11 @@ def run_jobs(
             if progress is not None:
                 progress(_finished(jobs[number - 1], future.result(), number, len(jobs)))
             future.result()
+    except BrokenExecutor as error:
+        raise WorkerLost(
+            "A worker process ended in the middle of its shard (killed, or out of memory). Nothing was committed; "
+            "finished shards are kept: go on with loramem write --resume, with fewer --workers."
+        ) from error
     finally:
         for future in futures:
             future.cancel()

@@ -82,7 +82,9 @@ def decode_batches(records: Iterable[StoredRecord]) -> Iterator[list[StoredRecor
     """Records cut into batches of one adapter, each adapter once, with answers of similar length."""
     batch: list[StoredRecord] = []
     for record in sorted(records, key=lambda record: (record.adapter, record.answer_tokens)):
-        tokens = (len(batch) + 1) * (record.answer_tokens + len(record.key))  # a key has no more tokens than bytes
+        tokens = (len(batch) + 1) * (
+            record.answer_tokens + len(record.key.encode())
+        )  # a key has no more tokens than bytes
         if batch and (record.adapter != batch[0].adapter or len(batch) == DECODE_RECORDS or tokens > DECODE_TOKENS):
             yield batch
             batch = []

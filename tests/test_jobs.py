@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import Executor, Future
+from concurrent.futures import BrokenExecutor, Executor, Future
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from loramem import MemoryStore, capacity, shards
-from loramem.errors import StubbornRecords
+from loramem.errors import StubbornRecords, WorkerLost
 from loramem.jobs import process_pool
 from loramem.shards import ShardJob
 
@@ -202,6 +202,25 @@ def test_one_failed_shard_commits_nothing(base: Path, tmp_path: Path, monkeypatc
         assert store.pending() is None
     assert not (tmp_path / "memory" / "staging").exists()
     assert contents(tmp_path / "memory") == {}
+
+
+def test_a_lost_worker_leaves_a_write_that_goes_on(base: Path, tmp_path: Path) -> None:
+    class Dying(Inline):
+        """The worker is gone before the second job."""
+
+        def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+            if not self.sizes:
+                return super().submit(fn, *args, **kwargs)
+            future: Future[Any] = Future()
+            future.set_exception(BrokenExecutor("gone"))
+            return future
+
+    with MemoryStore(tmp_path / "memory", str(base)) as store:
+        with pytest.raises(WorkerLost, match="--resume"):
+            store.write(RECORDS, executor=Dying())
+        assert len(store) == 0
+        assert store.stats().unfinished_records == 9
+        assert store.resume().written == 9
 
 
 def test_the_same_records_and_settings_are_the_same_job(base: Path, tmp_path: Path) -> None:

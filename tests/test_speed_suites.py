@@ -19,7 +19,7 @@ from loramem import Record
 from loramem.base_model import BaseModel, load_base_model
 from loramem.layers import decoder_layers
 from loramem.prompts import EncodedRecord, encode_records
-from loramem.suites import baselines, recall_speed, runner, write_scaling, write_speed
+from loramem.suites import baselines, large_base, recall_speed, runner, write_scaling, write_speed
 from loramem.suites import paper_recipe as paper
 from loramem.suites.baselines import same_placement, trainer_loop
 from loramem.suites.paper_recipe import Schedule, paper_recipe
@@ -356,6 +356,13 @@ def test_every_way_of_reading_gives_the_records_back(base: Path) -> None:
     table = recall_speed.table([{"result": result}])
     assert [row[1] for row in table.rows][:3] == ["verify", "recall_many", "model.generate per record"]
     assert "scaled" in table.notes[0]
+
+
+def test_a_random_base_of_a_given_shape_is_written_and_counted() -> None:
+    result = large_base.run(large_base.Cell(5, 0, "cpu", quick=True))
+    assert (result["exact"], result["rank"], result["base"]["base_model"]) == (5, large_base.RANK, "random-qwen3")
+    assert result["training_tflop_per_s"] >= 0 < result["step_tflop"]
+    assert large_base.table([{"cell": {"seed": 0}, "result": {**result, "peak_memory_mb": 1.0}}]).rows[0][8] == "5/5"
 
 
 def test_warming_up_changes_no_weights(loaded: BaseModel) -> None:

@@ -323,3 +323,24 @@ def test_the_default_placement_is_all_linear_modules_of_the_last_two_layers(load
     counted = sum(tensor.numel() for tensor in adapted.weights("new").values())
     assert placement.parameters_per_rank(loaded.model) == counted
     assert len(decoder_layers(loaded.model)) == 3
+
+
+def test_the_rate_is_halved_for_good_while_nothing_improves(loaded: BaseModel) -> None:
+    run = unaligned_run(loaded, numbers(6))
+    run.note_progress(grew=False)  # the first look is progress
+    before = run.rate_factor()
+    run.step += max(writer.DECAY_PASSES * run.steps_per_pass, writer.DECAY_STEPS)
+    run.note_progress(grew=False)
+    assert run.rate_factor() == before / 2
+    run.open_tokens[0] = 0
+    run.note_progress(grew=False)  # progress again does not bring the rate back
+    assert run.decay == 1 / 2
+
+
+def test_a_rate_that_wrecks_the_weights_is_lowered(loaded: BaseModel, caplog: pytest.LogCaptureFixture) -> None:
+    adapted, settings = AdaptedModel(loaded), WriterSettings(learning_rate=1.0, max_rank=4)
+    records = encode(loaded, numbers(12))
+    with caplog.at_level("INFO", logger="loramem.writer"):
+        writer.train_adapter(adapted, "new", records, 4, Placement.default(loaded.model), settings)
+    rates = [record.args[-1] for record in caplog.records if "starting again" in record.msg]
+    assert rates == pytest.approx([1 / 3, 1 / 9])

@@ -39,6 +39,9 @@ SMALL_SHAPE = {
 }
 
 
+RANK = 16
+
+
 @dataclass(frozen=True)
 class Cell:
     """One shard of phone-book records on a random base."""
@@ -71,7 +74,6 @@ def run(cell: Cell) -> Result:
 
     from loramem.adapters import AdaptedModel, Placement
     from loramem.batches import token_losses
-    from loramem.capacity import plan_write
     from loramem.prompts import encode_records
     from loramem.shards import ShardJob, write_shard
     from loramem.suites.timing import clock, conditions, warm_up
@@ -84,8 +86,6 @@ def run(cell: Cell) -> Result:
     )
     warm_up(base)
     placement, settings, adapted = Placement.default(base.model), WriterSettings(seed=cell.seed), AdaptedModel(base)
-    bits = [entry.length * math.log2(base.model.config.vocab_size) for entry in records]
-    plan = plan_write([entry.length for entry in records], bits, placement.parameters_per_rank(base.model), rank=16)
     with TemporaryDirectory() as scratch:
         job = ShardJob(
             location=base.location,
@@ -94,7 +94,7 @@ def run(cell: Cell) -> Result:
             dtype=base.dtype,
             fingerprint=base.fingerprint,
             records=tuple(records),
-            rank=plan.shards[0].rank,
+            rank=RANK,
             placement=placement,
             settings=settings,
             staging=Path(scratch),
@@ -106,7 +106,7 @@ def run(cell: Cell) -> Result:
         adapted.load(shard.adapter, job.folder / shard.adapter)
 
         # The arithmetic of one training step, counted, times the steps taken.
-        adapted.create("counted", plan.shards[0].rank, placement, 0)
+        adapted.create("counted", RANK, placement, 0)
         batch = list(range(min(settings.batch_records, len(records))))
         trunk = Trunk(base.model, records, min(placement.layers))
         cast = autocast_dtype(settings.precision, base.device)
