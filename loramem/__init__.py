@@ -9,8 +9,8 @@ if TYPE_CHECKING:
     from loramem.errors import KeyNotFound, LoramemError
     from loramem.records import Record, read_records
     from loramem.reports import Explanation, Recall, VerifyReport, WriteReport
+    from loramem.settings import WriterSettings
     from loramem.store import MemoryStore
-    from loramem.writer import WriterSettings
 
 __all__ = [
     "Explanation",
@@ -37,7 +37,7 @@ _HOME = {
     "Record": "records",
     "VerifyReport": "reports",
     "WriteReport": "reports",
-    "WriterSettings": "writer",
+    "WriterSettings": "settings",
     "base_path": "embedded",
     "read_records": "records",
 }

@@ -28,7 +28,7 @@ from loramem.layers import decoder_layers, features, linear_modules, linears
 
 WEIGHTS, CONFIG, CARD = "adapter_model.safetensors", "adapter_config.json", "README.md"
 ALPHA_PER_RANK = 2  # alpha = 2·r: the scaling alpha/r stays 2 when the rank grows, so growth keeps the function
-LAST_LAYERS = 2  # docs/placement.md holds the measurement
+LAST_LAYERS = 2  # docs/writing.md holds the measurement
 
 
 @dataclass(frozen=True)

@@ -26,18 +26,29 @@ OVERSAMPLING = 8  # extra directions of the randomised SVD
 
 @dataclass
 class Moments:
-    """Second moments of one linear module at positions that carry a gradient: sums over ``count`` positions."""
+    """Second moments of one linear module at positions that carry a gradient: sums over ``count`` positions.
+
+    x are its inputs, y its outputs, g the gradient at the outputs.
+    """
 
     inputs: Tensor
     """Σ x xᵀ (in, in)."""
     gradient: Tensor
     """Σ g xᵀ (out, in)."""
     count: int = 0
+    outputs: float = 0.0
+    """Σ ‖y‖² / out."""
 
     @property
     def finite(self) -> bool:
         """Whether there is something to start from."""
-        return self.count > 0 and bool(torch.isfinite(self.inputs).all() & torch.isfinite(self.gradient).all())
+        sums = (self.inputs, self.gradient, torch.tensor(self.outputs))
+        return self.count > 0 and all(bool(torch.isfinite(found).all()) for found in sums)
+
+    @property
+    def output_scale(self) -> float:
+        """Root mean square of the outputs."""
+        return math.sqrt(self.outputs / self.count)
 
 
 @contextmanager
@@ -89,14 +100,15 @@ def _leading_directions(matrix: Tensor, rank: int, generator: torch.Generator) -
 
 def _adder(moments: Moments) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
     def forward_hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        inputs = args[0].detach().flatten(0, -2).float()
-        output.register_hook(lambda gradient: add(inputs, gradient.detach().flatten(0, -2).float()))
+        inputs, outputs = (values.detach().flatten(0, -2).float() for values in (args[0], output))
+        output.register_hook(lambda gradient: add(inputs, outputs, gradient.detach().flatten(0, -2).float()))
 
-    def add(inputs: Tensor, gradient: Tensor) -> None:
+    def add(inputs: Tensor, outputs: Tensor, gradient: Tensor) -> None:
         moved = gradient.abs().sum(1) > 0
-        inputs, gradient = inputs[moved], gradient[moved]
+        inputs, outputs, gradient = inputs[moved], outputs[moved], gradient[moved]
         moments.inputs += inputs.T @ inputs
         moments.gradient += gradient.T @ inputs
+        moments.outputs += float(outputs.square().mean(1).sum())
         moments.count += len(inputs)
 
     return forward_hook

@@ -49,7 +49,7 @@ class Manifest:
     def of(cls, base: "BaseModel") -> "Manifest":
         """The manifest of a new store for a loaded base model."""
         from loramem.adapters import Placement
-        from loramem.writer import WriterSettings
+        from loramem.settings import WriterSettings
 
         template, placement = base.template, Placement.default(base.model)
         return cls(

@@ -22,7 +22,8 @@ from loramem.files import write_directory, write_synced
 from loramem.index import StoredAdapter, now
 from loramem.prompts import EncodedRecord
 from loramem.recall import Proof, prove
-from loramem.writer import ProgressCallback, Training, WriterSettings, train_adapter
+from loramem.settings import WriterSettings
+from loramem.writer import ProgressCallback, Training, train_adapter
 
 log = logging.getLogger(__name__)
 

@@ -41,8 +41,9 @@ if TYPE_CHECKING:
     from loramem.base_model import BaseModel
     from loramem.prompts import PromptTemplate
     from loramem.reader import Reader
+    from loramem.settings import WriterSettings
     from loramem.transaction import Transaction
-    from loramem.writer import ProgressCallback, WriterSettings
+    from loramem.writer import ProgressCallback
 
 
 class MemoryStore:
@@ -205,7 +206,7 @@ class MemoryStore:
             TrainingDiverged: NaN or Inf; nothing was committed.
             RecallError: A saved adapter did not decode what training had certified; nothing was committed.
         """
-        from loramem.writer import WriterSettings
+        from loramem.settings import WriterSettings
 
         check_request(goal, rank)
         with self._lock, self._writing():

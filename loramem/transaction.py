@@ -21,10 +21,11 @@ from loramem.prompts import EncodedRecord, PromptTemplate, encode_records
 from loramem.recall import answer_probabilities
 from loramem.records import Record, deduplicate
 from loramem.reports import WriteReport
+from loramem.settings import WriterSettings
 from loramem.shards import Shard, ShardJob, stored_adapter
 from loramem.staging import NAME as STAGING
 from loramem.staging import clean
-from loramem.writer import ProgressCallback, WriterSettings, autocast_dtype
+from loramem.writer import ProgressCallback, autocast_dtype
 
 log = logging.getLogger(__name__)
 

@@ -20,72 +20,19 @@ from loramem.batches import group_by_length, per_position, token_losses
 from loramem.errors import TrainingDiverged
 from loramem.initialization import aligned_rows, collect_moments
 from loramem.layers import features
+from loramem.optimizer import make_optimizer, set_rate
 from loramem.prompts import EncodedRecord
+from loramem.settings import WriterSettings
 from loramem.trunk import Trunk
 
 log = logging.getLogger(__name__)
 
-OBJECTIVES = ("sft", "memft-ot", "memft-sw")
-OPTIMIZERS = ("muon", "adamw")
-STARTS = ("gradient", "random")
-PRECISIONS = ("auto", "float32", "bfloat16")
 CHECK_RECORDS, CHECK_TOKENS = 64, 32_768
 # Without progress for as many passes, and at least as many steps, the rate is halved; down to MIN_DECAY of its start.
 DECAY_PASSES, DECAY_STEPS, MIN_DECAY = 3, 12, 1 / 64
 # Without progress for as many, and a larger share of the tokens than HOPELESS not ordered, training begins again at a
-# third of the rate, until it is SLOWEST times lower. Measured on three base models, docs/engine.md.
+# third of the rate, until it is SLOWEST times lower. Measured with rates that were too high by a lot.
 WRECKED_PASSES, WRECKED_STEPS, HOPELESS, SLOWEST = 8, 40, 0.1, 8
-
-
-@dataclass(frozen=True)
-class WriterSettings:
-    """How an adapter is trained. Defaults are measured; docs/writing.md holds the tables.
-
-    Raises:
-        ValueError: A contradiction, or a name that is not known.
-    """
-
-    objective: str = "memft-sw"
-    """"sft", "memft-ot" or "memft-sw"; the last takes the sliding window for records longer than ``long_tokens``."""
-    curriculum: bool = False
-    """memft-sw only: expose 20 % of the records first, and more once 90 % of the exposed tokens are ordered. Off by
-    default: it cost steps in every cell of the ablation (docs/writing.md)."""
-    train_threshold: float = 0.9
-    """Probability that training aims at; above what is certified, or tokens hover at the boundary."""
-    certify_threshold: float = 0.6
-    """Probability that every answer token and end token must reach."""
-    start: str = "gradient"
-    """Where A begins: "gradient" (`loramem.initialization`) or "random"; B is zero in both."""
-    optimizer: str = "adamw"
-    learning_rate: float = 1e-2
-    batch_records: int = 25
-    batch_tokens: int = 8192
-    """Most tokens in a batch, padding included."""
-    precision: str = "auto"
-    """Of the matrix products in training: "float32", "bfloat16" (autocast; adapter weights, losses and every check
-    stay float32), "auto" takes bfloat16 where the processor multiplies it natively."""
-    max_grad_norm: float = 1.0
-    long_tokens: int = 200
-    """A shard of a single answer longer than this is trained with the sliding window."""
-    patience_passes: int = 40
-    """Steps without progress before the rank grows, in passes over all records."""
-    max_rank: int = 128
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.objective not in OBJECTIVES:
-            raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}, not {self.objective!r}")
-        if self.optimizer not in OPTIMIZERS:
-            raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, not {self.optimizer!r}")
-        if self.start not in STARTS:
-            raise ValueError(f"start must be one of {', '.join(STARTS)}, not {self.start!r}")
-        if self.precision not in PRECISIONS:
-            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, not {self.precision!r}")
-        if not 0.5 <= self.certify_threshold <= self.train_threshold < 1:
-            raise ValueError(
-                "thresholds must satisfy 0.5 <= certify_threshold <= train_threshold < 1, not "
-                f"{self.certify_threshold} and {self.train_threshold}"
-            )
 
 
 @dataclass(frozen=True)
@@ -143,7 +90,6 @@ def train_adapter(
     adapted.create(name, rank, placement, settings.seed)
     trunk = Trunk(adapted.model, records, min(placement.layers))
     run = _Run(adapted, name, trunk, rank, settings, progress, started)
-    run.align()
     for next_rank in [*rank_choices(rank, settings.max_rank)[1:], None]:
         done = run.until_certified_or_stalled()
         while not done and run.too_fast:
@@ -171,15 +117,6 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
         native = device.type == "cuda" or (device.type == "cpu" and torch.cpu._is_avx512_bf16_supported())
         precision = "bfloat16" if native else "float32"
     return torch.bfloat16 if precision == "bfloat16" else None
-
-
-def make_optimizer(
-    parameters: Sequence[nn.Parameter], settings: WriterSettings, learning_rate: float
-) -> torch.optim.Optimizer:
-    """The optimiser over LoRA matrices, without weight decay (torch's Muon has 0.1 by default)."""
-    if settings.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
-    return torch.optim.Muon(parameters, lr=learning_rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
 
 
 class _Run:
@@ -211,35 +148,43 @@ class _Run:
         self.sliding = objectives.SlidingState.start(1, adapted.base.device) if single_long else None
         self.learning_rate = settings.learning_rate
         self.autocast = autocast_dtype(settings.precision, adapted.base.device)
-        self.restart(rank)
+        self.rank = rank
+        self.align()
 
     def restart(self, rank: int) -> None:
         """A new optimiser for (re)created parameters; exposure and what was seen are kept."""
         self.rank = rank
         self.parameters = self.adapted.trainable()
-        self.optimizer = make_optimizer(self.parameters, self.settings, self.learning_rate)
+        self.optimizer = self.new_optimizer()
         self.best_unordered, self.best_loss, self.best_step = math.inf, math.inf, self.step
         self.decay, self.decay_step = 1.0, self.step
         self.remember()
 
     def align(self) -> None:
-        """Start A along the preconditioned gradient of all records; one frozen pass, no step."""
-        if self.settings.start == "random":
-            return
+        """Begin training: one frozen pass over all records says how large the modules' outputs are, which the rates
+        depend on, and where A starts; no step is taken."""
         layers = self.adapted.lora_layers(self.name)
         with collect_moments(layers, [features(layer.get_base_layer()) for layer in layers]) as moments:
             for indices in self.batches(range(len(self.records))):
                 losses, *_ = self.forward(indices)
                 losses.sum().backward()
                 self.see(indices, losses.detach())
-        self.optimizer.zero_grad()
-        if not all(found.finite for found in moments):
+        for parameter in self.adapted.trainable():
+            parameter.grad = None
+        finite = all(found.finite for found in moments)
+        if not finite:
             log.warning("the base's gradient is not finite; training starts from random directions")
-            return
-        with torch.no_grad():
-            for layer, found in zip(layers, moments, strict=True):
-                layer.lora_A[self.name].weight.copy_(aligned_rows(found, self.rank, self.generator))
-        self.remember()
+        elif self.settings.start == "gradient":
+            with torch.no_grad():
+                for layer, found in zip(layers, moments, strict=True):
+                    layer.lora_A[self.name].weight.copy_(aligned_rows(found, self.rank, self.generator))
+        self.output_scales = [found.output_scale if finite else 1.0 for found in moments]
+        self.restart(self.rank)
+
+    def new_optimizer(self) -> torch.optim.Optimizer:
+        layers = self.adapted.lora_layers(self.name)
+        pairs = [(layer.lora_A[self.name].weight, layer.lora_B[self.name].weight) for layer in layers]
+        return make_optimizer(pairs, self.output_scales, self.settings.optimizer)
 
     @property
     def too_fast(self) -> bool:
@@ -252,7 +197,6 @@ class _Run:
         self.learning_rate /= 3
         log.info("no progress with %d tokens left; starting again at rate %g", self.unordered, self.learning_rate)
         self.lowest.zero_()
-        self.restart(self.rank)
         self.align()
 
     def remember(self) -> None:
@@ -349,8 +293,7 @@ class _Run:
         norm = nn.utils.clip_grad_norm_(self.parameters, self.settings.max_grad_norm)
         if not bool(torch.isfinite(norm) & torch.isfinite(losses.detach()).all()):
             return False
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate * self.rate_factor()
+        set_rate(self.optimizer, self.learning_rate * self.rate_factor())
         self.optimizer.step()
         self.see(indices, losses.detach())
         self.step += 1
@@ -427,7 +370,7 @@ class _Run:
                 learning_rate=self.learning_rate * 2,
             )
         load_weights(self.adapted.weights(self.name), self.last_good)
-        self.optimizer = make_optimizer(self.parameters, self.settings, self.learning_rate)
+        self.optimizer = self.new_optimizer()
 
     def report(self, loss: float) -> None:
         if self.progress is None:

@@ -15,6 +15,7 @@ from loramem.batches import answer_logits
 from loramem.initialization import DAMPING, OVERSAMPLING, Moments, aligned_rows, collect_moments
 from loramem.prompts import encode_records
 from loramem.records import as_records
+from loramem.settings import STARTS
 from loramem.trunk import Trunk
 
 from .conftest import numbers
@@ -150,6 +151,7 @@ def test_moments_are_the_sums_over_positions_with_a_gradient() -> None:
             passes += zip(x.flatten(0, 1), weights.flatten(), strict=True)
 
     inputs, gradient = (torch.zeros(5, 5), torch.zeros(4, 4)), (torch.zeros(4, 5), torch.zeros(3, 4))
+    squares = [0.0, 0.0]
     with torch.no_grad():
         for x, weight in passes:
             bent = torch.tanh(lower(x))
@@ -158,9 +160,11 @@ def test_moments_are_the_sums_over_positions_with_a_gradient() -> None:
             for place, (value, slope) in enumerate([(x, at_lower), (bent, at_upper)]):
                 if weight > 0:
                     inputs[place].add_(torch.outer(value, value))
+                    squares[place] += float([lower, upper][place](value).square().mean())
                 gradient[place].add_(torch.outer(slope, value))
     for place, found in enumerate(moments):
         assert found.finite
+        assert found.output_scale == pytest.approx((squares[place] / 6) ** 0.5, rel=1e-5)
         assert found.count == 4 + 2  # of 6 and 4 positions two each have weight 0
         torch.testing.assert_close(found.inputs, inputs[place])
         torch.testing.assert_close(found.gradient, gradient[place])
@@ -225,7 +229,7 @@ def loaded(base: Path) -> BaseModel:
 
 
 def fresh_run(loaded: BaseModel, **settings: Any) -> writer._Run:
-    """What `train_adapter` has before its first step, not aligned yet."""
+    """What `train_adapter` has before its first step."""
     records = encode_records(as_records(numbers(6)), loaded.tokenizer, loaded.template, loaded.max_tokens)
     placement, chosen = Placement.default(loaded.model), WriterSettings(**settings)
     adapted = AdaptedModel(loaded)
@@ -240,20 +244,19 @@ def matrices(run: writer._Run, kind: str) -> list[Tensor]:
     return found
 
 
-def test_an_adapter_that_starts_along_the_gradient_is_still_the_base(loaded: BaseModel) -> None:
+def test_an_adapter_that_starts_along_the_gradient_is_still_the_base(loaded: BaseModel, base: Path) -> None:
+    before = matrices(fresh_run(load_base_model(str(base)), start="random"), "A")
     run = fresh_run(loaded)
     everything = range(len(run.records))
     batch = run.trunk.batch(everything)
-    with torch.no_grad(), run.adapted.disabled():
-        base = answer_logits(loaded.model, batch)
-    before = matrices(run, "A")
-    run.align()
     assert not any(bool(tensor.any()) for tensor in matrices(run, "B"))
     assert not any(torch.equal(old, new) for old, new in zip(before, matrices(run, "A"), strict=True))
-    rounding = 1e-5 * float(base.abs().max())
     with torch.no_grad():
-        assert torch.equal(answer_logits(loaded.model, batch), base)
-        torch.testing.assert_close(run.trunk.logits(everything, batch), base, rtol=0, atol=rounding)
+        with run.adapted.disabled():
+            plain = answer_logits(loaded.model, batch)
+        rounding = 1e-5 * float(plain.abs().max())
+        assert torch.equal(answer_logits(loaded.model, batch), plain)
+        torch.testing.assert_close(run.trunk.logits(everything, batch), plain, rtol=0, atol=rounding)
     # No step was taken, and no gradient of this pass is left for the first one.
     assert (run.step, run.visits, len(run.optimizer.state)) == (0, 0, 0)
     assert all(parameter.grad is None for parameter in run.parameters)
@@ -261,7 +264,6 @@ def test_an_adapter_that_starts_along_the_gradient_is_still_the_base(loaded: Bas
 
 def test_what_was_aligned_is_what_training_falls_back_to(loaded: BaseModel) -> None:
     run = fresh_run(loaded)
-    run.align()
     aligned = matrices(run, "A")
     for _ in range(2):  # while B is zero A has no gradient
         assert run.train_pass(range(len(run.records)))
@@ -273,21 +275,18 @@ def test_what_was_aligned_is_what_training_falls_back_to(loaded: BaseModel) -> N
 def test_the_start_depends_on_the_seed_alone(loaded: BaseModel, base: Path) -> None:
     starts = []
     for model, seed in [(loaded, 0), (load_base_model(str(base)), 0), (load_base_model(str(base)), 1)]:
-        run = fresh_run(model, seed=seed)
-        run.align()
-        starts.append([tensor.numpy().tobytes() for tensor in matrices(run, "A")])
+        starts.append([tensor.numpy().tobytes() for tensor in matrices(fresh_run(model, seed=seed), "A")])
     assert starts[0] == starts[1] != starts[2]
 
 
 def test_a_base_without_a_finite_gradient_starts_from_random_directions(
-    loaded: BaseModel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    loaded: BaseModel, base: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.WARNING, logger="loramem.writer")
-    run = fresh_run(loaded)
-    before = matrices(run, "A")
+    before = matrices(fresh_run(load_base_model(str(base)), start="random"), "A")
     whole = Trunk.logits
     monkeypatch.setattr(Trunk, "logits", lambda *args: whole(*args) * float("nan"))
-    run.align()
+    run = fresh_run(loaded)
     assert "random directions" in caplog.text
     assert all(torch.equal(old, new) for old, new in zip(before, matrices(run, "A"), strict=True))
     assert all(parameter.grad is None for parameter in run.parameters)
@@ -295,12 +294,10 @@ def test_a_base_without_a_finite_gradient_starts_from_random_directions(
 
 def test_the_first_passes_lower_the_loss_further_than_from_a_random_start(loaded: BaseModel, base: Path) -> None:
     losses = {}
-    for start in writer.STARTS:
-        run = fresh_run(load_base_model(str(base)), learning_rate=1e-3, objective="sft", precision="float32")
-        if start == "gradient":
-            run.align()
+    for start in STARTS:
+        run = fresh_run(load_base_model(str(base)), start=start, objective="sft", precision="float32")
         for _ in range(5):
             assert run.train_pass(range(len(run.records)))
         run.check()
         losses[start] = float(run.losses.sum())
-    assert losses["gradient"] < 0.5 * losses["random"]  # measured: 9 and 190 nats
+    assert losses["gradient"] < 0.5 * losses["random"]

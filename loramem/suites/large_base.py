@@ -75,10 +75,11 @@ def run(cell: Cell) -> Result:
     from loramem.adapters import AdaptedModel, Placement
     from loramem.batches import token_losses
     from loramem.prompts import encode_records
+    from loramem.settings import WriterSettings
     from loramem.shards import ShardJob, write_shard
     from loramem.suites.timing import clock, conditions, warm_up
     from loramem.trunk import Trunk
-    from loramem.writer import WriterSettings, autocast_dtype
+    from loramem.writer import autocast_dtype
 
     base = random_base(SMALL_SHAPE if cell.quick else SHAPE, cell.device)
     records = encode_records(

@@ -24,8 +24,9 @@ from loramem.files import write_directory
 from loramem.layers import decoder_layers
 from loramem.prompts import encode_records
 from loramem.recall import answer_probabilities, decode_records
+from loramem.settings import WriterSettings
 from loramem.suites.generators import KINDS, generate
-from loramem.writer import WriteProgress, WriterSettings, train_adapter
+from loramem.writer import WriteProgress, train_adapter
 
 MLP = ("down_proj", "gate_proj", "up_proj")
 ATTENTION = ("k_proj", "o_proj", "q_proj", "v_proj")
