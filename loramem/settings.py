@@ -43,6 +43,8 @@ class WriterSettings:
     patience_passes: int = 40
     """Steps without progress before the rank grows, in passes over all records."""
     max_rank: int = 128
+    restarts: int = 2
+    """How often training may begin again at a third of the rate, where progress stops with most tokens open."""
     seed: int = 0
 
     def __post_init__(self) -> None:

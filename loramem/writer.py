@@ -31,8 +31,8 @@ CHECK_RECORDS, CHECK_TOKENS = 64, 32_768
 # Without progress for as many passes, and at least as many steps, the rate is halved; down to MIN_DECAY of its start.
 DECAY_PASSES, DECAY_STEPS, MIN_DECAY = 3, 12, 1 / 64
 # Without progress for as many, and a larger share of the tokens than HOPELESS not ordered, training begins again at a
-# third of the rate, until it is SLOWEST times lower. Measured with rates that were too high by a lot.
-WRECKED_PASSES, WRECKED_STEPS, HOPELESS, SLOWEST = 8, 40, 0.1, 8
+# third of the rate. Measured with rates that were too high by a lot.
+WRECKED_PASSES, WRECKED_STEPS, HOPELESS = 8, 40, 0.1
 
 
 @dataclass(frozen=True)
@@ -78,17 +78,21 @@ def train_adapter(
     placement: Placement,
     settings: WriterSettings,
     progress: ProgressCallback | None = None,
+    trunk: Trunk | None = None,
 ) -> Training:
     """Train a new adapter ``name`` until every token of every record is certified.
 
     The adapter is left attached and active as training left it, certified or not.
+
+    Args:
+        trunk: Of these records at the lowest layer of ``placement``, to share between runs; made here if None.
 
     Raises:
         TrainingDiverged: NaN or Inf, again after several restarts at lower learning rates.
     """
     started = time.monotonic()
     adapted.create(name, rank, placement, settings.seed)
-    trunk = Trunk(adapted.model, records, min(placement.layers))
+    trunk = trunk or Trunk(adapted.model, records, min(placement.layers))
     run = _Run(adapted, name, trunk, rank, settings, progress, started)
     for next_rank in [*rank_choices(rank, settings.max_rank)[1:], None]:
         done = run.until_certified_or_stalled()
@@ -138,7 +142,7 @@ class _Run:
         # A fixed order for the whole run: the curriculum exposes growing prefixes of it (reference code, PhoneBook).
         self.order = torch.randperm(len(self.records), generator=self.generator).tolist()
         self.steps_per_pass = math.ceil(len(self.records) / settings.batch_records)
-        self.step = self.visits = 0
+        self.step = self.visits = self.restarts = 0
         self.tokens = torch.tensor([len(record.answer_ids) for record in self.records])
         # As last seen, per record: lowest probability, tokens below the certified one, Σ of the losses in nats.
         self.lowest = torch.zeros(len(self.records))
@@ -190,11 +194,12 @@ class _Run:
     def too_fast(self) -> bool:
         """Whether training stopped so far from done that the rate is to blame, and there is a lower one to try."""
         hopeless = self.unordered > HOPELESS * int(self.tokens.sum())
-        return hopeless and self.learning_rate > self.settings.learning_rate / SLOWEST
+        return hopeless and self.restarts < self.settings.restarts
 
     def start_slower(self) -> None:
         """Begin again, from the base's function, at a third of the rate: weights that a high one wrecked stay so."""
         self.learning_rate /= 3
+        self.restarts += 1
         log.info("no progress with %d tokens left; starting again at rate %g", self.unordered, self.learning_rate)
         self.lowest.zero_()
         self.align()
@@ -347,14 +352,14 @@ class _Run:
         return 1 - float(self.open_tokens[rows].sum() / self.tokens[rows].sum())
 
     def note_progress(self, *, grew: bool) -> None:
-        """Progress is fewer stubborn tokens, a loss 1 % lower over all records, or more records exposed."""
+        """Progress is fewer stubborn tokens, a loss 1 % below that of the last progress, or more records exposed."""
         unordered, loss = self.unordered, float(self.losses.sum())
         if grew or unordered < self.best_unordered or loss < 0.99 * self.best_loss:
             self.best_step = self.decay_step = self.step
+            self.best_loss = loss
         elif self.step - self.decay_step >= max(DECAY_PASSES * self.steps_per_pass, DECAY_STEPS):
             self.decay, self.decay_step = max(self.decay / 2, MIN_DECAY), self.step
         self.best_unordered = min(unordered, self.best_unordered)
-        self.best_loss = min(loss, self.best_loss)
 
     def recover(self) -> None:
         """After NaN or Inf: the last good weights, half the learning rate, a fresh optimiser."""
