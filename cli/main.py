@@ -8,7 +8,7 @@ import click
 
 from loramem import errors
 
-from . import explain, ls, plan, put, recall, stats, suite, verify, write
+from . import calibrate, explain, law, ls, plan, put, recall, stats, suite, verify, write
 
 # First match wins, so subclasses stand before their bases. Documented in README.
 EXIT_CODES: tuple[tuple[type[Exception], int], ...] = (
@@ -33,7 +33,7 @@ def cli(verbose: bool) -> None:
     logging.basicConfig(level=logging.INFO if verbose else logging.ERROR, format="%(levelname)s %(name)s: %(message)s")
 
 
-for command in (write, put, recall, explain, ls, stats, verify, plan, suite):
+for command in (write, put, recall, explain, ls, stats, verify, plan, calibrate, law, suite):
     cli.add_command(command.command)
 
 

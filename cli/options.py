@@ -7,9 +7,25 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from loramem import MemoryStore
+    from loramem.adapters import Placement
 
 Command = Callable[..., Any]
+
+
+class Numbers(click.ParamType[tuple[int, ...]]):
+    """Whole numbers above 0, separated by commas."""
+
+    name = "N,N…"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        parts = value.split(",")
+        if not all(part.isdecimal() and int(part) for part in parts):
+            self.fail(f"{value!r} is not a list of numbers above 0, such as 100,400.", param, ctx)
+        return tuple(map(int, parts))
+
 
 _STORE = click.option(
     "--store",
@@ -30,6 +46,11 @@ _DEVICE = click.option(
     "--device", default="auto", show_default=True, envvar="LORAMEM_DEVICE", show_envvar=True, help="auto, cpu, cuda…"
 )
 _NAMESPACE = click.option("--namespace", default="", help="Recall space, such as team/project.")
+_RUNS = click.option(
+    "--runs",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="File of calibration runs (JSON lines); one in your cache folder unless given.",
+)
 _JSON = click.option("--json", "as_json", is_flag=True, help="JSON on stdout.")
 
 
@@ -45,6 +66,10 @@ def model_options(command: Command) -> Command:
 
 def namespace_option(command: Command) -> Command:
     return _NAMESPACE(command)
+
+
+def runs_option(command: Command) -> Command:
+    return _RUNS(command)
 
 
 def goal_options(command: Command) -> Command:
@@ -77,3 +102,17 @@ def open_store(store: Path, model: str | None, device: str, *, create: bool = Fa
     from loramem import MemoryStore
 
     return MemoryStore(store, model, device=device, create=create)
+
+
+def placement(model: "PreTrainedModel", modules: str | None, layers: str | None) -> "Placement":
+    """The placement that --modules and --layers name; the default one for what is not named."""
+    from loramem.adapters import Placement
+
+    default = Placement.default(model)
+    names = tuple(sorted(modules.split(","))) if modules else default.modules
+    if layers and not all(part.isdecimal() for part in layers.split(",")):
+        raise click.UsageError(f"--layers takes numbers from 0, such as 4,5, not {layers!r}.")
+    try:
+        return Placement.named(model, names, tuple(sorted(map(int, layers.split(",")))) if layers else default.layers)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None

@@ -15,18 +15,6 @@ from . import options
 from .output import note, print_json, print_markdown
 
 
-class _Numbers(click.ParamType[tuple[int, ...]]):
-    """Whole numbers above 0, separated by commas."""
-
-    name = "N,N…"
-
-    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
-        parts = value.split(",")
-        if not all(part.isdecimal() and int(part) for part in parts):
-            self.fail(f"{value!r} is not a list of numbers above 0, such as 100,400.", param, ctx)
-        return tuple(map(int, parts))
-
-
 @click.group("suite")
 def command() -> None:
     """Measure loramem on this machine, beside what else does the same."""
@@ -45,7 +33,7 @@ def list_() -> None:
 @command.command("run")
 @click.argument("name")
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Results file; docs/results/NAME.jsonl.")
-@click.option("--records", type=_Numbers(), help="Sizes, in place of the suite's own.")
+@click.option("--records", type=options.Numbers(), help="Sizes, in place of the suite's own.")
 @click.option("--seeds", type=click.IntRange(1), help="How many, in place of the suite's own number.")
 @click.option("--threads", type=click.IntRange(1), default=os.cpu_count(), show_default="all cores")
 @click.option("--no-run", is_flag=True, help="Only print what the results file holds.")

@@ -47,6 +47,21 @@ class Placement:
         first = max(0, len(layers) - LAST_LAYERS)
         return cls(linear_modules(layers[-1]), tuple(range(first, len(layers))))
 
+    @classmethod
+    def named(cls, model: PreTrainedModel, modules: Sequence[str], layers: Sequence[int]) -> "Placement":
+        """These modules of these layers (0-based).
+
+        Raises:
+            ValueError: The model has no such linear module or layer.
+        """
+        every = decoder_layers(model)
+        if not layers or not all(0 <= layer < len(every) for layer in layers):
+            raise ValueError(f"The layers are 0 to {len(every) - 1}, not {', '.join(map(str, layers)) or 'none'}.")
+        known = linear_modules(every[-1])
+        if not modules or not set(modules) <= set(known):
+            raise ValueError(f"The linear modules are {', '.join(known)}, not {', '.join(modules) or 'none'}.")
+        return cls(tuple(sorted(set(modules))), tuple(sorted(set(layers))))
+
     def parameters_per_rank(self, model: PreTrainedModel) -> int:
         """Adapter parameters that one rank costs: Σ (inputs + outputs) over the adapted modules."""
         layers = decoder_layers(model)

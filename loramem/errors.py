@@ -22,6 +22,10 @@
     │   ├── StoreNotFound             there is no store at this path
     │   ├── StoreFormatError          not a store, or one of a newer format
     │   └── StoreLocked               another process is writing
+    ├── LawError (ValueError)         a number of the memory law makes no sense
+    │   ├── DegeneratePoints          the measured runs determine no law
+    │   └── OutOfReach                no rank or length gives this loss reduction
+    ├── BoundaryError (ValueError)    the outcomes give no success boundary, or it has no answer
     ├── IntegrityError                a file or row is not what was committed
     └── BaseModelError
         ├── BaseModelNotFound         no such model, or it cannot be loaded
@@ -215,3 +219,27 @@ class OtherBaseModel(BaseModelError):
     def __init__(self, message: str, *, expected: str, got: str) -> None:
         super().__init__(message)
         self.expected, self.got = expected, got
+
+
+class LawError(LoramemError, ValueError):
+    """The points determine no law, or the law has no answer."""
+
+
+class DegeneratePoints(LawError):
+    """Too few points, or too alike. Attributes ``points`` (left to fit), ``dropped`` (saturated)."""
+
+    def __init__(self, message: str, *, points: int, dropped: int) -> None:
+        super().__init__(message)
+        self.points, self.dropped = points, dropped
+
+
+class OutOfReach(LawError):
+    """No rank or length gives this loss reduction. Attribute ``loss_reduction`` (nats per token)."""
+
+    def __init__(self, message: str, *, loss_reduction: float) -> None:
+        super().__init__(message)
+        self.loss_reduction = loss_reduction
+
+
+class BoundaryError(LoramemError, ValueError):
+    """The outcomes give no boundary, or the question has no answer."""

@@ -35,7 +35,7 @@ def test_quickstart_then_recall_from_another_process(tmp_path: Path) -> None:
 
 
 def test_the_phone_book_is_what_its_script_writes(tmp_path: Path) -> None:
-    shown = run("-m", "loramem.suites.generators", "phonebook", "100", cwd=tmp_path)
+    shown = run("-m", "loramem.generators", "phonebook", "100", cwd=tmp_path)
     assert shown == (ROOT / "examples" / "phonebook.jsonl").read_text()
 
 

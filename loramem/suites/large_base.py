@@ -11,7 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from loramem.suites.generators import generate
+from loramem.generators import generate
 from loramem.suites.runner import Known, Request, Result, Table
 
 if TYPE_CHECKING:

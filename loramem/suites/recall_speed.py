@@ -13,7 +13,7 @@ from statistics import median, quantiles
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from loramem.suites.generators import generate
+from loramem.generators import generate
 from loramem.suites.runner import Known, Request, Result, Table, public_name
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from loramem.suites.generators import generate
+from loramem.generators import generate
 from loramem.suites.runner import Known, Request, Result, Table, public_name
 
 OURS, PLACED, USUAL, PAPER = "loramem", "Trainer, our placement", "Trainer, all-linear", "paper recipe"

@@ -17,15 +17,16 @@ from typing import Any
 import click
 import torch
 
+from loramem import embedded
 from loramem.adapters import AdaptedModel, Placement, serialize
 from loramem.base_model import BaseModel, load_base_model
 from loramem.errors import RecallError
 from loramem.files import write_directory
+from loramem.generators import KINDS, generate
 from loramem.layers import decoder_layers
 from loramem.prompts import encode_records
 from loramem.recall import answer_probabilities, decode_records
 from loramem.settings import WriterSettings
-from loramem.suites.generators import KINDS, generate
 from loramem.writer import WriteProgress, train_adapter
 
 MLP = ("down_proj", "gate_proj", "up_proj")
@@ -119,6 +120,13 @@ def start_cells(base: BaseModel) -> Iterator[Cell]:
         yield default_cell(base, "start", f"200 phonebook, {name}", "phonebook", 200, 32, **settings)
 
 
+def rate_cells(base: BaseModel) -> Iterator[Cell]:
+    """Whether one relative rate serves every rank: a hundred phone numbers, for any base model."""
+    for rank in (8, 16, 64):
+        for rate in (0.02, 0.06, 0.18):
+            yield default_cell(base, "rate", f"rank {rank}, rate {rate:g}", "phonebook", 100, rank, learning_rate=rate)
+
+
 def density_cells(base: BaseModel) -> Iterator[Cell]:
     """How rank, optimiser, objective, rate and batch trade seconds for parameters."""
     for rank in (32, 16, 8, 4, 2):
@@ -126,7 +134,7 @@ def density_cells(base: BaseModel) -> Iterator[Cell]:
             yield default_cell(
                 base, "density", f"100 records, rank {rank}, {optimizer}", "phonebook", 100, rank, optimizer=optimizer
             )
-    for rate in (5e-3, 2e-2):
+    for rate in (0.03, 0.12):
         yield default_cell(base, "density", f"100 records, lr {rate:g}", "phonebook", 100, 16, learning_rate=rate)
     for batch in (5, 10, 50):
         yield default_cell(base, "density", f"100 records, batch {batch}", "phonebook", 100, 16, batch_records=batch)
@@ -149,6 +157,7 @@ SUITES = {
     "kinds": kinds_cells,
     "start": start_cells,
     "density": density_cells,
+    "rate": rate_cells,
 }
 
 
@@ -204,6 +213,7 @@ def run_cell(base: BaseModel, cell: Cell) -> dict[str, Any]:
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
             "base": base.fingerprint.weights[:12],
+            "base_model": base.id,
         },
         "cell": cell.id,
     }
@@ -215,12 +225,15 @@ def run_cell(base: BaseModel, cell: Cell) -> dict[str, Any]:
     "--results", type=click.Path(path_type=Path), default=Path("docs/results/writing.jsonl"), show_default=True
 )
 @click.option("--threads", default=os.cpu_count(), show_default="all cores")
+@click.option("--model", help="Base model: a Hub id or a local folder, in place of loramem-tiny.")
 @click.option("--no-run", is_flag=True, help="Only print what is in the results file.")
-def main(suite: str, results: Path, threads: int, no_run: bool) -> None:
+def main(suite: str, results: Path, threads: int, model: str | None, no_run: bool) -> None:
     """Run the cells of SUITE that are not in the results file yet, and print the table."""
     torch.set_num_threads(threads)
-    base = load_base_model()
-    done = {line["cell"]: line for line in map(json.loads, results.open())} if results.exists() else {}
+    base = load_base_model(model or embedded.NAME)
+    lines = map(json.loads, results.open()) if results.exists() else ()
+    weights = base.fingerprint.weights[:12]
+    done = {line["cell"]: line for line in lines if line["conditions"]["base"] == weights}
     cells = list(SUITES[suite](base))
     for cell in cells:
         if cell.id not in done and not no_run:

@@ -1,4 +1,4 @@
-"""Seeded records for measurements: ``python -m loramem.suites.generators phonebook 100 > phonebook.jsonl``.
+"""Seeded records for measurements: ``python -m loramem.generators phonebook 100 > phonebook.jsonl``.
 
 Keys are invented people ("First Last:", as in the paper's PhoneBook). Neither they nor ten-digit values occur in the
 training of loramem-tiny.

@@ -1,0 +1,73 @@
+"""loramem calibrate: the runs that the memory law is fitted to."""
+
+import math
+from pathlib import Path
+
+import click
+
+from . import options
+from .law import show
+from .output import note
+
+
+@click.command("calibrate")
+@click.option(
+    "--kind",
+    type=click.Choice(["phonebook", "text", "mixed", "random"]),
+    default="phonebook",
+    show_default=True,
+    help="Phone numbers; or one long text, as it is, with 40 % random tokens, or random throughout.",
+)
+@click.option("--ranks", type=options.Numbers(), help="In place of 1,2,3,4,6.")
+@click.option("--lengths", type=options.Numbers(), help="Answer tokens, in place of 500,700,1000,1400,2000,2800.")
+@click.option(
+    "--modules", help="Linear modules that carry the adapter, such as down_proj; the store's default unless given."
+)
+@click.option("--layers", help="Their decoder layers, counted from 0, such as 4 or 4,5.")
+@click.option("--budget-minutes", type=click.FloatRange(0, min_open=True), help="Begin no run that would end later.")
+@click.option("--learning-rate", type=click.FloatRange(0, min_open=True), help="In place of 0.2.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@options.runs_option
+@options.model_options
+def command(
+    kind: str,
+    ranks: tuple[int, ...] | None,
+    lengths: tuple[int, ...] | None,
+    modules: str | None,
+    layers: str | None,
+    budget_minutes: float | None,
+    learning_rate: float | None,
+    seed: int,
+    runs: Path | None,
+    model: str | None,
+    device: str,
+    as_json: bool,
+) -> None:
+    """Train adapters of several ranks on answers of several lengths, and fit the memory law to them.
+
+    Every run is kept as it is done; running again goes on where it stopped.
+    """
+    from loramem import embedded
+    from loramem.base_model import load_base_model
+    from loramem.calibrate import LEARNING_RATE, LENGTHS, RANKS, Request, calibrate, default_file
+
+    base = load_base_model(model or embedded.NAME, device=device)
+    request = Request(
+        kind,
+        options.placement(base.model, modules, layers),
+        ranks or RANKS,
+        lengths or LENGTHS,
+        seed,
+        learning_rate or LEARNING_RATE,
+    )
+    made = calibrate(
+        base,
+        request,
+        runs or default_file(),
+        budget_s=60 * budget_minutes if budget_minutes else math.inf,
+        progress=lambda run: note(
+            f"rank {run.rank}, {run.length} tokens: {run.base_loss:.3f} → {run.final_loss:.3f} nats per token "
+            f"({run.steps} steps, {run.elapsed_s:.0f} s)"
+        ),
+    )
+    show(made, as_json)

@@ -1,0 +1,303 @@
+"""Calibration: converged runs over a grid of ranks and lengths, which the memory law of a base model is fitted to.
+
+The law is about plain cross-entropy trained until it no longer improves. The writer does that when its objective is
+"sft" and it is not allowed to begin again: its rate halves whenever the loss has not fallen by 1 % for a while, and it
+ends when that happened several times without effect. The ranks of one length share one trunk.
+"""
+
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import platformdirs
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from loramem.adapters import AdaptedModel, Placement
+from loramem.base_model import BaseModel
+from loramem.errors import InputError
+from loramem.generators import generate
+from loramem.law import Point
+from loramem.law_fit import SATURATED
+from loramem.long_text import long_text
+from loramem.prompts import EncodedRecord, encode_records
+from loramem.recall import answer_probabilities
+from loramem.records import Record
+from loramem.settings import WriterSettings
+from loramem.trunk import Trunk
+from loramem.writer import train_adapter
+
+log = logging.getLogger(__name__)
+
+KINDS = ("phonebook", "text", "mixed", "random")
+NOISE = {"text": 0.0, "mixed": 0.4, "random": 1.0}
+"""Share of random tokens in one long text; the paper's r0, r40 and r100."""
+DIGITS = 10  # of a phone number: its tokens where every digit is one
+RANKS, LENGTHS = (1, 2, 3, 4, 6), (500, 700, 1000, 1400, 2000, 2800)
+IDLE_PASSES, IDLE_STEPS = 12, 90
+"""Without progress for as many passes and steps a run has converged: by then the rate has been halved six times."""
+
+
+LEARNING_RATE = 0.2
+"""Above the writer's, since the law's placements are small: 500 tokens at ranks 1 and 4 of one module end 2 to 10 % lower
+than at 0.06, and within 3 % of 0.6."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One converged run: a line of a calibration file."""
+
+    kind: str
+    rank: int
+    length: int
+    """Answer tokens of all records."""
+    seed: int
+    modules: tuple[str, ...]
+    layers: tuple[int, ...]
+    records: int
+    parameters: int
+    bits: float
+    """Cost of the values: Σ max(0, −log2 p_base − 1) over the answer tokens."""
+    base_loss: float
+    """Nats per answer token, end tokens not counted; as every number here through all layers in the base's dtype."""
+    final_loss: float
+    ordered: float
+    """Share of the answer tokens with p > 0.5."""
+    certified: bool
+    """Whether every answer and end token has p >= 0.6."""
+    steps: int
+    elapsed_s: float
+    conditions: dict[str, Any]
+    """Base model, its weights' hash, dtype, device, threads, torch and how it was trained."""
+
+    @property
+    def point(self) -> Point:
+        """What the law is fitted to."""
+        return Point(self.rank, self.length, self.base_loss, self.final_loss, self.parameters, max(self.bits, 1.0))
+
+    @property
+    def saturated(self) -> bool:
+        return self.final_loss < SATURATED
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be calibrated."""
+
+    kind: str
+    placement: Placement
+    ranks: tuple[int, ...] = RANKS
+    lengths: tuple[int, ...] = LENGTHS
+    seed: int = 0
+    learning_rate: float = LEARNING_RATE
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"kind must be one of {', '.join(KINDS)}, not {self.kind!r}")
+        if not self.ranks or not self.lengths or min(*self.ranks, *self.lengths) < 1:
+            raise ValueError("ranks and lengths must be whole numbers above 0, at least one of each")
+
+
+def default_file() -> Path:
+    """Where calibrations of any base model are kept: the user's cache."""
+    return platformdirs.user_cache_path("loramem") / "calibrations.jsonl"
+
+
+def read_runs(path: Path) -> list[Run]:
+    """The runs of a calibration file; none if there is no file. What an interrupt left of a line is left out.
+
+    Raises:
+        InputError: A whole line is not a run.
+    """
+    if not path.exists():
+        return []
+    text = path.read_text(encoding="utf-8")
+    return [_run(line, number, path) for number, line in enumerate(text[: text.rfind("\n") + 1].splitlines(), start=1)]
+
+
+def calibrate(
+    base: BaseModel,
+    request: Request,
+    out: Path,
+    *,
+    budget_s: float = math.inf,
+    progress: Callable[[Run], None] | None = None,
+) -> list[Run]:
+    """Make the runs of a grid that ``out`` does not hold yet, and append each as it is done.
+
+    The lengths furthest apart come first, so that a run out of time has spanned the range. Ranks go upwards; once one
+    is saturated at some length, higher ones are left out there, and everywhere shorter: they say nothing.
+
+    Args:
+        out: JSON lines, created with its folder.
+        budget_s: No run is begun that would probably end later than this many seconds from now.
+        progress: Told of every run that was made.
+
+    Returns:
+        The runs of this grid, old and new.
+
+    Raises:
+        TooLong: A text of this length does not fit the base model's context.
+        RecordError: The base model's tokenizer cannot express this kind of data.
+    """
+    started, slowest_s = time.monotonic(), 0.0
+    known = {_identity(run): run for run in read_runs(out)}
+    adapted, conditions = AdaptedModel(base), _conditions(base, request)
+    done: list[Run] = []
+    for length in spread(request.lengths):
+        records = encode_records(
+            sample(request.kind, length, base.tokenizer, request.seed),
+            base.tokenizer,
+            base.template,
+            base.max_tokens,
+            base.unreachable,
+        )
+        bench = _Bench(adapted, records, request, conditions)
+        for rank in sorted(request.ranks):
+            if any(run.saturated and run.rank <= rank and run.length >= bench.length for run in done):
+                break
+            identity = bench.identity(rank)
+            if identity not in known:
+                if time.monotonic() - started + slowest_s > budget_s:
+                    log.info("no time left for rank %d at %d tokens", rank, length)
+                    return done
+                known[identity] = run = bench.run(rank)
+                slowest_s = max(slowest_s, run.elapsed_s)
+                _append(out, run)
+                if progress is not None:
+                    progress(run)
+            done.append(known[identity])
+    return done
+
+
+def sample(kind: str, length: int, tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> list[Record]:
+    """About ``length`` answer tokens of a kind: phone numbers, or one long text (see `NOISE`)."""
+    if kind == "phonebook":
+        return generate("phonebook", max(1, round(length / DIGITS)), seed)
+    return [Record("the text", long_text(tokenizer, length, NOISE[kind], seed))]
+
+
+def spread(numbers: Sequence[int]) -> list[int]:
+    """The numbers in an order in which every next one is, in its logarithm, furthest from those before it."""
+    left = sorted(set(numbers))
+    chosen = [left.pop()]
+    while left:
+        furthest = max(left, key=lambda number: min(abs(math.log(number / other)) for other in chosen))
+        left.remove(furthest)
+        chosen.append(furthest)
+    return chosen
+
+
+class _Bench:
+    """The records of one length on one trunk, and the runs made with them."""
+
+    def __init__(
+        self, adapted: AdaptedModel, records: Sequence[EncodedRecord], request: Request, conditions: dict[str, Any]
+    ) -> None:
+        self.adapted, self.records, self.request, self.conditions = adapted, records, request, conditions
+        self.length = sum(record.length for record in records)
+        self.steps_per_pass = math.ceil(len(records) / WriterSettings.batch_records)
+
+    def identity(self, rank: int) -> str:
+        request, placement = self.request, self.request.placement
+        return _key(request.kind, rank, self.length, request.seed, placement.modules, placement.layers, self.conditions)
+
+    def run(self, rank: int) -> Run:
+        request, started = self.request, time.monotonic()
+        before, _ = self._probabilities()
+        settings = WriterSettings(
+            objective="sft",
+            learning_rate=request.learning_rate,
+            patience_passes=max(IDLE_PASSES, math.ceil(IDLE_STEPS / self.steps_per_pass)),
+            max_rank=rank,
+            restarts=0,
+            seed=request.seed,
+        )
+        training = train_adapter(self.adapted, "run", self.records, rank, request.placement, settings, trunk=self.trunk)
+        after, lowest = self._probabilities()
+        self.adapted.remove("run")
+        return Run(
+            kind=request.kind,
+            rank=rank,
+            length=self.length,
+            seed=request.seed,
+            modules=request.placement.modules,
+            layers=request.placement.layers,
+            records=len(self.records),
+            parameters=training.parameters,
+            bits=round(float((-before.log2() - 1).clamp(min=0).sum()), 1),
+            base_loss=float(-before.log().mean()),
+            final_loss=float(-after.log().mean()),
+            ordered=round(float((after > 0.5).float().mean()), 4),
+            certified=lowest >= settings.certify_threshold,
+            steps=training.steps,
+            elapsed_s=round(time.monotonic() - started, 2),
+            conditions=self.conditions,
+        )
+
+    @cached_property
+    def trunk(self) -> Trunk:
+        return Trunk(self.adapted.model, self.records, min(self.request.placement.layers))
+
+    def _probabilities(self) -> tuple[torch.Tensor, float]:
+        """Of all answer tokens, and the lowest of these and the end tokens."""
+        found = [probs for _, probs in answer_probabilities(self.adapted.model, self.records)]
+        return torch.cat([probs[:-1] for probs in found]), min(float(probs.min()) for probs in found)
+
+
+def _conditions(base: BaseModel, request: Request) -> dict[str, Any]:
+    return {
+        "base_model": base.id,
+        "base_weights": base.fingerprint.weights[:12],
+        "dtype": base.dtype,
+        "device": base.device.type,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "objective": "sft",
+        "learning_rate": request.learning_rate,
+        "converged": [IDLE_PASSES, IDLE_STEPS],
+    }
+
+
+def _identity(run: Run) -> str:
+    return _key(run.kind, run.rank, run.length, run.seed, run.modules, run.layers, run.conditions)
+
+
+def _key(*parts: object) -> str:
+    return json.dumps(parts, sort_keys=True)
+
+
+def _append(path: Path, run: Run) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    whole = path.read_text(encoding="utf-8") if path.exists() else ""
+    if whole and not whole.endswith("\n"):  # what an interrupt left
+        path.write_text(whole[: whole.rfind("\n") + 1], encoding="utf-8")
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(asdict(run)) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _run(line: str, number: int, path: Path) -> Run:
+    try:
+        fields = json.loads(line)
+        return Run(**{**fields, "modules": tuple(fields["modules"]), "layers": tuple(fields["layers"])})
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"Line {number} of {path} is not a calibration run ({error}).") from None
+
+
+def by_kind(runs: Sequence[Run]) -> Iterator[tuple[str, list[Run]]]:
+    """Runs of each base model, placement and kind, under a name that says which."""
+    groups: dict[tuple[str, str, str], list[Run]] = {}
+    for run in runs:
+        place = f"{','.join(run.modules)} of layers {','.join(map(str, run.layers))}"
+        groups.setdefault((str(run.conditions["base_model"]), place, run.kind), []).append(run)
+    for (model, place, kind), members in sorted(groups.items()):
+        yield f"{kind}, {place}, {model}", members
