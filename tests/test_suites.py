@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from loramem import generators
 from loramem.errors import RecallError
-from loramem.suites import generators, writing
+from loramem.suites import writing
 
 
 @pytest.mark.parametrize("kind", generators.KINDS)
