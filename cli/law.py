@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from . import options
-from .output import note, print_json, print_table
+from .output import note, print_json, print_markdown
 
 if TYPE_CHECKING:
     from loramem.calibrate import Run
@@ -71,4 +71,4 @@ def show(runs: "list[Run]", as_json: bool) -> None:
         print_json(laws)
         return
     columns = ("runs", "C", "α", "β", "b", "R²", "MAPE %", "MAPE % beyond half the lengths", "points", "saturated")
-    print_table(columns, rows)
+    print_markdown(columns, rows)

@@ -147,7 +147,7 @@ def calibrate(
         TooLong: A text of this length does not fit the base model's context.
         RecordError: The base model's tokenizer cannot express this kind of data.
     """
-    started, slowest_s = time.monotonic(), 0.0
+    started, slowest = time.monotonic(), 0.0  # seconds per answer token
     known = {_identity(run): run for run in read_runs(out)}
     adapted, conditions = AdaptedModel(base), _conditions(base, request)
     done: list[Run] = []
@@ -165,11 +165,11 @@ def calibrate(
                 break
             identity = bench.identity(rank)
             if identity not in known:
-                if time.monotonic() - started + slowest_s > budget_s:
+                if time.monotonic() - started + slowest * bench.length > budget_s:
                     log.info("no time left for rank %d at %d tokens", rank, length)
                     return done
                 known[identity] = run = bench.run(rank)
-                slowest_s = max(slowest_s, run.elapsed_s)
+                slowest = max(slowest, run.elapsed_s / bench.length)
                 _append(out, run)
                 if progress is not None:
                     progress(run)
