@@ -26,6 +26,13 @@ from .output import note
 @click.option("--layers", help="Their decoder layers, counted from 0, such as 4 or 4,5.")
 @click.option("--budget-minutes", type=click.FloatRange(0, min_open=True), help="Begin no run that would end later.")
 @click.option("--learning-rate", type=click.FloatRange(0, min_open=True), help="In place of 0.2.")
+@click.option(
+    "--objective",
+    type=click.Choice(["sft", "memft-ot", "memft-sw"]),
+    default="sft",
+    show_default=True,
+    help="sft: cross-entropy to convergence, for the law. Otherwise writes at a fixed rank, for the success boundary.",
+)
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @options.runs_option
 @options.model_options
@@ -37,6 +44,7 @@ def command(
     layers: str | None,
     budget_minutes: float | None,
     learning_rate: float | None,
+    objective: str,
     seed: int,
     runs: Path | None,
     model: str | None,
@@ -59,6 +67,7 @@ def command(
         lengths or LENGTHS,
         seed,
         learning_rate or LEARNING_RATE,
+        objective,
     )
     made = calibrate(
         base,

@@ -2,7 +2,9 @@
 
 The law is about plain cross-entropy trained until it no longer improves. The writer does that when its objective is
 "sft" and it is not allowed to begin again: its rate halves whenever the loss has not fallen by 1 % for a while, and it
-ends when that happened several times without effect. The ranks of one length share one trunk.
+ends when that happened several times without effect. With any other objective a run is a write as the store does it,
+except that the rank stays: it ends when every token is certified or progress stops, which is what the success boundary
+is fitted to. The ranks of one length share one trunk.
 """
 
 import json
@@ -11,7 +13,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -27,10 +29,11 @@ from loramem.generators import generate
 from loramem.law import Point
 from loramem.law_fit import SATURATED
 from loramem.long_text import long_text
+from loramem.pricing import costs_bits
 from loramem.prompts import EncodedRecord, encode_records
 from loramem.recall import answer_probabilities
 from loramem.records import Record
-from loramem.settings import WriterSettings
+from loramem.settings import OBJECTIVES, WriterSettings
 from loramem.trunk import Trunk
 from loramem.writer import train_adapter
 
@@ -39,6 +42,7 @@ log = logging.getLogger(__name__)
 KINDS = ("phonebook", "text", "mixed", "random")
 NOISE = {"text": 0.0, "mixed": 0.4, "random": 1.0}
 """Share of random tokens in one long text; the paper's r0, r40 and r100."""
+LAW_OBJECTIVE = "sft"
 DIGITS = 10  # of a phone number: its tokens where every digit is one
 RANKS, LENGTHS = (1, 2, 3, 4, 6), (500, 700, 1000, 1400, 2000, 2800)
 IDLE_PASSES, IDLE_STEPS = 12, 90
@@ -64,7 +68,9 @@ class Run:
     records: int
     parameters: int
     bits: float
-    """Cost of the values: Σ max(0, −log2 p_base − 1) over the answer tokens."""
+    """Σ max(0, −log2 p_base − 1) over the answer tokens, each record on its own."""
+    cost_bits: float
+    """Cost of the values, what they share paid once: see `loramem.pricing`."""
     base_loss: float
     """Nats per answer token, end tokens not counted; as every number here through all layers in the base's dtype."""
     final_loss: float
@@ -86,6 +92,11 @@ class Run:
     def saturated(self) -> bool:
         return self.final_loss < SATURATED
 
+    @property
+    def for_law(self) -> bool:
+        """Whether it was trained as the law is about."""
+        return bool(self.conditions["objective"] == LAW_OBJECTIVE)
+
 
 @dataclass(frozen=True)
 class Request:
@@ -97,8 +108,12 @@ class Request:
     lengths: tuple[int, ...] = LENGTHS
     seed: int = 0
     learning_rate: float = LEARNING_RATE
+    """Of plain cross-entropy; writes take the writer's own."""
+    objective: str = LAW_OBJECTIVE
 
     def __post_init__(self) -> None:
+        if self.objective not in OBJECTIVES:
+            raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}, not {self.objective!r}")
         if self.kind not in KINDS:
             raise ValueError(f"kind must be one of {', '.join(KINDS)}, not {self.kind!r}")
         if not self.ranks or not self.lengths or min(*self.ranks, *self.lengths) < 1:
@@ -151,6 +166,11 @@ def calibrate(
     known = {_identity(run): run for run in read_runs(out)}
     adapted, conditions = AdaptedModel(base), _conditions(base, request)
     done: list[Run] = []
+
+    def enough(run: Run) -> bool:
+        """Whether higher ranks at the same length, or shorter ones, have nothing left to say."""
+        return run.saturated if request.objective == LAW_OBJECTIVE else run.certified
+
     for length in spread(request.lengths):
         records = encode_records(
             sample(request.kind, length, base.tokenizer, request.seed),
@@ -161,7 +181,7 @@ def calibrate(
         )
         bench = _Bench(adapted, records, request, conditions)
         for rank in sorted(request.ranks):
-            if any(run.saturated and run.rank <= rank and run.length >= bench.length for run in done):
+            if any(enough(run) and run.rank <= rank and run.length >= bench.length for run in done):
                 break
             identity = bench.identity(rank)
             if identity not in known:
@@ -212,14 +232,10 @@ class _Bench:
     def run(self, rank: int) -> Run:
         request, started = self.request, time.monotonic()
         before, _ = self._probabilities()
-        settings = WriterSettings(
-            objective="sft",
-            learning_rate=request.learning_rate,
-            patience_passes=max(IDLE_PASSES, math.ceil(IDLE_STEPS / self.steps_per_pass)),
-            max_rank=rank,
-            restarts=0,
-            seed=request.seed,
-        )
+        settings = WriterSettings(objective=request.objective, max_rank=rank, seed=request.seed)
+        if request.objective == LAW_OBJECTIVE:
+            patience = max(IDLE_PASSES, math.ceil(IDLE_STEPS / self.steps_per_pass))
+            settings = replace(settings, learning_rate=request.learning_rate, patience_passes=patience, restarts=0)
         training = train_adapter(self.adapted, "run", self.records, rank, request.placement, settings, trunk=self.trunk)
         after, lowest = self._probabilities()
         self.adapted.remove("run")
@@ -232,10 +248,11 @@ class _Bench:
             layers=request.placement.layers,
             records=len(self.records),
             parameters=training.parameters,
-            bits=round(float((-before.log2() - 1).clamp(min=0).sum()), 1),
-            base_loss=float(-before.log().mean()),
-            final_loss=float(-after.log().mean()),
-            ordered=round(float((after > 0.5).float().mean()), 4),
+            bits=round(float((-torch.cat(before).log2() - 1).clamp(min=0).sum()), 1),
+            cost_bits=round(sum(self._costs(before)), 1),
+            base_loss=float(-torch.cat(before).log().mean()),
+            final_loss=float(-torch.cat(after).log().mean()),
+            ordered=round(float((torch.cat(after) > 0.5).float().mean()), 4),
             certified=lowest >= settings.certify_threshold,
             steps=training.steps,
             elapsed_s=round(time.monotonic() - started, 2),
@@ -246,13 +263,20 @@ class _Bench:
     def trunk(self) -> Trunk:
         return Trunk(self.adapted.model, self.records, min(self.request.placement.layers))
 
-    def _probabilities(self) -> tuple[torch.Tensor, float]:
-        """Of all answer tokens, and the lowest of these and the end tokens."""
-        found = [probs for _, probs in answer_probabilities(self.adapted.model, self.records)]
-        return torch.cat([probs[:-1] for probs in found]), min(float(probs.min()) for probs in found)
+    def _probabilities(self) -> tuple[list[torch.Tensor], float]:
+        """Of every record's answer tokens, and the lowest of all these and the end tokens."""
+        found = dict(answer_probabilities(self.adapted.model, self.records))
+        answers = [found[index][:-1] for index in range(len(found))]
+        return answers, min(float(probs.min()) for probs in found.values())
+
+    def _costs(self, before: Sequence[torch.Tensor]) -> list[float]:
+        return costs_bits([record.answer_ids[:-1] for record in self.records], [probs.tolist() for probs in before])
 
 
 def _conditions(base: BaseModel, request: Request) -> dict[str, Any]:
+    law_training = {"learning_rate": request.learning_rate, "converged": [IDLE_PASSES, IDLE_STEPS]}
+    if request.objective != LAW_OBJECTIVE:
+        law_training = {"learning_rate": WriterSettings.learning_rate}
     return {
         "base_model": base.id,
         "base_weights": base.fingerprint.weights[:12],
@@ -260,9 +284,8 @@ def _conditions(base: BaseModel, request: Request) -> dict[str, Any]:
         "device": base.device.type,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "objective": "sft",
-        "learning_rate": request.learning_rate,
-        "converged": [IDLE_PASSES, IDLE_STEPS],
+        "objective": request.objective,
+        **law_training,
     }
 
 
@@ -294,9 +317,9 @@ def _run(line: str, number: int, path: Path) -> Run:
 
 
 def by_kind(runs: Sequence[Run]) -> Iterator[tuple[str, list[Run]]]:
-    """Runs of each base model, placement and kind, under a name that says which."""
+    """The law's runs of each base model, placement and kind, under a name that says which."""
     groups: dict[tuple[str, str, str], list[Run]] = {}
-    for run in runs:
+    for run in (run for run in runs if run.for_law):
         place = f"{','.join(run.modules)} of layers {','.join(map(str, run.layers))}"
         groups.setdefault((str(run.conditions["base_model"]), place, run.kind), []).append(run)
     for (model, place, kind), members in sorted(groups.items()):

@@ -43,6 +43,7 @@ LAYERS = (
         "loramem.capacity",
         "loramem.embedded.corpus",
         "loramem.files",
+        "loramem.pricing",
         "loramem.processes",
         "loramem.reports",
         "loramem.settings",
