@@ -79,7 +79,11 @@ class Run:
     certified: bool
     """Whether every answer and end token has p >= 0.6."""
     steps: int
+    visits: int
+    """Times a record was in a training batch, over all records."""
+    training_s: float
     elapsed_s: float
+    """Training and both looks at all probabilities."""
     conditions: dict[str, Any]
     """Base model, its weights' hash, dtype, device, threads, torch and how it was trained."""
 
@@ -255,6 +259,8 @@ class _Bench:
             ordered=round(float((torch.cat(after) > 0.5).float().mean()), 4),
             certified=lowest >= settings.certify_threshold,
             steps=training.steps,
+            visits=training.visits,
+            training_s=round(training.elapsed_s, 2),
             elapsed_s=round(time.monotonic() - started, 2),
             conditions=self.conditions,
         )

@@ -137,7 +137,7 @@ def synthetic(tmp_path: Path) -> Path:
     run = Run(
         kind="random", rank=1, length=1, seed=0, modules=("down_proj",), layers=(4,), records=1, parameters=1, bits=1.0,
         cost_bits=1.0,
-        base_loss=12.0, final_loss=0.0, ordered=0.0, certified=False, steps=1, elapsed_s=1.0,
+        base_loss=12.0, final_loss=0.0, ordered=0.0, certified=False, steps=1, visits=1, training_s=1.0, elapsed_s=1.0,
         conditions={"base_model": "tiny", "objective": "sft"},
     )  # fmt: skip
     path = tmp_path / "runs.jsonl"
