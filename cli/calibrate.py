@@ -34,6 +34,9 @@ from .output import note
     help="sft: cross-entropy to convergence, for the law. Otherwise writes at a fixed rank, for the success boundary.",
 )
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option(
+    "--save", type=click.Path(path_type=Path, dir_okay=False), help="Where to keep what was learnt; your cache."
+)
 @options.runs_option
 @options.model_options
 def command(
@@ -46,6 +49,7 @@ def command(
     learning_rate: float | None,
     objective: str,
     seed: int,
+    save: Path | None,
     runs: Path | None,
     model: str | None,
     device: str,
@@ -57,7 +61,9 @@ def command(
     """
     from loramem import embedded
     from loramem.base_model import load_base_model
-    from loramem.calibrate import LEARNING_RATE, LENGTHS, RANKS, Request, calibrate, default_file
+    from loramem.calibrate import LEARNING_RATE, LENGTHS, RANKS, Request, bare_calibration, calibrate
+    from loramem.calibrations import cached, summarise
+    from loramem.runs import default_file, read_runs
 
     base = load_base_model(model or embedded.NAME, device=device)
     request = Request(
@@ -69,14 +75,17 @@ def command(
         learning_rate or LEARNING_RATE,
         objective,
     )
+    path = runs or default_file()
     made = calibrate(
         base,
         request,
-        runs or default_file(),
+        path,
         budget_s=60 * budget_minutes if budget_minutes else math.inf,
         progress=lambda run: note(
             f"rank {run.rank}, {run.length} tokens: {run.base_loss:.3f} → {run.final_loss:.3f} nats per token "
             f"({run.steps} steps, {run.elapsed_s:.0f} s)"
         ),
     )
-    show(made, as_json)
+    known = summarise(bare_calibration(base), read_runs(path))
+    known.save(save or cached(known.base_weights))
+    show(made, as_json=as_json)

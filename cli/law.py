@@ -1,8 +1,8 @@
-"""loramem law: what the calibration runs say."""
+"""loramem law: what the calibration runs say, and what writes taught."""
 
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -10,65 +10,223 @@ from . import options
 from .output import note, print_json, print_markdown
 
 if TYPE_CHECKING:
-    from loramem.calibrate import Run
-    from loramem.law import Point
+    from loramem.law import MemoryLaw, Point
+    from loramem.runs import Run
+
+LAST_WRITES = 10
 
 
 @click.command("law")
+@click.option("--kind", help="Only this kind of data.")
+@click.option("--modules", help="Only this placement, such as down_proj.")
+@click.option("--layers", help="Only these decoder layers, such as 4,5.")
+@click.option("--model", envvar="LORAMEM_MODEL", show_envvar=True, help="Only this base model.")
+@click.option("--points", is_flag=True, help="Also every point with its residual.")
+@click.option("--plot", type=click.Path(path_type=Path), help="Draw the one law chosen: .png, .svg or .pdf.")
 @options.runs_option
+@options.store_option
 @click.option("--json", "as_json", is_flag=True, help="JSON on stdout.")
-def command(runs: Path | None, as_json: bool) -> None:
-    """Show the memory laws that the calibration runs give, and how they predict lengths that were left out."""
-    from loramem.calibrate import default_file, read_runs
+def command(
+    kind: str | None,
+    modules: str | None,
+    layers: str | None,
+    model: str | None,
+    points: bool,
+    plot: Path | None,
+    runs: Path | None,
+    store: Path,
+    as_json: bool,
+) -> None:
+    """Show the memory laws that the calibration runs give, and how they predict lengths that were left out.
 
-    path = runs or default_file()
-    found = read_runs(path)
+    Runs are those that ship with loramem-tiny and yours. Then: what writes came to, which is what the success boundary
+    is fitted to, with those of the store (./memory unless named).
+    """
+    from loramem.runs import default_file, read_runs, shipped_file
+
+    paths = [runs] if runs else [shipped_file(), default_file()]
+    found = [
+        run
+        for path in paths
+        for run in read_runs(path)
+        if (kind in (None, run.kind) and model in (None, run.conditions["base_model"]))
+        and (modules is None or tuple(sorted(modules.split(","))) == run.modules)
+        and (layers is None or layers == ",".join(map(str, run.layers)))
+    ]
     if not found:
-        raise click.UsageError(f"{path} holds no calibration runs. Make some with loramem calibrate.")
-    show(found, as_json)
+        raise click.UsageError(
+            f"{' and '.join(map(str, paths))} hold no such calibration runs. Make some with loramem calibrate."
+        )
+    laws = show(found, as_json=as_json, points=points)
+    if plot is not None:
+        from loramem.plots import draw_law
+
+        if len(laws) != 1:
+            raise click.UsageError(f"--plot draws one law, not {len(laws)}: choose by --kind, --modules, --layers.")
+        ((name, law, members),) = laws
+        draw_law(members, law, name, plot)
+    if not as_json:
+        _show_boundaries(found)
+        if (store / "store.json").exists():
+            _show_writes(store)
+
+
+def show(runs: "list[Run]", *, as_json: bool, points: bool = False) -> "list[tuple[str, MemoryLaw, list[Run]]]":
+    """The law of every base model, placement and kind among the runs; returns those that could be fitted."""
+    from loramem.errors import LawError
+    from loramem.law_fit import fit
+    from loramem.runs import by_kind
+
+    fitted: list[tuple[str, MemoryLaw, list[Run]]] = []
+    for name, members in by_kind(runs):
+        try:
+            fitted.append((name, fit([run.point for run in members]), members))
+        except LawError as error:
+            note(f"{name}: {error}")
+    for name, law, _ in fitted:
+        for warning in law.warnings:
+            note(f"{name}: {warning}")
+    if as_json:
+        print_json([_as_json(name, law, members) for name, law, members in fitted])
+        return fitted
+    columns = ("runs", "C", "α", "β", "b", "R²", "MAPE %", "MAPE % beyond half the lengths", "points", "saturated")
+    print_markdown(columns, [_row(name, law, members) for name, law, members in fitted])
+    for name, law, members in fitted if points else ():
+        click.echo(f"\n{name}\n")
+        print_markdown(
+            ("rank", "tokens", "base loss", "final loss", "ΔL", "ΔL of the law", "residual", "ordered %"),
+            [_point_row(run, law) for run in sorted(members, key=lambda run: (run.length, run.rank))],
+        )
+    return fitted
+
+
+def _held_out_mape(law: "MemoryLaw", members: "list[Run]") -> float | None:
+    """Percent, of a law fitted to the shorter half of the lengths, beyond it."""
+    from loramem.errors import LawError
+    from loramem.law_fit import held_out
+
+    try:
+        return held_out([run.point for run in members], partial(_within, max(law.length_range) / 2)).mape
+    except LawError:
+        return None
 
 
 def _within(length: float, point: "Point") -> bool:
     return point.length <= length
 
 
-def show(runs: "list[Run]", as_json: bool) -> None:
-    """The law of every base model, placement and kind among the runs."""
-    from loramem.calibrate import by_kind
-    from loramem.errors import LawError
-    from loramem.law_fit import fit, held_out
+def _as_json(name: str, law: "MemoryLaw", members: "list[Run]") -> dict[str, Any]:
+    return {"name": name, "law": law.to_json(), "held_out_mape": _held_out_mape(law, members)}
 
-    rows, laws = [], []
-    for name, members in by_kind(runs):
-        points = [run.point for run in members]
+
+def _row(name: str, law: "MemoryLaw", members: "list[Run]") -> tuple[str, ...]:
+    unseen = _held_out_mape(law, members)
+    return (
+        name,
+        f"{law.C:.4g}",
+        f"{law.alpha:.3f}",
+        f"{law.beta:.3f}",
+        f"{law.b:.3f}",
+        f"{law.r_squared:.4f}",
+        f"{law.mape:.1f}",
+        "-" if unseen is None else f"{unseen:.1f}",
+        str(law.points),
+        str(law.dropped),
+    )
+
+
+def _point_row(run: "Run", law: "MemoryLaw") -> tuple[str, ...]:
+    measured, predicted = run.base_loss - run.final_loss, law.predict(run.rank, run.length)
+    return (
+        str(run.rank),
+        f"{run.length:,}",
+        f"{run.base_loss:.3f}",
+        f"{run.final_loss:.3f}",
+        f"{measured:.3f}",
+        f"{predicted:.3f}",
+        "saturated" if run.saturated else f"{measured - predicted:+.3f}",
+        f"{100 * run.ordered:.1f}",
+    )
+
+
+def _show_boundaries(runs: "list[Run]") -> None:
+    """The success boundary of every base model and placement, and how far it can be believed."""
+    from loramem import boundary
+    from loramem.calibrations import outcomes_of
+    from loramem.errors import BoundaryError
+
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        name = f"{','.join(run.modules)} of layers {','.join(map(str, run.layers))}, {run.conditions['base_model']}"
+        groups.setdefault(name, []).append(run)
+    rows, bins = [], []
+    for name, members in groups.items():
+        outcomes = [outcome for run in members for outcome in outcomes_of(run)]
         try:
-            fitted = fit(points)
-        except LawError as error:
+            fitted, tested = boundary.fit(outcomes), boundary.reliability(outcomes)
+        except BoundaryError as error:
             note(f"{name}: {error}")
             continue
-        try:
-            unseen = f"{held_out(points, partial(_within, max(fitted.length_range) / 2)).mape:.1f}"
-        except LawError:
-            unseen = "-"
-        laws.append({"name": name, "law": fitted.to_json(), "held_out_mape": unseen})
         rows.append(
             (
                 name,
-                f"{fitted.C:.4g}",
-                f"{fitted.alpha:.3f}",
-                f"{fitted.beta:.3f}",
-                f"{fitted.b:.3f}",
-                f"{fitted.r_squared:.4f}",
-                f"{fitted.mape:.1f}",
-                unseen,
-                str(fitted.points),
-                str(fitted.dropped),
+                str(fitted.outcomes),
+                str(fitted.certified),
+                f"{1 / fitted.parameters_per_bit:.3f}",
+                f"{fitted.length_exponent:.3f}",
+                f"{fitted.steepness:.1f}",
+                f"{tested.brier:.3f}",
             )
         )
-        for warning in fitted.warnings:
-            note(f"{name}: {warning}")
-    if as_json:
-        print_json(laws)
+        bins += [
+            (name, f"{one.low:.1f}–{one.high:.1f}", str(one.count), f"{one.predicted:.2f}", f"{one.observed:.2f}")
+            for one in tested.bins
+        ]
+    if rows:
+        click.echo("\nSuccess boundary\n")
+        columns = (
+            "writes",
+            "outcomes",
+            "certified",
+            "bits per parameter at even odds",
+            "τ",
+            "steepness",
+            "Brier score",
+        )
+        print_markdown(columns, rows)
+        click.echo("\nIts reliability, each outcome judged by a boundary fitted without it\n")
+        print_markdown(("writes", "predicted", "outcomes", "mean predicted", "certified"), bins)
+
+
+def _show_writes(store: Path) -> None:
+    """The last writes of a store, and where they move its success boundary."""
+    from loramem import calibrations
+
+    with options.open_store(store, None, "auto") as opened:
+        outcomes, manifest = opened.outcomes(), opened.manifest
+    if not outcomes:
         return
-    columns = ("runs", "C", "α", "β", "b", "R²", "MAPE %", "MAPE % beyond half the lengths", "points", "saturated")
-    print_markdown(columns, rows)
+    known = calibrations.load(manifest.fingerprint["weights"][:12])
+    place = tuple(manifest.placement["modules"]), tuple(manifest.placement["layers"])
+    before = calibrations.basis(known, place, 1).boundary
+    after = calibrations.basis(known, place, 1, outcomes=outcomes).boundary
+    click.echo(f"\nThe last writes of {store}\n")
+    print_markdown(
+        ("rank", "tokens", "cost in bits", "bits per parameter", "certified at this rank", "expected"),
+        [
+            (
+                str(one.rank),
+                f"{one.length:,}",
+                f"{one.cost_bits:,.0f}",
+                f"{one.cost_bits / one.parameters:.3f}",
+                "yes" if one.certified else "no",
+                f"{before.probability(one.parameters, one.cost_bits, one.length):.0%}" if before else "-",
+            )
+            for one in outcomes[-LAST_WRITES:]
+        ],
+    )
+    if before and after:
+        click.echo(
+            f"\n{len(outcomes)} outcomes of this store move even odds from {1 / before.parameters_per_bit:.3f} to "
+            f"{1 / after.parameters_per_bit:.3f} bits per parameter."
+        )

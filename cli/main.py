@@ -8,13 +8,14 @@ import click
 
 from loramem import errors
 
-from . import calibrate, explain, law, ls, plan, put, recall, stats, suite, verify, write
+from . import calibrate, capacity, explain, law, ls, put, recall, stats, suite, verify, write
 
 # First match wins, so subclasses stand before their bases. Documented in README.
 EXIT_CODES: tuple[tuple[type[Exception], int], ...] = (
     (errors.RecallError, 3),
     (errors.IntegrityError, 4),
     (errors.StubbornRecords, 5),
+    (errors.DoesNotFit, 5),
     (errors.TooLong, 5),
     (errors.KeyNotFound, 6),
     (errors.StoreNotFound, 10),
@@ -33,7 +34,7 @@ def cli(verbose: bool) -> None:
     logging.basicConfig(level=logging.INFO if verbose else logging.ERROR, format="%(levelname)s %(name)s: %(message)s")
 
 
-for command in (write, put, recall, explain, ls, stats, verify, plan, calibrate, law, suite):
+for command in (write, put, recall, explain, ls, stats, verify, capacity, calibrate, law, suite):
     cli.add_command(command.command)
 
 

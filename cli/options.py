@@ -64,6 +64,11 @@ def model_options(command: Command) -> Command:
     return _MODEL(_DEVICE(_JSON(command)))
 
 
+def store_option(command: Command) -> Command:
+    """--store alone."""
+    return _STORE(command)
+
+
 def namespace_option(command: Command) -> Command:
     return _NAMESPACE(command)
 

@@ -53,11 +53,11 @@ class Outcome:
     parameters: float
     """Adapter parameters."""
     cost_bits: float
-    """Cost of the values: Σ over their tokens of max(0, −log2 p_base − 1)."""
+    """Cost of the values, see `loramem.pricing`."""
     certified: bool
     """Whether every token was."""
-    steps: int | None = None
-    seconds: float | None = None
+    visits: float | None = None
+    """Times a record was trained on, on average."""
 
     def __post_init__(self) -> None:
         _check(rank=self.rank, length=self.length, parameters=self.parameters)

@@ -7,32 +7,28 @@ except that the rank stays: it ends when every token is certified or progress st
 is fitted to. The ranks of one length share one trunk.
 """
 
-import json
 import logging
 import math
-import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import platformdirs
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from loramem.adapters import AdaptedModel, Placement
 from loramem.base_model import BaseModel
-from loramem.errors import InputError
+from loramem.calibrations import Calibration, KindSamples, Sample
 from loramem.generators import generate
-from loramem.law import Point
-from loramem.law_fit import SATURATED
 from loramem.long_text import long_text
 from loramem.pricing import costs_bits
 from loramem.prompts import EncodedRecord, encode_records
 from loramem.recall import answer_probabilities
 from loramem.records import Record
+from loramem.runs import LAW_OBJECTIVE, Run, append_run, identity, read_runs
 from loramem.settings import OBJECTIVES, WriterSettings
 from loramem.trunk import Trunk
 from loramem.writer import train_adapter
@@ -42,64 +38,13 @@ log = logging.getLogger(__name__)
 KINDS = ("phonebook", "text", "mixed", "random")
 NOISE = {"text": 0.0, "mixed": 0.4, "random": 1.0}
 """Share of random tokens in one long text; the paper's r0, r40 and r100."""
-LAW_OBJECTIVE = "sft"
 DIGITS = 10  # of a phone number: its tokens where every digit is one
 RANKS, LENGTHS = (1, 2, 3, 4, 6), (500, 700, 1000, 1400, 2000, 2800)
 IDLE_PASSES, IDLE_STEPS = 12, 90
 """Without progress for as many passes and steps a run has converged: by then the rate has been halved six times."""
-
-
 LEARNING_RATE = 0.2
 """Above the writer's, since one module alone is to change more: 500 tokens at ranks 1 and 4 of one down_proj end 2 to
 10 % lower than at 0.06, and within 3 % of 0.6."""
-
-
-@dataclass(frozen=True)
-class Run:
-    """One converged run: a line of a calibration file."""
-
-    kind: str
-    rank: int
-    length: int
-    """Answer tokens of all records."""
-    seed: int
-    modules: tuple[str, ...]
-    layers: tuple[int, ...]
-    records: int
-    parameters: int
-    bits: float
-    """Σ max(0, −log2 p_base − 1) over the answer tokens, each record on its own."""
-    cost_bits: float
-    """Cost of the values, what they share paid once: see `loramem.pricing`."""
-    base_loss: float
-    """Nats per answer token, end tokens not counted; as every number here through all layers in the base's dtype."""
-    final_loss: float
-    ordered: float
-    """Share of the answer tokens with p > 0.5."""
-    certified: bool
-    """Whether every answer and end token has p >= 0.6."""
-    steps: int
-    visits: int
-    """Times a record was in a training batch, over all records."""
-    training_s: float
-    elapsed_s: float
-    """Training and both looks at all probabilities."""
-    conditions: dict[str, Any]
-    """Base model, its weights' hash, dtype, device, threads, torch and how it was trained."""
-
-    @property
-    def point(self) -> Point:
-        """What the law is fitted to."""
-        return Point(self.rank, self.length, self.base_loss, self.final_loss, self.parameters, max(self.bits, 1.0))
-
-    @property
-    def saturated(self) -> bool:
-        return self.final_loss < SATURATED
-
-    @property
-    def for_law(self) -> bool:
-        """Whether it was trained as the law is about."""
-        return bool(self.conditions["objective"] == LAW_OBJECTIVE)
 
 
 @dataclass(frozen=True)
@@ -122,23 +67,6 @@ class Request:
             raise ValueError(f"kind must be one of {', '.join(KINDS)}, not {self.kind!r}")
         if not self.ranks or not self.lengths or min(*self.ranks, *self.lengths) < 1:
             raise ValueError("ranks and lengths must be whole numbers above 0, at least one of each")
-
-
-def default_file() -> Path:
-    """Where calibrations of any base model are kept: the user's cache."""
-    return platformdirs.user_cache_path("loramem") / "calibrations.jsonl"
-
-
-def read_runs(path: Path) -> list[Run]:
-    """The runs of a calibration file; none if there is no file. What an interrupt left of a line is left out.
-
-    Raises:
-        InputError: A whole line is not a run.
-    """
-    if not path.exists():
-        return []
-    text = path.read_text(encoding="utf-8")
-    return [_run(line, number, path) for number, line in enumerate(text[: text.rfind("\n") + 1].splitlines(), start=1)]
 
 
 def calibrate(
@@ -167,7 +95,7 @@ def calibrate(
         RecordError: The base model's tokenizer cannot express this kind of data.
     """
     started, slowest = time.monotonic(), 0.0  # seconds per answer token
-    known = {_identity(run): run for run in read_runs(out)}
+    known = {run.identity: run for run in read_runs(out)}
     adapted, conditions = AdaptedModel(base), _conditions(base, request)
     done: list[Run] = []
 
@@ -176,29 +104,55 @@ def calibrate(
         return run.saturated if request.objective == LAW_OBJECTIVE else run.certified
 
     for length in spread(request.lengths):
-        records = encode_records(
-            sample(request.kind, length, base.tokenizer, request.seed),
-            base.tokenizer,
-            base.template,
-            base.max_tokens,
-            base.unreachable,
-        )
+        records = encode_sample(base, request.kind, length, request.seed)
         bench = _Bench(adapted, records, request, conditions)
         for rank in sorted(request.ranks):
             if any(enough(run) and run.rank <= rank and run.length >= bench.length for run in done):
                 break
-            identity = bench.identity(rank)
-            if identity not in known:
+            name = bench.identity(rank)
+            if name not in known:
                 if time.monotonic() - started + slowest * bench.length > budget_s:
                     log.info("no time left for rank %d at %d tokens", rank, length)
                     return done
-                known[identity] = run = bench.run(rank)
+                known[name] = run = bench.run(rank)
                 slowest = max(slowest, run.elapsed_s / bench.length)
-                _append(out, run)
+                append_run(out, run)
                 if progress is not None:
                     progress(run)
-            done.append(known[identity])
+            done.append(known[name])
     return done
+
+
+def price_sample(base: BaseModel, kind: str, length: int) -> KindSamples:
+    """What about ``length`` answer tokens of a kind are to the base model, by one pass over a sample of them.
+
+    Raises as `calibrate`.
+    """
+    records = encode_sample(base, kind, length, 0)
+    found = dict(answer_probabilities(base.model, records))
+    before = [found[index][:-1] for index in range(len(found))]
+    cost = sum(costs_bits([record.answer_ids[:-1] for record in records], [probs.tolist() for probs in before]))
+    counted = sum(record.length for record in records)
+    return KindSamples(kind, (Sample(counted, float(-torch.cat(before).log().mean()), cost),))
+
+
+def bare_calibration(base: BaseModel) -> Calibration:
+    """The base model as a calibration begins: nothing measured yet."""
+    placement = Placement.default(base.model)
+    return Calibration(
+        base.id,
+        base.fingerprint.weights[:12],
+        base.max_tokens,
+        placement.modules,
+        placement.layers,
+        placement.parameters_per_rank(base.model),
+    )
+
+
+def encode_sample(base: BaseModel, kind: str, length: int, seed: int) -> list[EncodedRecord]:
+    """`sample` as token ids."""
+    records = sample(kind, length, base.tokenizer, seed)
+    return encode_records(records, base.tokenizer, base.template, base.max_tokens, base.unreachable)
 
 
 def sample(kind: str, length: int, tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> list[Record]:
@@ -231,7 +185,9 @@ class _Bench:
 
     def identity(self, rank: int) -> str:
         request, placement = self.request, self.request.placement
-        return _key(request.kind, rank, self.length, request.seed, placement.modules, placement.layers, self.conditions)
+        return identity(
+            request.kind, rank, self.length, request.seed, placement.modules, placement.layers, self.conditions
+        )
 
     def run(self, rank: int) -> Run:
         request, started = self.request, time.monotonic()
@@ -293,40 +249,3 @@ def _conditions(base: BaseModel, request: Request) -> dict[str, Any]:
         "objective": request.objective,
         **law_training,
     }
-
-
-def _identity(run: Run) -> str:
-    return _key(run.kind, run.rank, run.length, run.seed, run.modules, run.layers, run.conditions)
-
-
-def _key(*parts: object) -> str:
-    return json.dumps(parts, sort_keys=True)
-
-
-def _append(path: Path, run: Run) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    whole = path.read_text(encoding="utf-8") if path.exists() else ""
-    if whole and not whole.endswith("\n"):  # what an interrupt left
-        path.write_text(whole[: whole.rfind("\n") + 1], encoding="utf-8")
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(asdict(run)) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _run(line: str, number: int, path: Path) -> Run:
-    try:
-        fields = json.loads(line)
-        return Run(**{**fields, "modules": tuple(fields["modules"]), "layers": tuple(fields["layers"])})
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"Line {number} of {path} is not a calibration run ({error}).") from None
-
-
-def by_kind(runs: Sequence[Run]) -> Iterator[tuple[str, list[Run]]]:
-    """The law's runs of each base model, placement and kind, under a name that says which."""
-    groups: dict[tuple[str, str, str], list[Run]] = {}
-    for run in (run for run in runs if run.for_law):
-        place = f"{','.join(run.modules)} of layers {','.join(map(str, run.layers))}"
-        groups.setdefault((str(run.conditions["base_model"]), place, run.kind), []).append(run)
-    for (model, place, kind), members in sorted(groups.items()):
-        yield f"{kind}, {place}, {model}", members

@@ -15,6 +15,7 @@
     ├── RecallError                   the weights did not give a value back; no value is returned
     ├── WriteError
     │   ├── StubbornRecords           some records could not be certified at the highest rank
+    │   ├── DoesNotFit                no adapter of the ranks allowed can hold the values
     │   ├── TrainingDiverged          NaN or Inf came back at every lower learning rate
     │   └── UnfinishedWrite           a journalled write waits to be resumed or discarded
     ├── WorkerLost                    a worker process ended in the middle of a write; it can be resumed
@@ -155,6 +156,14 @@ class StubbornRecords(WriteError):
     def __init__(self, message: str, *, keys: Sequence[str], rank: int) -> None:
         super().__init__(message)
         self.keys, self.rank = tuple(keys), rank
+
+
+class DoesNotFit(WriteError):
+    """More bits than the highest rank allowed can hold. Attributes ``cost_bits``, ``rank``."""
+
+    def __init__(self, message: str, *, cost_bits: float, rank: int) -> None:
+        super().__init__(message)
+        self.cost_bits, self.rank = cost_bits, rank
 
 
 class TrainingDiverged(WriteError):

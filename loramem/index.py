@@ -18,6 +18,7 @@ from typing import Any
 from sqlite_utils import Database, Migrations
 from sqlite_utils.db import NotFoundError
 
+from loramem.boundary import Outcome
 from loramem.errors import IntegrityError
 from loramem.records import Record
 
@@ -68,6 +69,25 @@ def format_1(db: Database) -> None:
         pk="id",
     )
     db.table("meta").create({"name": str, "value": str}, pk="name")
+
+
+@MIGRATIONS()
+def format_1_outcomes(db: Database) -> None:
+    """What writes came to, for the success boundary: knowledge, not content, so no digest covers it."""
+    db.table("outcomes").create(
+        {
+            "id": int,
+            "kind": str,
+            "rank": int,
+            "length": int,
+            "parameters": int,
+            "cost_bits": float,
+            "certified": int,
+            "visits": float,
+            "noted_at": str,
+        },
+        pk="id",
+    )
 
 
 @dataclass(frozen=True)
@@ -255,18 +275,35 @@ class Index:
             return PendingWrite(row["id"], row["started_at"], records, json.loads(row["request"]))
         return None
 
-    def end_write(self, write_id: int, state: str) -> None:
-        """Close a journalled write and forget its values."""
+    def end_write(self, write_id: int, state: str, learnt: Iterable[Outcome] = ()) -> None:
+        """Close a journalled write and forget its values, but not what it taught."""
         with self.db.atomic():
             self._end_write(write_id, state)
+            self._note_outcomes(learnt)
 
-    def commit(self, write_id: int, adapters: Iterable[StoredAdapter], records: Iterable[StoredRecord]) -> None:
+    def outcomes(self) -> list[Outcome]:
+        """Of the writes to this store, oldest first."""
+        rows = self.db.table("outcomes").rows_where(order_by="id")
+        kept = ({name: value for name, value in row.items() if name not in ("id", "noted_at")} for row in rows)
+        return [Outcome(**{**fields, "certified": bool(fields["certified"])}) for fields in kept]
+
+    def _note_outcomes(self, learnt: Iterable[Outcome]) -> None:
+        self.db.table("outcomes").insert_all({**vars(outcome), "noted_at": now()} for outcome in learnt)
+
+    def commit(
+        self,
+        write_id: int,
+        adapters: Iterable[StoredAdapter],
+        records: Iterable[StoredRecord],
+        learnt: Iterable[Outcome] = (),
+    ) -> None:
         """Make adapters and records visible, all or nothing."""
         with self.db.atomic():
             for adapter in adapters:
                 self.db.table("adapters").upsert(_seal(_adapter_row(adapter)), pk="id")
             self.db.table("records").insert_all(_seal(_record_row(record)) for record in records)
             self._end_write(write_id, COMMITTED)
+            self._note_outcomes(learnt)
             self.set_meta("rows_sha256", self.rows_digest())
 
     def _end_write(self, write_id: int, state: str) -> None:

@@ -24,7 +24,7 @@ def long_text(tokenizer: PreTrainedTokenizerBase, length: int, noise: float, see
     Args:
         length: Tokens.
         noise: Share of random tokens, from 0 to 1; at positions floor((i + ½) / noise), or just after.
-        seed: Of the random tokens.
+        seed: Of the random tokens, and of the document that the text begins with; 0 is the first.
 
     Raises:
         ValueError: The noise is not a share, or the length is not positive.
@@ -34,15 +34,16 @@ def long_text(tokenizer: PreTrainedTokenizerBase, length: int, noise: float, see
         raise ValueError(f"noise must be between 0 and 1 and length at least 1, not {noise} and {length}")
     replaced = round(length * noise)
     places = {int((i + 0.5) * length / replaced) for i in range(replaced)}
-    ids = _source(tokenizer, length)
+    ids = _source(tokenizer, length, seed)
     return _decode(tokenizer, _replaced(tokenizer, ids, places, random.Random(seed)) if places else ids)
 
 
-def _source(tokenizer: PreTrainedTokenizerBase, length: int) -> list[int]:
+def _source(tokenizer: PreTrainedTokenizerBase, length: int, seed: int) -> list[int]:
     ids: list[int] = []
-    for name, text in StandardLibrary().documents.items():
-        if is_held_out(name) and text.strip():
-            ids += _encode(tokenizer, text)
+    texts = [text for name, text in StandardLibrary().documents.items() if is_held_out(name) and text.strip()]
+    first = seed % len(texts)
+    for text in texts[first:] + texts[:first]:
+        ids += _encode(tokenizer, text)
         if len(ids) >= length:
             return ids[:length]
     raise ValueError(f"The held-out standard library has {len(ids)} tokens, {length} are too many.")

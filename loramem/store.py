@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock, Timeout
 
 from loramem import embedded
-from loramem.capacity import Plan, check_request
+from loramem.boundary import Outcome
+from loramem.capacity import ANY_RANK, Basis, Plan, RankLimits, check_request
 from loramem.errors import (
     IntegrityError,
     KeyNotFound,
@@ -165,12 +166,33 @@ class MemoryStore:
         namespace: str = "",
         goal: str = "fast",
         rank: int | None = None,
+        limits: RankLimits = ANY_RANK,
+        kind: str | None = None,
     ) -> Plan:
-        """What `write` would do with these records, without training or changing anything."""
-        check_request(goal, rank)
+        """What `write` would do with these records, without training or changing anything.
+
+        Args:
+            limits: Ranks that adapters may have.
+            kind: Of data, whose memory law is asked; the calibrated one that costs most nearly as much if None.
+
+        Raises:
+            RecordError: A record cannot be written.
+            DoesNotFit: A value is too much for the highest rank allowed.
+        """
+        check_request(goal, rank, limits)
         with self._lock:
             encoded, _ = self._transaction.admit(as_records(records, namespace))
-            return self._transaction.plan(encoded, goal, rank)
+            return self._transaction.plan(encoded, goal, rank, limits, kind)
+
+    def basis(self, kind: str | None = None) -> Basis:
+        """What plans for this store rest on: success boundary, pace, and the law of a kind of data."""
+        with self._lock:
+            return self._transaction.basis(None, 0, kind)
+
+    def outcomes(self) -> list[Outcome]:
+        """What the writes to this store came to at their first rank, oldest first."""
+        with self._lock:
+            return self._index.outcomes()
 
     def write(
         self,
@@ -201,6 +223,7 @@ class MemoryStore:
         Raises:
             RecordError: A record cannot be written (its subclass says why); nothing was changed.
             UnfinishedWrite: An interrupted write must be resumed or discarded first.
+            DoesNotFit: A value is too much for the highest rank; nothing was changed.
             StoreLocked: Another process is writing.
             StubbornRecords: Some records could not be certified and ``partial`` is False; nothing was committed.
             TrainingDiverged: NaN or Inf; nothing was committed.
@@ -217,17 +240,16 @@ class MemoryStore:
                     write_id=pending.id,
                     records=len(pending.records),
                 )
-            encoded, skipped = self._transaction.admit(as_records(records, namespace))
+            transaction = self._transaction
+            encoded, skipped = transaction.admit(as_records(records, namespace))
             if not encoded:
                 return WriteReport.nothing(skipped)
-            request = {
-                "goal": goal,
-                "rank": rank,
-                "partial": partial,
-                "settings": asdict(settings or WriterSettings()),
-            }
+            started = time.monotonic()
+            settings = settings or WriterSettings()
+            plan = transaction.plan(encoded, goal, rank, RankLimits(settings.max_rank))
+            request = {"goal": goal, "rank": rank, "partial": partial, "settings": asdict(settings)}
             write_id = self._index.begin_write((entry.record for entry in encoded), request)
-            return self._transaction.run(write_id, encoded, request, skipped, progress, executor)
+            return transaction.run(write_id, encoded, plan, request, skipped, progress, executor, started=started)
 
     def resume(self, progress: "ProgressCallback | None" = None, executor: "Executor | None" = None) -> WriteReport:
         """Go on with the interrupted write, with the settings it was started with; finished shards are kept.
@@ -237,8 +259,11 @@ class MemoryStore:
         """
         with self._lock, self._writing():
             pending = self._require_pending()
-            encoded = self._transaction.encode(pending.records)
-            return self._transaction.run(pending.id, encoded, pending.request, 0, progress, executor)
+            started, transaction, request = time.monotonic(), self._transaction, pending.request
+            encoded = transaction.encode(pending.records)
+            limits = RankLimits(request["settings"]["max_rank"])
+            plan = transaction.plan(encoded, request["goal"], request["rank"], limits)
+            return transaction.run(pending.id, encoded, plan, request, 0, progress, executor, started=started)
 
     def discard(self) -> int:
         """Forget the interrupted write; returns how many records it held.

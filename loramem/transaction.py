@@ -1,28 +1,33 @@
 """One write: admit, plan, train, prove, commit. Everything before the commit can be thrown away."""
 
 import logging
+import math
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
 
+from loramem import calibrations, timings
 from loramem.adapters import AdaptedModel, Placement
-from loramem.capacity import Plan, plan_write
+from loramem.boundary import Outcome
+from loramem.capacity import ANY_RANK, Basis, Plan, Price, RankLimits, ShardPlan, plan_groups
 from loramem.errors import ConflictingRecord, PromptCollision, RecallError, StubbornRecords, WriteError
 from loramem.files import move_synced
 from loramem.index import FAILED, Index, prompt_digest, stored_record
 from loramem.jobs import run_jobs
+from loramem.pricing import costs_bits
 from loramem.prompts import EncodedRecord, PromptTemplate, encode_records
 from loramem.recall import answer_probabilities
 from loramem.records import Record, deduplicate
 from loramem.reports import WriteReport
 from loramem.settings import WriterSettings
-from loramem.shards import Shard, ShardJob, stored_adapter
+from loramem.shards import Shard, ShardJob, ShardResult, stored_adapter
 from loramem.staging import NAME as STAGING
 from loramem.staging import clean
 from loramem.writer import ProgressCallback, autocast_dtype
@@ -80,34 +85,75 @@ class Transaction:
                 )
         return sorted(encoded, key=lambda entry: entry.record.namespace)
 
-    def plan(self, encoded: Sequence[EncodedRecord], goal: str, rank: int | None) -> Plan:
-        """Shards and ranks for encoded records."""
-        per_rank = self.placement.parameters_per_rank(self.adapted.model)
-        lengths, costs = [entry.length for entry in encoded], self.costs_bits(encoded)
-        shards, start = [], 0
-        for _, group in groupby(encoded, key=lambda entry: entry.record.namespace):
-            end = start + len(list(group))
-            part = plan_write(lengths[start:end], costs[start:end], per_rank, goal=goal, rank=rank)
-            shards += [shard.moved(start) for shard in part.shards]
-            start = end
-        return Plan(goal, tuple(shards))
+    def plan(
+        self,
+        encoded: Sequence[EncodedRecord],
+        goal: str,
+        rank: int | None,
+        limits: RankLimits = ANY_RANK,
+        kind: str | None = None,
+    ) -> Plan:
+        """Shards and ranks for encoded records.
 
-    def costs_bits(self, encoded: Sequence[EncodedRecord]) -> list[float]:
-        """What the plain base does not know of each value: Σ max(0, −log2 p − 1) over its answer tokens."""
+        Args:
+            kind: Of data, whose law is asked; the calibrated one that costs most nearly as much if None.
+
+        Raises:
+            DoesNotFit: See `plan_write`.
+        """
+        probs, values = self.base_probabilities(encoded), [entry.answer_ids[:-1] for entry in encoded]
+
+        def price(first: int, last: int) -> Price:
+            tokens = [prob for each in probs[first:last] for prob in each]
+            loss = -sum(math.log(max(prob, 1e-30)) for prob in tokens) / len(tokens)
+            return Price(sum(costs_bits(values[first:last], probs[first:last])), loss)
+
+        groups = groupby(encoded, key=lambda entry: entry.record.namespace)
+        sizes = [len(list(group)) for _, group in groups]
+        basis = (
+            self.basis(price(0, len(encoded)), sum(map(len, values)), kind) if encoded else self.basis(None, 0, kind)
+        )
+        return plan_groups(sizes, [len(value) for value in values], price, basis, goal=goal, rank=rank, limits=limits)
+
+    def basis(self, price: Price | None, length: int, kind: str | None) -> Basis:
+        """What a plan rests on: what is known of the base model and what this store's writes taught.
+
+        Args:
+            price: Of ``length`` answer tokens, by which the law's kind is chosen unless it is given.
+        """
+        base, place = self.adapted.base, (self.placement.modules, self.placement.layers)
+        weights = base.fingerprint.weights[:12]
+        known = calibrations.load(weights)
+        if kind is None and known is not None and price is not None:
+            kind = calibrations.nearest_kind(known, place, price.cost_bits, length)
+        return calibrations.basis(
+            known,
+            place,
+            self.placement.parameters_per_rank(self.adapted.model),
+            kind,
+            self.index.outcomes(),
+            timings.seconds_per_visit(weights, base.device.type),
+        )
+
+    def base_probabilities(self, encoded: Sequence[EncodedRecord]) -> list[list[float]]:
+        """Probability of every answer token under the plain base, each record on its own."""
         base = self.adapted.base
         cast = autocast_dtype("auto", base.device)  # an estimate may be half precise
         with self.adapted.disabled(), torch.autocast(base.device.type, cast, enabled=cast is not None):
             probs = dict(answer_probabilities(self.adapted.model, encoded))
-        return [float((-probs[i][:-1].log2() - 1).clamp(min=0).sum()) for i in range(len(encoded))]
+        return [probs[index][:-1].tolist() for index in range(len(encoded))]
 
     def run(
         self,
         write_id: int,
         encoded: Sequence[EncodedRecord],
+        plan: Plan,
         request: Mapping[str, Any],
         skipped: int,
         progress: ProgressCallback | None,
-        executor: Executor | None = None,
+        executor: Executor | None,
+        *,
+        started: float,
     ) -> WriteReport:
         """Train, prove and commit a journalled write; shards that an interrupted run had proved are kept.
 
@@ -116,13 +162,14 @@ class Transaction:
         Raises:
             StubbornRecords, TrainingDiverged, RecallError: Nothing was committed.
         """
-        started = time.monotonic()
         clean(self.store, self.index, keep_staged=True)
-        settings = WriterSettings(**request["settings"])
+        settings, learnt = WriterSettings(**request["settings"]), list[Outcome]()
         try:
-            plan = self.plan(encoded, request["goal"], request["rank"])
             jobs = self._jobs(plan, encoded, settings)
             results = run_jobs(jobs, self.adapted, executor, progress)
+            learnt = [
+                one for planned, result in zip(plan.shards, results, strict=True) for one in outcomes(planned, result)
+            ]
             written = [
                 _Written(job, shard, planned.cost_bits * len(shard.indices) / planned.records)
                 for job, planned, result in zip(jobs, plan.shards, results, strict=True)
@@ -132,11 +179,13 @@ class Transaction:
             if given_up and not (request["partial"] and written):
                 raise _stubborn(given_up, settings.max_rank)
         except (WriteError, RecallError):
-            self.index.end_write(write_id, FAILED)
+            self.index.end_write(write_id, FAILED, learnt)
             clean(self.store, self.index)
             raise
-        self._commit(write_id, written)
+        self._commit(write_id, written, learnt)
         clean(self.store, self.index)
+        if executor is None:  # workers share the cores: their times are not those of a write alone
+            self._note_time(written)
         return _report(written, given_up, skipped, time.monotonic() - started)
 
     def _jobs(self, plan: Plan, encoded: Sequence[EncodedRecord], settings: WriterSettings) -> list[ShardJob]:
@@ -157,7 +206,13 @@ class Transaction:
             for planned in plan.shards
         ]
 
-    def _commit(self, write_id: int, written: Sequence["_Written"]) -> None:
+    def _note_time(self, written: Sequence["_Written"]) -> None:
+        base = self.adapted.base
+        tokens = sum(one.shard.training.visits * mean(entry.length for entry in one.records) for one in written)
+        seconds = sum(one.shard.training.elapsed_s for one in written)
+        timings.note_time(base.fingerprint.weights[:12], base.device.type, seconds, max(tokens, 1))
+
+    def _commit(self, write_id: int, written: Sequence["_Written"], learnt: Sequence[Outcome]) -> None:
         """Files first (they were synced in staging), then one transaction."""
         target = self.store / "adapters"
         target.mkdir(mode=0o700, exist_ok=True)
@@ -171,6 +226,7 @@ class Transaction:
                 for one in written
                 for entry, min_prob in zip(one.records, one.shard.proof.min_probs, strict=True)
             ],
+            learnt,
         )
 
 
@@ -185,6 +241,21 @@ class _Written:
     @property
     def records(self) -> list[EncodedRecord]:
         return [self.job.records[index] for index in self.shard.indices]
+
+
+def outcomes(planned: ShardPlan, result: ShardResult) -> list[Outcome]:
+    """What a shard teaches the success boundary: whether its first rank did, and if not, the one that did."""
+
+    def outcome(rank: int, certified: bool, visits: float | None = None) -> Outcome:
+        parameters = planned.parameters * rank // planned.rank
+        return Outcome("write", rank, planned.length, parameters, planned.cost_bits, certified, visits)
+
+    if result.failed or len(result.shards) != 1:
+        return [outcome(planned.rank, False)]
+    training = result.shards[0].training
+    if training.rank == planned.rank:
+        return [outcome(planned.rank, True, training.visits / planned.records)]
+    return [outcome(planned.rank, False), outcome(training.rank, True)]
 
 
 def _report(

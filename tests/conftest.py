@@ -6,7 +6,7 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing in the tests may reach the network
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -120,10 +120,12 @@ def base(base_of: Callable[..., Path]) -> Path:
     return base_of("qwen3")
 
 
-@pytest.fixture(autouse=True)
-def private_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The fingerprint cache of the person who runs the tests is left alone."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+@pytest.fixture(autouse=True, scope="session")
+def private_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The cache of the person who runs the tests is left alone, by fixtures of any scope too."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+        yield
 
 
 def numbers(count: int, digits: int = 4) -> dict[str, str]:

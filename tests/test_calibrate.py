@@ -12,8 +12,9 @@ from loramem_cli import main
 from loramem import calibrate
 from loramem.adapters import Placement
 from loramem.base_model import BaseModel, load_base_model
-from loramem.calibrate import Request, Run, read_runs, spread
+from loramem.calibrate import Request, spread
 from loramem.errors import InputError
+from loramem.runs import Run, append_run, read_runs
 
 
 @pytest.fixture
@@ -144,7 +145,7 @@ def synthetic(tmp_path: Path) -> Path:
     for rank in (1, 2, 4, 8):
         for length in (200, 400, 800, 1600):
             reduction = 9 * rank**0.4 * length**-0.3 - 0.2
-            calibrate._append(path, replace(run, rank=rank, length=length, final_loss=12.0 - reduction))
+            append_run(path, replace(run, rank=rank, length=length, final_loss=12.0 - reduction))
     return path
 
 

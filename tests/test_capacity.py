@@ -1,24 +1,75 @@
 """A plan puts every record into one shard, in order and within the limits, and gives each shard a rank."""
 
+import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import accumulate
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loramem.capacity import GOALS, Plan, plan_write
+from loramem.boundary import SuccessBoundary
+from loramem.capacity import (
+    GOALS,
+    LEAST_LOSS,
+    MAX_RANK,
+    Basis,
+    Plan,
+    Price,
+    RankLimits,
+    cut,
+    law_rank,
+    plan_groups,
+    plan_write,
+)
+from loramem.errors import DoesNotFit
+from loramem.law import MemoryLaw
+from loramem.pace import Pace
 
 SHARD_RECORDS, SHARD_TOKENS = GOALS["fast"].shard_records, GOALS["fast"].shard_tokens
 PARAMETERS = 1000  # per rank
+BASIS = Basis(PARAMETERS, matrices=8)
+# Even odds at two parameters per bit of cost, whatever the length; odds of 9 at 2 · 9^(1/4) = 2√3 parameters per bit.
+BOUNDARY = SuccessBoundary(
+    2.0, 0.0, 4.0, kinds=("hex",), outcomes=20, certified=10, density_range=(0.1, 100.0), length_range=(1.0, 1e6)
+)
+# ΔL = 30 · √r / √ℓ + 1 with intervals of ± t · σ; t is 2.0150 for 90 % at 9 − 4 degrees of freedom.
+LAW = MemoryLaw(
+    C=30.0,
+    alpha=0.5,
+    beta=0.5,
+    b=1.0,
+    form="paper",
+    r_squared=0.99,
+    mape=3.0,
+    covariance=((0.0,) * 4,) * 4,
+    sigma=0.1,
+    points=9,
+    dropped=0,
+    rank_range=(1.0, 16.0),
+    length_range=(100.0, 900.0),
+    reduction_range=(1.0, 20.0),
+)
+STUDENT_T = 2.0150
 
 
-def plan(lengths: Sequence[int], bits_each: float = 1.0, **options: object) -> Plan:
-    return plan_write(lengths, [bits_each] * len(lengths), PARAMETERS, **options)
+def priced(costs: Sequence[float], base_loss: float = 6.0) -> Callable[[int, int], Price]:
+    """Records that share nothing."""
+    until = [0.0, *accumulate(costs)]
+    return lambda first, last: Price(until[last] - until[first], base_loss)
+
+
+def plan(lengths: Sequence[int], bits_each: float = 1.0, basis: Basis = BASIS, **options: object) -> Plan:
+    return plan_write(lengths, priced([bits_each] * len(lengths)), basis, **options)
 
 
 def ranges(plan: Plan) -> list[tuple[int, int]]:
     return [(shard.first, shard.first + shard.records) for shard in plan.shards]
+
+
+def held(plan: Plan) -> list[int]:
+    return [index for first, last in ranges(plan) for index in range(first, last)]
 
 
 # --- shards
@@ -26,13 +77,27 @@ def ranges(plan: Plan) -> list[tuple[int, int]]:
 
 def test_nothing_to_write_needs_no_shard() -> None:
     empty = plan([])
-    assert (empty.shards, empty.parameters, empty.cost_bits) == ((), 0, 0)
+    assert (empty.shards, empty.parameters, empty.size_bytes, empty.cost_bits, empty.length) == ((), 0, 0, 0, 0)
 
 
 def test_a_few_records_share_one_shard() -> None:
-    [shard] = plan_write([3, 4, 5], [10.0, 20.0, 30.5], PARAMETERS, rank=2).shards
-    assert (shard.first, shard.records, shard.length, shard.cost_bits) == (0, 3, 12, 60.5)
+    [shard] = plan_write([3, 4, 5], priced([10.0, 20.0, 30.5]), BASIS, rank=2).shards
+    assert (shard.first, shard.records, shard.length, shard.cost_bits, shard.base_loss) == (0, 3, 12, 60.5, 6.0)
     assert (shard.rank, shard.parameters) == (2, 2 * PARAMETERS)
+
+
+def test_what_the_records_of_a_shard_cost_together_counts() -> None:
+    asked: list[tuple[int, int]] = []
+
+    def shared(first: int, last: int) -> Price:
+        """A format of 100 bits that every adapter pays once, and 5 bits a record."""
+        asked.append((first, last))
+        return Price(100 + 5 * (last - first), 6.0)
+
+    result = plan_write([1] * (SHARD_RECORDS + 2), shared, BASIS)
+    assert ranges(result) == asked
+    assert [shard.cost_bits for shard in result.shards] == [100 + 5 * shard.records for shard in result.shards]
+    assert result.cost_bits == 2 * 100 + 5 * (SHARD_RECORDS + 2)
 
 
 def test_as_many_records_as_a_shard_holds_share_one_and_one_more_needs_two() -> None:
@@ -68,6 +133,11 @@ def test_a_record_longer_than_a_shard_gets_one_of_its_own() -> None:
     assert ranges(plan([giant, 1, 1])) == [(0, 1), (1, 3)]
 
 
+def test_at_least_so_many_shards_as_there_are_records_for() -> None:
+    assert cut([1] * 12, GOALS["fast"], 3) == [(0, 4), (4, 8), (8, 12)]
+    assert cut([1] * 3, GOALS["fast"], 100) == [(0, 1), (1, 2), (2, 3)]
+
+
 LENGTHS = st.one_of(st.integers(1, 30), st.integers(1, SHARD_TOKENS), st.integers(SHARD_TOKENS, 3 * SHARD_TOKENS))
 
 
@@ -76,9 +146,9 @@ LENGTHS = st.one_of(st.integers(1, 30), st.integers(1, SHARD_TOKENS), st.integer
 def test_every_record_is_in_one_shard_in_order_within_the_limits(lengths: list[int], copies: int) -> None:
     lengths = lengths * copies
     costs = [float(index) for index in range(len(lengths))]
-    shards = plan_write(lengths, costs, PARAMETERS).shards
-    assert [i for shard in shards for i in range(shard.first, shard.first + shard.records)] == list(range(len(lengths)))
-    for shard in shards:
+    result = plan_write(lengths, priced(costs), BASIS)
+    assert held(result) == list(range(len(lengths)))
+    for shard in result.shards:
         own = slice(shard.first, shard.first + shard.records)
         assert 1 <= shard.records <= SHARD_RECORDS
         assert shard.records == 1 or shard.length <= SHARD_TOKENS
@@ -87,37 +157,301 @@ def test_every_record_is_in_one_shard_in_order_within_the_limits(lengths: list[i
         assert shard.parameters == shard.rank * PARAMETERS
 
 
-# --- ranks
+# --- ranks without a boundary: a guess from the cost
 
 
 @pytest.mark.parametrize("goal", GOALS)
-def test_the_rank_is_guessed_from_the_cost_of_the_values(goal: str) -> None:
+def test_without_a_boundary_the_rank_is_guessed_from_the_cost_of_the_values(goal: str) -> None:
     wanted = 3 * GOALS[goal].min_rank + 1
     bits = GOALS[goal].density * PARAMETERS * (wanted - 0.5)
-    assert plan([5], bits, goal=goal, max_rank=10 * wanted).shards[0].rank == wanted
+    assert plan([5], bits, goal=goal).shards[0].rank == wanted
     # the cost of a shard is that of all its records
-    assert plan([5] * 4, bits / 4, goal=goal, max_rank=10 * wanted).shards[0].rank == wanted
+    assert plan([5] * 4, bits / 4, goal=goal).shards[0].rank == wanted
 
 
 @pytest.mark.parametrize("goal", GOALS)
 def test_a_guess_keeps_to_the_smallest_and_the_largest_rank(goal: str) -> None:
     assert plan([5], 0.0, goal=goal).shards[0].rank == GOALS[goal].min_rank
-    largest = GOALS[goal].min_rank + 3
-    assert plan([5], 1e9, goal=goal, max_rank=largest).shards[0].rank == largest
-    assert plan([5], 0.0, goal=goal, max_rank=1).shards[0].rank == 1
+    largest = RankLimits(GOALS[goal].min_rank + 3)
+    assert plan([5], 3.5 * PARAMETERS * largest.highest, goal=goal, limits=largest).shards[0].rank == largest.highest
+    assert plan([5], 0.0, goal=goal, limits=RankLimits(1)).shards[0].rank == 1
 
 
 def test_each_shard_has_a_rank_of_its_own() -> None:
     giant = GOALS["small"].shard_tokens + 1
     bits = GOALS["small"].density * PARAMETERS
-    cheap = (GOALS["small"].min_rank + 1) * bits
-    shards = plan_write([giant, giant], [cheap, 3 * cheap], PARAMETERS, goal="small", max_rank=10**6).shards
-    assert [shard.rank for shard in shards] == [math.ceil(cheap / bits), math.ceil(3 * cheap / bits)]
+    shards = plan_write([giant, giant], priced([3 * bits, 9 * bits]), BASIS, goal="small").shards
+    assert [shard.rank for shard in shards] == [3, 9]
+
+
+def test_a_plan_without_a_boundary_says_that_it_guesses() -> None:
+    result = plan([5], 100.0)
+    assert not result.calibrated
+    assert (result.success, result.training_s, result.shards[0].final_loss, result.shards[0].law_rank) == (None,) * 4
+    (warning,) = result.warnings
+    assert "uncalibrated" in warning
+
+
+# --- ranks by the boundary
+
+
+def test_the_goal_small_takes_the_least_rank_that_nine_writes_of_ten_certify_with() -> None:
+    basis = dataclasses.replace(BASIS, boundary=BOUNDARY)
+    for cost, rank in ((1000.0, 4), (1150.0, 4), (1160.0, 5), (10_000.0, 35), (1.0, 1)):
+        # 2√3 = 3.4641 parameters per bit
+        assert rank == max(1, math.ceil(2 * math.sqrt(3) * cost / PARAMETERS))
+        [shard] = plan([500], cost, basis, goal="small").shards
+        assert shard.rank == rank == BOUNDARY.rank_for_success(500, cost, PARAMETERS)
+        assert shard.success is not None and shard.success >= 0.9
+
+
+@given(cost=st.floats(0, 1e5))
+@settings(deadline=None)
+def test_the_goal_fast_never_takes_a_lower_rank_than_small(cost: float) -> None:
+    for basis in (BASIS, dataclasses.replace(BASIS, boundary=BOUNDARY)):
+        small, fast = (plan([500], cost, basis, goal=goal).shards[0].rank for goal in ("small", "fast"))
+        assert fast >= small
+
+
+def test_the_chance_of_a_plan_is_that_of_all_its_shards_together() -> None:
+    # Rank 2 for 1000 bits is even odds; for 500 bits twice as much, odds of 2⁴.
+    giant, basis = SHARD_TOKENS, dataclasses.replace(BASIS, boundary=BOUNDARY)
+    result = plan_write([giant, giant], priced([1000.0, 500.0]), basis, rank=2)
+    assert [shard.success for shard in result.shards] == [pytest.approx(1 / 2), pytest.approx(16 / 17)]
+    assert result.success == pytest.approx(8 / 17)
+    assert result.calibrated
+    assert result.warnings == ()
+
+
+def test_a_boundary_that_is_asked_beyond_its_outcomes_says_so() -> None:
+    basis = dataclasses.replace(BASIS, boundary=dataclasses.replace(BOUNDARY, length_range=(100.0, 900.0)))
+    assert plan([500], 100.0, basis).warnings == ()
+    (warning,) = plan([901], 100.0, basis).warnings
+    assert "extrapolated" in warning
+
+
+# --- the two ranks beside
+
+
+def test_the_optimistic_rank_is_two_bits_per_parameter() -> None:
+    for cost, rank in ((0.0, 1), (2000.0, 1), (2001.0, 2), (64_000.0, 32)):
+        assert plan([500], cost).shards[0].optimistic_rank == rank
+
+
+def test_the_laws_rank_by_hand() -> None:
+    # At 400 tokens ΔL = 1.5 · √r + 1, and a base loss of 6 leaves 0.69 at ΔL = 5.31: √r = 4.31 / 1.5. The interval
+    # is ± 0.2015, which at its ends takes √r = (4.31 ∓ 0.2015) / 1.5.
+    [shard] = plan([400], 100.0, dataclasses.replace(BASIS, law=LAW, kind="hex"), rank=3).shards
+    assert shard.law_rank is not None
+    found, half = shard.law_rank, STUDENT_T * 0.1
+    assert found.rank == pytest.approx((4.31 / 1.5) ** 2)
+    assert found.low == pytest.approx(((4.31 - half) / 1.5) ** 2, rel=2e-4)
+    assert found.high == pytest.approx(((4.31 + half) / 1.5) ** 2, rel=2e-4)
+    assert shard.final_loss == pytest.approx(6 - (1.5 * math.sqrt(3) + 1))
+
+
+@given(base_loss=st.floats(2, 15), length=st.integers(50, 20_000), sigma=st.floats(0, 0.3))
+@settings(deadline=None)
+def test_the_laws_rank_inverts_the_law_and_lies_in_its_interval(base_loss: float, length: int, sigma: float) -> None:
+    law = dataclasses.replace(LAW, sigma=sigma)
+    found = law_rank(law, base_loss, length)
+    assert found is not None
+    assert law.predict(found.rank, length) == pytest.approx(base_loss - LEAST_LOSS)
+    assert found.low is None or found.low <= found.rank
+    assert found.high is not None and found.high >= found.rank
+    assert law.predict_interval(found.high, length)[0] == pytest.approx(base_loss - LEAST_LOSS, abs=0.02)
+    if found.low is not None:
+        assert law.predict_interval(found.low, length)[1] == pytest.approx(base_loss - LEAST_LOSS, abs=0.02)
+
+
+def test_an_interval_that_widens_with_the_rank_still_has_its_ends() -> None:
+    # With σ(α) = 0.1 the lower end of ΔL = 1.5 · √r + 1 at 400 tokens rises, and falls again at very high ranks.
+    uncertain = ((0.0,) * 4, (0.0, 0.01, 0.0, 0.0), (0.0,) * 4, (0.0,) * 4)
+    law = dataclasses.replace(LAW, covariance=uncertain)
+    assert law.predict_interval(1e6, 400)[0] < 0
+    found = law_rank(law, 4.0, 400)
+    assert found is not None and found.low is not None and found.high is not None
+    assert found.low < found.rank < found.high
+    for end, rank in ((1, found.low), (0, found.high)):
+        assert law.predict_interval(rank, 400)[end] == pytest.approx(4.0 - LEAST_LOSS, abs=0.01)
+
+
+def test_an_interval_that_never_reaches_the_loss_has_no_end() -> None:
+    found = law_rank(dataclasses.replace(LAW, sigma=3.0), 6.0, 400)
+    assert found is not None
+    assert found.low is None  # b + t · σ alone is above 5.31
+    assert found.high is not None
+
+
+def test_without_a_rank_that_reaches_the_loss_there_is_none() -> None:
+    assert law_rank(LAW, 1.6, 400) is None  # every rank lowers it by more than b = 1
+
+
+def test_a_predicted_loss_is_never_below_zero() -> None:
+    [shard] = plan([100], 100.0, dataclasses.replace(BASIS, law=LAW), rank=100).shards
+    assert shard.final_loss == 0
+
+
+def test_a_law_that_is_asked_beyond_its_runs_says_so() -> None:
+    basis = dataclasses.replace(BASIS, boundary=BOUNDARY, law=LAW)
+    assert plan([400], 100.0, basis).warnings == ()
+    (warning,) = plan([4000], 100.0, basis).warnings
+    assert "law's ranks lie outside" in warning
+
+
+def test_each_laws_rank_is_judged_at_the_length_of_its_own_shard() -> None:
+    # The first shard has no law's rank (its base loss is below what any rank gives); the second lies inside.
+    def price(first: int, last: int) -> Price:
+        return Price(100.0, 1.5 if first == 0 else 6.0)
+
+    basis = dataclasses.replace(BASIS, boundary=BOUNDARY, law=LAW)
+    result = plan_groups([1, 1], [4000, 400], price, basis)
+    assert [shard.law_rank is None for shard in result.shards] == [True, False]
+    assert result.warnings == ()
+
+
+# --- size and time
+
+
+def test_the_size_is_four_bytes_a_parameter_and_what_stands_beside_them() -> None:
+    [shard] = plan([5], rank=3).shards
+    assert shard.size_bytes == 4 * 3 * PARAMETERS + 150 * 8 + 1400
+
+
+def test_the_time_is_visits_times_tokens_times_what_one_takes_here() -> None:
+    # 100 bits on 4000 parameters are 1/40 bit each: 20 · √(1/40) visits of 500 tokens at 2 ms.
+    basis = dataclasses.replace(BASIS, pace=Pace(20.0, 0.5, 9), seconds_per_visit=0.002)
+    [shard] = plan([250, 250], 50.0, basis, rank=4).shards
+    assert shard.training_s == pytest.approx(20 * math.sqrt(1 / 40) * 500 * 0.002)
+    assert plan([SHARD_TOKENS] * 2, 50.0, basis, rank=4).training_s == pytest.approx(
+        2 * 20 * math.sqrt(50 / 4000) * SHARD_TOKENS * 0.002
+    )
+    for missing in ({"pace": None}, {"seconds_per_visit": None}):
+        assert plan([250], 50.0, dataclasses.replace(basis, **missing)).training_s is None
+
+
+# --- limits
+
+
+def test_only_the_ranks_of_a_server_are_used_and_the_next_higher_one_is() -> None:
+    limits = RankLimits(choices=(16, 8, 32))
+    density = GOALS["small"].density * PARAMETERS
+    for needed, rank in ((1, 8), (8, 8), (9, 16), (17, 32), (32, 32)):
+        [shard] = plan([5], needed * density, goal="small", limits=limits).shards
+        assert (shard.rank, limits.at_least(needed)) == (rank, rank)
+    assert limits.most == limits.at_least(33) == 32
+    assert RankLimits(20, (8, 16, 32)).most == RankLimits(20, (8, 16, 32)).at_least(17) == 16
+
+
+def test_without_choices_any_rank_up_to_the_highest_is_allowed() -> None:
+    assert [RankLimits(5).at_least(rank) for rank in (1, 5, 6)] == [1, 5, 5]
+    assert RankLimits().most == MAX_RANK
+
+
+@pytest.mark.parametrize(
+    ("highest", "choices", "message"),
+    [
+        (0, (), "at least 1, not 0"),
+        (-3, (), "at least 1, not -3"),
+        (128, (8, 0), "at least 1, not 0"),
+        (4, (8, 16), "none of the ranks 8, 16 is at most 4"),
+    ],
+)
+def test_limits_that_allow_no_rank_are_refused(highest: int, choices: tuple[int, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        RankLimits(highest, choices)
+
+
+def test_where_a_shard_needs_more_than_the_highest_rank_there_are_more_shards() -> None:
+    bits = GOALS["small"].density * PARAMETERS  # of one rank
+    for records, rank, shards in ((40, 40, 1), (40, 20, 2), (40, 10, 4), (40, 1, 40)):
+        result = plan([10] * records, bits, goal="small", limits=RankLimits(rank))
+        assert held(result) == list(range(records))
+        assert len(result.shards) == shards
+        assert {shard.rank for shard in result.shards} == {rank}
+
+
+def test_a_record_that_needs_more_alone_gets_the_highest_rank() -> None:
+    bits = GOALS["small"].density * PARAMETERS
+    result = plan_write([10, 10, 10], priced([bits, 6 * bits, bits]), BASIS, goal="small", limits=RankLimits(4))
+    assert [(shard.first, shard.rank) for shard in result.shards] == [(0, 1), (1, 4), (2, 1)]
+
+
+def test_short_records_before_a_long_one_are_parted_from_it_in_the_end() -> None:
+    # Cut at equal lengths they stay together until the target is as short as they are.
+    bits = GOALS["small"].density * PARAMETERS
+    result = plan_write([1, 1, 1, 100], priced([bits] * 3 + [4 * bits]), BASIS, goal="small", limits=RankLimits(4))
+    assert ranges(result) == [(0, 3), (3, 4)]
+
+
+@given(
+    records=st.lists(st.tuples(st.integers(1, 500), st.floats(0, 3000)), max_size=30),
+    highest=st.integers(1, 10),
+    goal=st.sampled_from(sorted(GOALS)),
+    calibrated=st.booleans(),
+    data=st.data(),
+)
+@settings(deadline=None)
+def test_cutting_again_ends_and_keeps_every_record_once_in_order(
+    records: list[tuple[int, float]], highest: int, goal: str, calibrated: bool, data: st.DataObject
+) -> None:
+    lengths, costs = [length for length, _ in records], [cost for _, cost in records]
+    basis = dataclasses.replace(BASIS, boundary=BOUNDARY if calibrated else None)
+    rank = data.draw(st.none() | st.integers(1, highest))
+    result = plan_write(lengths, priced(costs), basis, goal=goal, rank=rank, limits=RankLimits(highest))
+    assert held(result) == list(range(len(records)))
+    for shard in result.shards:
+        assert 1 <= shard.rank <= highest
+        assert shard.cost_bits <= 3.6 * PARAMETERS * highest + 1e-6
+        if rank is None and shard.records > 1 and not calibrated:
+            assert shard.cost_bits <= GOALS["small"].density * PARAMETERS * highest + 1e-6
+        if rank is None and shard.records > 1 and calibrated:
+            assert BOUNDARY.rank_for_success(shard.length, shard.cost_bits, PARAMETERS) <= highest
+
+
+@given(cost=st.floats(0, 3e5), factor=st.floats(1, 100), calibrated=st.booleans(), goal=st.sampled_from(sorted(GOALS)))
+@settings(deadline=None)
+def test_a_value_that_costs_more_never_gets_a_lower_rank(
+    cost: float, factor: float, calibrated: bool, goal: str
+) -> None:
+    basis, limits = dataclasses.replace(BASIS, boundary=BOUNDARY if calibrated else None), RankLimits(10**6)
+    less, more = (plan([500], bits, basis, goal=goal, limits=limits).shards[0] for bits in (cost, cost * factor))
+    assert less.rank <= more.rank
+    assert less.optimistic_rank <= more.optimistic_rank
+
+
+# --- what does not fit
+
+
+def test_a_value_of_more_than_3_6_bits_per_parameter_is_refused_before_anything() -> None:
+    limits = RankLimits(4)
+    assert plan([50], 3.6 * 4 * PARAMETERS, limits=limits).shards[0].rank == 4
+    with pytest.raises(DoesNotFit, match=r"14,401 bits .* rank 4, .* at most 14,400 .* Allow a rank of 5 or") as caught:
+        plan([50], 3.6 * 4 * PARAMETERS + 1, limits=limits)
+    assert (caught.value.cost_bits, caught.value.rank) == (14_401, 4)
+    with pytest.raises(DoesNotFit):
+        plan([50], 3.6 * 4 * PARAMETERS + 1, limits=limits, rank=4)
+
+
+def test_records_that_do_not_fit_together_are_parted_even_at_a_given_rank() -> None:
+    for rank in (None, 4, 2):
+        result = plan([50] * 4, 10_000.0, limits=RankLimits(4), rank=rank)
+        assert ranges(result) == [(0, 1), (1, 2), (2, 3), (3, 4)]
+        assert {shard.rank for shard in result.shards} == {rank or 4}
+
+
+def test_a_sure_boundary_does_not_put_more_into_a_shard_than_it_can_hold() -> None:
+    sure = dataclasses.replace(BOUNDARY, parameters_per_bit=0.01)
+    result = plan([50] * 4, 10_000.0, dataclasses.replace(BASIS, boundary=sure), limits=RankLimits(4))
+    assert len(result.shards) == 4
+
+
+# --- requests
 
 
 def test_a_given_rank_is_used_for_every_shard_whatever_the_cost() -> None:
-    for bits in (0.0, 1e9):
-        result = plan([SHARD_TOKENS, SHARD_TOKENS], bits, rank=3, max_rank=3)
+    for bits in (0.0, 10_000.0):
+        result = plan([SHARD_TOKENS, SHARD_TOKENS], bits, rank=3, limits=RankLimits(3))
         assert [shard.rank for shard in result.shards] == [3, 3]
         assert result.parameters == 6 * PARAMETERS
         assert result.cost_bits == 2 * bits
@@ -131,7 +465,12 @@ def test_the_fast_goal_is_the_default() -> None:
 @pytest.mark.parametrize("rank", [0, -1, 17])
 def test_a_rank_outside_the_range_is_refused(rank: int) -> None:
     with pytest.raises(ValueError, match=f"between 1 and 16, not {rank}"):
-        plan([5], rank=rank, max_rank=16)
+        plan([5], rank=rank, limits=RankLimits(16))
+
+
+def test_a_rank_that_is_not_among_the_choices_is_refused() -> None:
+    with pytest.raises(ValueError, match="one of 8, 16, not 9"):
+        plan([5], rank=9, limits=RankLimits(choices=(8, 16)))
 
 
 def test_an_unknown_goal_is_refused() -> None:
@@ -139,8 +478,33 @@ def test_an_unknown_goal_is_refused() -> None:
         plan([5], goal="huge")
 
 
-def test_a_shard_can_be_moved_behind_others() -> None:
-    [shard] = plan([5, 6]).shards
-    moved = shard.moved(10)
-    assert (moved.first, moved.records, moved.length, moved.rank) == (10, 2, 11, shard.rank)
-    assert shard.first == 0
+# --- groups
+
+
+@given(
+    groups=st.lists(st.lists(st.tuples(st.integers(1, 3000), st.floats(0, 3000)), max_size=10), max_size=5),
+    highest=st.integers(2, 40),
+)
+@settings(deadline=None)
+def test_a_shard_never_holds_records_of_two_groups(groups: list[list[tuple[int, float]]], highest: int) -> None:
+    sizes, records = [len(group) for group in groups], [record for group in groups for record in group]
+    lengths, costs = [length for length, _ in records], [cost for _, cost in records]
+    whole = plan_groups(sizes, lengths, priced(costs), BASIS, goal="small", limits=RankLimits(highest))
+    assert held(whole) == list(range(len(records)))
+    group_of = [number for number, size in enumerate(sizes) for _ in range(size)]
+    for shard in whole.shards:
+        own = slice(shard.first, shard.first + shard.records)
+        assert len(set(group_of[own])) == 1
+        assert shard.length == sum(lengths[own])
+        assert shard.cost_bits == pytest.approx(sum(costs[own]))
+
+
+def test_each_group_is_planned_as_if_it_were_alone() -> None:
+    first, second = [10] * 250, [20] * 30
+    whole = plan_groups([250, 30], first + second, priced([2.0] * 280), BASIS)
+    alone = [plan(lengths, 2.0) for lengths in (first, second)]
+    assert [dataclasses.replace(shard, first=0) for shard in whole.shards] == [
+        dataclasses.replace(shard, first=0) for one in alone for shard in one.shards
+    ]
+    assert len(whole.warnings) == 1  # said once
+    assert plan_groups([], [], priced([]), BASIS).shards == ()

@@ -102,18 +102,10 @@ def test_stats_and_verify_as_json(store: str, capsys) -> None:
     assert (report["records"], report["exact"]) == (4, 4)
 
 
-def test_text_output_of_stats_verify_and_plan(store: str, written: Path, capsys) -> None:
+def test_text_output_of_stats_and_verify(store: str, capsys) -> None:
     assert run(["stats", "--store", store]) == 0
     assert run(["verify", "--store", store]) == 0
-    assert run(["plan", str(written / "records.jsonl"), "--store", store]) == 0
     assert "records" in capsys.readouterr().out
-
-
-def test_plan_makes_no_store(base: Path, written: Path, tmp_path: Path, capsys) -> None:
-    place = tmp_path / "m"
-    assert run(["plan", str(written / "records.jsonl"), "--store", str(place), "--model", str(base), "--json"]) == 0
-    assert sum(shard["records"] for shard in json.loads(capsys.readouterr().out)["shards"]) == 4
-    assert not place.exists()
 
 
 def mistake(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
@@ -190,7 +182,7 @@ def test_environment_variables_name_the_store(store: str, monkeypatch, capsys) -
 
 
 def test_every_command_names_the_default_store(capsys) -> None:
-    for command in ("write", "put", "recall", "explain", "ls", "stats", "verify", "plan"):
+    for command in ("write", "put", "recall", "explain", "ls", "stats", "verify", "capacity"):
         assert run([command, "--help"]) == 0
         assert "./memory" in capsys.readouterr().out
 
@@ -199,10 +191,10 @@ def test_an_interrupt_exits_130(written: Path, base: Path, tmp_path: Path, monke
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("loramem.shards.train_adapter", interrupt)
     place = str(tmp_path / "m")
-    assert run(["write", str(written / "records.jsonl"), "--store", place, "--model", str(base)]) == 130
-    monkeypatch.undo()
+    with monkeypatch.context() as patched:
+        patched.setattr("loramem.shards.train_adapter", interrupt)
+        assert run(["write", str(written / "records.jsonl"), "--store", place, "--model", str(base)]) == 130
     assert run(["write", str(written / "records.jsonl"), "--store", place]) == 1  # unfinished
     assert run(["write", "--resume", "--store", place]) == 0
     assert run(["recall", "key 1", "--store", place]) == 0

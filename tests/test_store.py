@@ -8,6 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from loramem import KeyNotFound, MemoryStore, Record
+from loramem.capacity import RankLimits
 from loramem.errors import ConflictingRecord, RecordError, StoreFormatError, StoreNotFound
 
 from .conftest import numbers
@@ -120,9 +121,24 @@ def test_stats_count_what_is_there(store: MemoryStore) -> None:
 
 
 def test_plan_trains_and_changes_nothing(store: MemoryStore) -> None:
+    before = store.outcomes()
     plan = store.plan({"a": "123", "one": "x"})
     assert sum(shard.records for shard in plan.shards) == 1  # "one" is there already
     assert "a" not in store
+    assert store.pending() is None
+    assert store.outcomes() == before
+
+
+def test_a_plan_keeps_to_the_ranks_allowed(store: MemoryStore) -> None:
+    [shard] = store.plan({"a": "123"}, limits=RankLimits(choices=(16, 32))).shards
+    assert shard.rank == 16
+    with pytest.raises(ValueError, match="between 1 and 4, not 5"):
+        store.plan({"a": "123"}, rank=5, limits=RankLimits(4))
+
+
+def test_namespaces_are_planned_apart(store: MemoryStore) -> None:
+    shards = store.plan([Record("a", "123"), Record("b", "4567", "team"), Record("c", "89")]).shards
+    assert [(shard.first, shard.records, shard.length) for shard in shards] == [(0, 2, 5), (2, 1, 4)]
 
 
 def test_a_store_opened_again_recalls_from_disk(store: MemoryStore) -> None:

@@ -29,6 +29,7 @@ SUITES = {
     "write-scaling": "loramem.suites.write_scaling",
     "recall-speed": "loramem.suites.recall_speed",
     "large-base": "loramem.suites.large_base",
+    "budget": "loramem.suites.budget",
 }
 PACKAGES = ("loramem", "torch", "transformers", "peft")
 

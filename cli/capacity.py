@@ -1,0 +1,221 @@
+"""loramem capacity: what a write would take, before it."""
+
+import math
+import sys
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from . import options
+from .output import note, print_facts, print_json, print_markdown
+
+if TYPE_CHECKING:
+    from loramem.calibrations import Calibration, KindSamples
+    from loramem.capacity import Basis, Plan, RankLimits, ShardPlan
+
+TOKENS_PER_RECORD = 10
+LARGEST_SAMPLE = 4000  # answer tokens: what longer ones cost is proportional
+
+
+@click.command("capacity")
+@click.argument("file", type=click.Path(path_type=Path, allow_dash=True), required=False)
+@click.option("--length", type=click.IntRange(1), help="Answer tokens of all records together, in place of FILE.")
+@click.option("--records", type=click.IntRange(1), help="How many records share them; 10 tokens each unless given.")
+@click.option(
+    "--kind",
+    type=click.Choice(["phonebook", "text", "mixed", "random"]),
+    help="Kind of data: random digits (the default with --length), text, text with 40 % random tokens, random tokens. "
+    "With FILE it names the law that is asked; the one nearest in cost unless given.",
+)
+@click.option("--max-rank", type=click.IntRange(1), default=128, show_default=True, help="Highest rank allowed.")
+@click.option("--ranks", type=options.Numbers(), help="The only ranks allowed, such as 8,16,32.")
+@click.option("--plot", type=click.Path(path_type=Path), help="Draw the law for the first adapter: .png, .svg or .pdf.")
+@options.input_options
+@options.namespace_option
+@options.goal_options
+@options.store_options
+def command(
+    file: Path | None,
+    length: int | None,
+    records: int | None,
+    kind: str | None,
+    max_rank: int,
+    ranks: tuple[int, ...] | None,
+    plot: Path | None,
+    store: Path,
+    model: str | None,
+    device: str,
+    as_json: bool,
+    format_: str | None,
+    key_field: str,
+    value_field: str,
+    namespace: str,
+    goal: str,
+    rank: int | None,
+) -> None:
+    """Say how many adapters of which rank FILE takes, or --length answer tokens of a --kind. Nothing is written.
+
+    Records that the store (./memory unless named) holds already are left out. Without a store, for a new one.
+    """
+    if (file is None) == (length is None):
+        raise click.UsageError("Give a FILE (- for stdin), or --length.")
+    limits = _limits(max_rank, ranks, rank)
+    if file is None:
+        assert length is not None
+        count = records or max(1, round(length / TOKENS_PER_RECORD))
+        if count > length:
+            raise click.UsageError(f"--records {count} cannot share {length} answer tokens: each needs one.")
+        plan, basis, name, location = _plan_length(
+            length, count, kind or "phonebook", store, model, device, goal, rank, limits
+        )
+    elif records:
+        raise click.UsageError("--records goes with --length; a FILE says how many it holds.")
+    else:
+        from loramem import read_records
+
+        source = sys.stdin.buffer if str(file) == "-" else file
+        found = read_records(source, format=format_, key_field=key_field, value_field=value_field, namespace=namespace)
+        with tempfile.TemporaryDirectory() as scratch:
+            place = store if (store / "store.json").exists() else Path(scratch) / "store"
+            with options.open_store(place, model, device, create=True) as opened:
+                plan = opened.plan(found, goal=goal, rank=rank, limits=limits, kind=kind)
+                basis, name, location = opened.basis(plan.kind), opened.manifest.base_model, opened.base.location
+    if plot is not None:
+        _draw(plan, basis, plot)
+    if as_json:
+        totals = ("parameters", "size_bytes", "cost_bits", "length", "success", "training_s")
+        print_json({"base_model": name, **asdict(plan), **{total: getattr(plan, total) for total in totals}})
+        return
+    _show(plan, name, location)
+
+
+def _limits(max_rank: int, ranks: tuple[int, ...] | None, rank: int | None) -> "RankLimits":
+    from loramem.capacity import RankLimits
+
+    try:
+        limits = RankLimits(max_rank, ranks or ())
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
+    if rank is not None and (rank > max_rank or (ranks and rank not in ranks)):
+        raise click.UsageError(f"--rank {rank} is not among the ranks that --max-rank and --ranks allow.")
+    return limits
+
+
+def _plan_length(
+    length: int,
+    records: int,
+    kind: str,
+    store: Path,
+    model: str | None,
+    device: str,
+    goal: str,
+    rank: int | None,
+    limits: "RankLimits",
+) -> "tuple[Plan, Basis, str, str]":
+    """Plan, what it rests on, and the base model's name and what `load_base_model` finds it by.
+
+    From what is known of the base model, without loading it where that says enough.
+    """
+    from loramem import calibrations, embedded, timings
+
+    outcomes, place, weights, name = [], None, None, model or embedded.NAME
+    if (store / "store.json").exists():
+        with options.open_store(store, None, device) as opened:
+            if model in (None, opened.manifest.base_model, opened.manifest.location):
+                outcomes, name = opened.outcomes(), opened.manifest.location or opened.manifest.base_model
+                place = (tuple(opened.manifest.placement["modules"]), tuple(opened.manifest.placement["layers"]))
+                weights = opened.manifest.fingerprint["weights"][:12]
+    if weights is None and name != embedded.NAME:
+        from loramem.base_model import find_base_model, fingerprint
+
+        weights = fingerprint(find_base_model(name)[0]).weights[:12]
+    known = calibrations.load(weights)
+    samples = known.samples(kind) if known else None
+    if known is None or samples is None or (place or known.place) != known.place:
+        known, samples = _measured(name, device, kind, length, known)
+    if math.ceil(length / records) > known.context_tokens:
+        raise click.UsageError(
+            f"A value of {math.ceil(length / records)} tokens exceeds the context of {known.base_model}, "
+            f"{known.context_tokens} tokens. Give more --records."
+        )
+    seconds = timings.seconds_per_visit(known.base_weights)
+    basis = calibrations.basis(known, place or known.place, known.parameters_per_rank, kind, outcomes, seconds)
+    plan = calibrations.plan_length(samples, basis, length, records, goal=goal, rank=rank, limits=limits)
+    return plan, basis, known.base_model, name
+
+
+def _measured(
+    name: str, device: str, kind: str, length: int, known: "Calibration | None"
+) -> "tuple[Calibration, KindSamples]":
+    """One pass of the base model over a sample, where no calibration says what this kind costs."""
+    from loramem.base_model import load_base_model
+    from loramem.calibrate import bare_calibration, price_sample
+
+    base = load_base_model(name, device=device)
+    return known or bare_calibration(base), price_sample(base, kind, min(length, LARGEST_SAMPLE, base.max_tokens // 2))
+
+
+def _draw(plan: "Plan", basis: "Basis", path: Path) -> None:
+    from loramem.plots import draw_plan
+
+    shard = plan.shards[0] if plan.shards else None
+    if basis.law is None or shard is None:
+        raise click.UsageError("--plot: no law of this base model, placement and kind is known. See loramem calibrate.")
+    ranks = {"optimistic": float(shard.optimistic_rank), "planned": float(shard.rank)}
+    if shard.law_rank:
+        ranks["law"] = shard.law_rank.rank
+    draw_plan(basis.law, shard.base_loss, shard.length, ranks, f"{plan.kind}, {shard.length:,} answer tokens", path)
+
+
+def _show(plan: "Plan", name: str, location: str) -> None:
+    """Totals, then a row per adapter; what to keep in mind on stderr."""
+    success, seconds = plan.success, plan.training_s
+    print_facts(
+        [
+            ("base model", name if plan.calibrated else f"{name} (uncalibrated)"),
+            ("records", f"{sum(shard.records for shard in plan.shards):,}"),
+            ("answer tokens", f"{plan.length:,}"),
+            ("cost of the values", f"{plan.cost_bits:,.0f} bits"),
+            ("goal", plan.goal),
+            ("adapters", len(plan.shards)),
+            ("parameters", f"{plan.parameters:,}"),
+            ("bits per parameter", f"{plan.cost_bits / plan.parameters:.3f}" if plan.parameters else "-"),
+            ("size", f"{plan.size_bytes / 1e6:.2f} MB"),
+            ("success at first try", "unknown" if success is None else f"{success:.0%}"),
+            ("training", "not timed on this machine yet" if seconds is None else f"about {seconds:,.0f} s"),
+        ]
+    )
+    click.echo()
+    law = f"law ({plan.kind})" if plan.kind else "law"
+    columns = ("adapter", "records", "tokens", "optimistic rank", f"{law}, 90 %", f"rank for {plan.goal}")
+    more = ("parameters", "base loss", "final loss", "success")
+    print_markdown((*columns, *more), [_row(number, shard) for number, shard in enumerate(plan.shards, start=1)])
+    for warning in plan.warnings:
+        note(warning)
+    if not plan.calibrated:
+        model = "" if location == "loramem-tiny" else f" --model {location}"
+        note(f"To know instead of guessing: loramem calibrate{model}, then --objective memft-sw as well.")
+
+
+def _row(number: int, shard: "ShardPlan") -> tuple[str, ...]:
+    found, final = shard.law_rank, shard.final_loss
+    low, high = (_rank(end) if end else "?" for end in (found.low, found.high)) if found else ("", "")
+    return (
+        str(number),
+        f"{shard.records:,}",
+        f"{shard.length:,}",
+        str(shard.optimistic_rank),
+        f"{_rank(found.rank)} ({low}–{high})" if found else "-",
+        str(shard.rank),
+        f"{shard.parameters:,}",
+        f"{shard.base_loss:.2f}",
+        "-" if final is None else f"{final:.2f}" if final >= 0.69 else "< 0.69",
+        "-" if shard.success is None else f"{shard.success:.0%}",
+    )
+
+
+def _rank(rank: float) -> str:
+    return f"{rank:,.0f}" if rank >= 10 else f"{rank:.2g}"
