@@ -18,8 +18,15 @@ from .output import note
     show_default=True,
     help="Phone numbers; or one long text, as it is, with 40 % random tokens, or random throughout.",
 )
+@click.option(
+    "--data",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="Records of your own, in place of a kind.",
+)
 @click.option("--ranks", type=options.Numbers(), help="In place of 1,2,3,4,6.")
-@click.option("--lengths", type=options.Numbers(), help="Answer tokens, in place of 500,700,1000,1400,2000,2800.")
+@click.option(
+    "--lengths", type=options.Numbers(), help="Answer tokens; chosen by the size of the placement unless given."
+)
 @click.option(
     "--modules", help="Linear modules that carry the adapter, such as down_proj; the store's default unless given."
 )
@@ -37,10 +44,12 @@ from .output import note
 @click.option(
     "--save", type=click.Path(path_type=Path, dir_okay=False), help="Where to keep what was learnt; your cache."
 )
+@options.input_options
 @options.runs_option
 @options.model_options
 def command(
     kind: str,
+    data: Path | None,
     ranks: tuple[int, ...] | None,
     lengths: tuple[int, ...] | None,
     modules: str | None,
@@ -54,26 +63,35 @@ def command(
     model: str | None,
     device: str,
     as_json: bool,
+    format_: str | None,
+    key_field: str,
+    value_field: str,
 ) -> None:
     """Train adapters of several ranks on answers of several lengths, and fit the memory law to them.
 
-    Every run is kept as it is done; running again goes on where it stopped.
+    Every run is kept as it is done; running again goes on where it stopped. What the runs say of the base model is
+    kept too, and plans use it.
     """
-    from loramem import embedded
+    from loramem import embedded, read_records
     from loramem.base_model import load_base_model
-    from loramem.calibrate import LEARNING_RATE, LENGTHS, RANKS, Request, bare_calibration, calibrate
+    from loramem.calibrate import LEARNING_RATE, RANKS, Request, bare_calibration, calibrate, default_lengths
     from loramem.calibrations import cached, summarise
     from loramem.runs import default_file, read_runs
 
     base = load_base_model(model or embedded.NAME, device=device)
+    place, records = options.placement(base.model, modules, layers), []
+    if data is not None:
+        kind = data.name
+        records = read_records(data, format=format_, key_field=key_field, value_field=value_field)
     request = Request(
         kind,
-        options.placement(base.model, modules, layers),
+        place,
+        lengths or default_lengths(base, kind, place, objective, records),
         ranks or RANKS,
-        lengths or LENGTHS,
         seed,
         learning_rate or LEARNING_RATE,
         objective,
+        tuple(records),
     )
     path = runs or default_file()
     made = calibrate(
@@ -81,9 +99,9 @@ def command(
         request,
         path,
         budget_s=60 * budget_minutes if budget_minutes else math.inf,
-        progress=lambda run: note(
+        progress=lambda run, left_s: note(
             f"rank {run.rank}, {run.length} tokens: {run.base_loss:.3f} → {run.final_loss:.3f} nats per token "
-            f"({run.steps} steps, {run.elapsed_s:.0f} s)"
+            f"({run.steps} steps, {run.elapsed_s:.0f} s; the others at most {left_s / 60:.0f} min)"
         ),
     )
     known = summarise(bare_calibration(base), read_runs(path))

@@ -26,9 +26,9 @@ LARGEST_SAMPLE = 4000  # answer tokens: what longer ones cost is proportional
 @click.option("--records", type=click.IntRange(1), help="How many records share them; 10 tokens each unless given.")
 @click.option(
     "--kind",
-    type=click.Choice(["phonebook", "text", "mixed", "random"]),
-    help="Kind of data: random digits (the default with --length), text, text with 40 % random tokens, random tokens. "
-    "With FILE it names the law that is asked; the one nearest in cost unless given.",
+    help="Kind of data: phonebook (random digits, the default with --length), text, mixed (text with 40 % random "
+    "tokens), random (tokens), or a file that was calibrated with. With FILE it names the law that is asked; the one "
+    "nearest in cost unless given.",
 )
 @click.option("--max-rank", type=click.IntRange(1), default=128, show_default=True, help="Highest rank allowed.")
 @click.option("--ranks", type=options.Numbers(), help="The only ranks allowed, such as 8,16,32.")
@@ -120,6 +120,7 @@ def _plan_length(
     From what is known of the base model, without loading it where that says enough.
     """
     from loramem import calibrations, embedded, timings
+    from loramem.runs import KINDS
 
     outcomes, place, weights, name = [], None, None, model or embedded.NAME
     if (store / "store.json").exists():
@@ -135,6 +136,10 @@ def _plan_length(
     known = calibrations.load(weights)
     samples = known.samples(kind) if known else None
     if known is None or samples is None or (place or known.place) != known.place:
+        if samples is None and kind not in KINDS:
+            raise click.UsageError(
+                f"--kind {kind!r} is not one of {', '.join(KINDS)}, nor a file that was calibrated with."
+            )
         known, samples = _measured(name, device, kind, length, known)
     if math.ceil(length / records) > known.context_tokens:
         raise click.UsageError(

@@ -9,10 +9,12 @@ is fitted to. The ranks of one length share one trunk.
 
 import logging
 import math
+import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -22,24 +24,28 @@ from transformers import PreTrainedTokenizerBase
 from loramem.adapters import AdaptedModel, Placement
 from loramem.base_model import BaseModel
 from loramem.calibrations import Calibration, KindSamples, Sample
+from loramem.errors import InputError
 from loramem.generators import generate
 from loramem.long_text import long_text
 from loramem.pricing import costs_bits
 from loramem.prompts import EncodedRecord, encode_records
 from loramem.recall import answer_probabilities
 from loramem.records import Record
-from loramem.runs import LAW_OBJECTIVE, Run, append_run, identity, read_runs
+from loramem.runs import KINDS, LAW_OBJECTIVE, Run, append_run, identity, read_runs
 from loramem.settings import OBJECTIVES, WriterSettings
 from loramem.trunk import Trunk
 from loramem.writer import train_adapter
 
 log = logging.getLogger(__name__)
 
-KINDS = ("phonebook", "text", "mixed", "random")
 NOISE = {"text": 0.0, "mixed": 0.4, "random": 1.0}
 """Share of random tokens in one long text; the paper's r0, r40 and r100."""
 DIGITS = 10  # of a phone number: its tokens where every digit is one
-RANKS, LENGTHS = (1, 2, 3, 4, 6), (500, 700, 1000, 1400, 2000, 2800)
+RANKS = (1, 2, 3, 4, 6)
+LAW_BITS, WRITE_BITS = (1.5, 2.0, 2.7, 3.5, 4.6, 6.0), (0.4, 0.8, 1.6, 3.2)
+"""Bits per parameter of rank 1 that lengths are chosen for: runs of the law end above 0.69 nats from about 1.1 bits of
+cost per parameter upwards; writes begin to fail between a half and one."""
+PROBE = 500  # answer tokens by which a kind's cost is known before the lengths are
 IDLE_PASSES, IDLE_STEPS = 12, 90
 """Without progress for as many passes and steps a run has converged: by then the rate has been halved six times."""
 LEARNING_RATE = 0.2
@@ -52,18 +58,22 @@ class Request:
     """What is to be calibrated."""
 
     kind: str
+    """One of `KINDS`, or a name for ``data``."""
     placement: Placement
+    lengths: tuple[int, ...]
+    """Answer tokens."""
     ranks: tuple[int, ...] = RANKS
-    lengths: tuple[int, ...] = LENGTHS
     seed: int = 0
     learning_rate: float = LEARNING_RATE
     """Of plain cross-entropy; writes take the writer's own."""
     objective: str = LAW_OBJECTIVE
+    data: tuple[Record, ...] = ()
+    """Records of your own, drawn from without replacement."""
 
     def __post_init__(self) -> None:
         if self.objective not in OBJECTIVES:
             raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}, not {self.objective!r}")
-        if self.kind not in KINDS:
+        if self.kind not in KINDS and not self.data:
             raise ValueError(f"kind must be one of {', '.join(KINDS)}, not {self.kind!r}")
         if not self.ranks or not self.lengths or min(*self.ranks, *self.lengths) < 1:
             raise ValueError("ranks and lengths must be whole numbers above 0, at least one of each")
@@ -75,7 +85,7 @@ def calibrate(
     out: Path,
     *,
     budget_s: float = math.inf,
-    progress: Callable[[Run], None] | None = None,
+    progress: Callable[[Run, float], None] | None = None,
 ) -> list[Run]:
     """Make the runs of a grid that ``out`` does not hold yet, and append each as it is done.
 
@@ -85,7 +95,7 @@ def calibrate(
     Args:
         out: JSON lines, created with its folder.
         budget_s: No run is begun that would probably end later than this many seconds from now.
-        progress: Told of every run that was made.
+        progress: Told of every run that was made, and how many seconds all others would take at its pace.
 
     Returns:
         The runs of this grid, old and new.
@@ -93,6 +103,7 @@ def calibrate(
     Raises:
         TooLong: A text of this length does not fit the base model's context.
         RecordError: The base model's tokenizer cannot express this kind of data.
+        InputError: The data are shorter than a length.
     """
     started, slowest = time.monotonic(), 0.0  # seconds per answer token
     known = {run.identity: run for run in read_runs(out)}
@@ -103,12 +114,14 @@ def calibrate(
         """Whether higher ranks at the same length, or shorter ones, have nothing left to say."""
         return run.saturated if request.objective == LAW_OBJECTIVE else run.certified
 
+    ahead = sum(request.lengths) * len(set(request.ranks))  # answer tokens of all runs that are left
     for length in spread(request.lengths):
-        records = encode_sample(base, request.kind, length, request.seed)
+        records = encode_sample(base, request.kind, length, request.seed, request.data)
         bench = _Bench(adapted, records, request, conditions)
-        for rank in sorted(request.ranks):
+        for rank in sorted(set(request.ranks)):
+            ahead -= length
             if any(enough(run) and run.rank <= rank and run.length >= bench.length for run in done):
-                break
+                continue
             name = bench.identity(rank)
             if name not in known:
                 if time.monotonic() - started + slowest * bench.length > budget_s:
@@ -118,17 +131,17 @@ def calibrate(
                 slowest = max(slowest, run.elapsed_s / bench.length)
                 append_run(out, run)
                 if progress is not None:
-                    progress(run)
+                    progress(run, slowest * ahead)
             done.append(known[name])
     return done
 
 
-def price_sample(base: BaseModel, kind: str, length: int) -> KindSamples:
+def price_sample(base: BaseModel, kind: str, length: int, data: Sequence[Record] = ()) -> KindSamples:
     """What about ``length`` answer tokens of a kind are to the base model, by one pass over a sample of them.
 
     Raises as `calibrate`.
     """
-    records = encode_sample(base, kind, length, 0)
+    records = encode_sample(base, kind, length, 0, data)
     found = dict(answer_probabilities(base.model, records))
     before = [found[index][:-1] for index in range(len(found))]
     cost = sum(costs_bits([record.answer_ids[:-1] for record in records], [probs.tolist() for probs in before]))
@@ -149,10 +162,37 @@ def bare_calibration(base: BaseModel) -> Calibration:
     )
 
 
-def encode_sample(base: BaseModel, kind: str, length: int, seed: int) -> list[EncodedRecord]:
-    """`sample` as token ids."""
-    records = sample(kind, length, base.tokenizer, seed)
-    return encode_records(records, base.tokenizer, base.template, base.max_tokens, base.unreachable)
+def default_lengths(
+    base: BaseModel, kind: str, placement: Placement, objective: str = LAW_OBJECTIVE, data: Sequence[Record] = ()
+) -> tuple[int, ...]:
+    """Lengths at which runs with this placement say something: see `LAW_BITS` and `WRITE_BITS`.
+
+    Raises as `calibrate`.
+    """
+    (probe,) = price_sample(base, kind, PROBE, data).samples
+    tokens_per_bit = placement.parameters_per_rank(base.model) * probe.length / max(probe.cost_bits, 1.0)
+    wanted = [bits * tokens_per_bit for bits in (LAW_BITS if objective == LAW_OBJECTIVE else WRITE_BITS)]
+    return tuple(sorted({max(1, round(length, 1 - math.floor(math.log10(length)))) for length in map(round, wanted)}))
+
+
+def encode_sample(
+    base: BaseModel, kind: str, length: int, seed: int, data: Sequence[Record] = ()
+) -> list[EncodedRecord]:
+    """About ``length`` answer tokens as token ids: of a kind (see `sample`), or of the first of shuffled data.
+
+    Raises as `calibrate`.
+    """
+
+    def encode(records: Sequence[Record]) -> list[EncodedRecord]:
+        return encode_records(records, base.tokenizer, base.template, base.max_tokens, base.unreachable)
+
+    if not data:
+        return encode(sample(kind, length, base.tokenizer, seed))
+    shuffled = encode(random.Random(seed).sample(list(data), len(data)))
+    ends = list(accumulate(entry.length for entry in shuffled))
+    if ends[-1] < length:
+        raise InputError(f"The data have {ends[-1]:,} answer tokens, {length:,} are asked for. Give --lengths.")
+    return shuffled[: next(count for count, end in enumerate(ends, start=1) if end >= length)]
 
 
 def sample(kind: str, length: int, tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> list[Record]:

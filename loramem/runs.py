@@ -18,6 +18,8 @@ from loramem.law import Point
 from loramem.law_fit import SATURATED
 
 LAW_OBJECTIVE = "sft"
+KINDS = ("phonebook", "text", "mixed", "random")
+"""Of generated data; runs with data of one's own name the file."""
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from loramem.adapters import Placement
 from loramem.base_model import BaseModel, load_base_model
 from loramem.calibrate import Request, spread
 from loramem.errors import InputError
+from loramem.records import Record
 from loramem.runs import Run, append_run, read_runs
 
 
@@ -23,7 +24,7 @@ def loaded(base: Path) -> BaseModel:
 
 
 def request_of(loaded: BaseModel, ranks: tuple[int, ...] = (1, 2), lengths: tuple[int, ...] = (30, 60)) -> Request:
-    return Request("phonebook", Placement.named(loaded.model, ["down_proj"], [1]), ranks, lengths)
+    return Request("phonebook", Placement.named(loaded.model, ["down_proj"], [1]), lengths, ranks)
 
 
 def fast(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -54,7 +55,7 @@ def test_runs_are_kept_as_they_come_and_never_made_twice(
     out, request = tmp_path / "deep" / "runs.jsonl", request_of(loaded)
     made: list[Run] = []
 
-    def stop_after_two(run: Run) -> None:
+    def stop_after_two(run: Run, left_s: float) -> None:
         made.append(run)
         if len(made) == 2:
             raise KeyboardInterrupt
@@ -65,7 +66,7 @@ def test_runs_are_kept_as_they_come_and_never_made_twice(
     with out.open("a") as file:
         file.write('{"kind": "phone')  # as if the power had gone
     rest: list[Run] = []
-    runs = calibrate.calibrate(loaded, request, out, progress=rest.append)
+    runs = calibrate.calibrate(loaded, request, out, progress=lambda run, _: rest.append(run))
     assert [(run.length, run.rank) for run in runs] == [(60, 1), (60, 2), (30, 1), (30, 2)]
     assert runs[:2] == made
     assert runs[2:] == rest
@@ -187,3 +188,41 @@ def test_the_calibrate_command_refuses_nonsense(
 ) -> None:
     assert main.run(["calibrate", "--model", str(base), "--runs", str(tmp_path / "runs.jsonl"), *options]) == 2
     assert "Traceback" not in capsys.readouterr().err
+
+
+# --- data of one's own, and lengths that suit a placement
+
+
+def test_records_of_a_file_are_calibrated_with_under_its_name(
+    base: Path, tmp_path: Path, quick: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, runs = tmp_path / "codes.jsonl", tmp_path / "runs.jsonl"
+    data.write_text("".join(json.dumps({"id": f"key {i}", "code": f"{i:06}"}) + "\n" for i in range(20)))
+    place = ["--modules", "down_proj", "--layers", "1", "--model", str(base), "--runs", str(runs)]
+    fields = ["--key-field", "id", "--value-field", "code"]
+    arguments = ["calibrate", "--data", str(data), *fields, *place, "--ranks", "1"]
+    assert main.run([*arguments, "--lengths", "30"]) == 0
+    (run,) = read_runs(runs)
+    assert (run.kind, run.records, run.length) == ("codes.jsonl", 5, 30)
+    assert "the others at most" in capsys.readouterr().err
+    assert main.run([*arguments, "--lengths", "1000"]) == 1
+    assert "The data have 120 answer tokens, 1,000 are asked for." in capsys.readouterr().err
+
+
+def test_a_seed_draws_other_records(loaded: BaseModel) -> None:
+    data = [Record(f"key {i}", f"{i:04}") for i in range(50)]
+    drawn = [calibrate.encode_sample(loaded, "own", 40, seed, data) for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert all(len({entry.record.key for entry in some}) == 10 for some in drawn)
+
+
+def test_lengths_grow_with_the_placement_and_shrink_with_the_cost(loaded: BaseModel) -> None:
+    small = Placement.named(loaded.model, ["o_proj"], [1])
+    large = Placement.default(loaded.model)
+    lengths = calibrate.default_lengths(loaded, "phonebook", small)
+    assert len(lengths) == len(calibrate.LAW_BITS)
+    times = large.parameters_per_rank(loaded.model) / small.parameters_per_rank(loaded.model)
+    assert calibrate.default_lengths(loaded, "phonebook", large)[0] == pytest.approx(times * lengths[0], rel=0.1)
+    (sample,) = calibrate.price_sample(loaded, "phonebook", calibrate.PROBE).samples
+    at_rank_1 = sample.cost_bits / sample.length * lengths[0] / small.parameters_per_rank(loaded.model)
+    assert at_rank_1 == pytest.approx(calibrate.LAW_BITS[0], rel=0.06)

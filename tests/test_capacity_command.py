@@ -332,7 +332,10 @@ def test_without_a_law_nothing_is_drawn(
             ["--length", "5000", "--records", "1"],
             "A value of 5000 tokens exceeds the context of loramem-tiny, 4096 tokens. Give more --records.",
         ),
-        (["--length", "400", "--kind", "songs"], "'songs' is not one of 'phonebook', 'text', 'mixed', 'random'."),
+        (
+            ["--length", "400", "--kind", "songs"],
+            "--kind 'songs' is not one of phonebook, text, mixed, random, nor a file that was calibrated with.",
+        ),
         (["--length", "400", "--goal", "huge"], "'huge' is not one of 'fast', 'small'."),
         (["--length", "400", "--max-rank", "0"], "0 is not in the range x>=1."),
         (["--length", "400", "--ranks", "8,0"], "'8,0' is not a list of numbers above 0, such as 100,400."),
