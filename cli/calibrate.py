@@ -76,7 +76,7 @@ def command(
     from loramem.base_model import load_base_model
     from loramem.calibrate import LEARNING_RATE, RANKS, Request, bare_calibration, calibrate, default_lengths
     from loramem.calibrations import cached, summarise
-    from loramem.runs import default_file, read_runs
+    from loramem.runs import by_kind, default_file, read_runs
 
     base = load_base_model(model or embedded.NAME, device=device)
     place, records = options.placement(base.model, modules, layers), []
@@ -106,4 +106,4 @@ def command(
     )
     known = summarise(bare_calibration(base), read_runs(path))
     known.save(save or cached(known.base_weights))
-    show(made, as_json=as_json)
+    show(by_kind(made), as_json=as_json)

@@ -1,5 +1,6 @@
 """loramem law: what the calibration runs say, and what writes taught."""
 
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,8 @@ LAST_WRITES = 10
 @click.option("--modules", help="Only this placement, such as down_proj.")
 @click.option("--layers", help="Only these decoder layers, such as 4,5.")
 @click.option("--model", envvar="LORAMEM_MODEL", show_envvar=True, help="Only this base model.")
+@click.option("--combined", is_flag=True, help="Also one law over all mixtures of text and random tokens.")
+@click.option("--forms", is_flag=True, help="Also other forms of the law, and how they predict what was left out.")
 @click.option("--points", is_flag=True, help="Also every point with its residual.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw the one law chosen: .png, .svg or .pdf.")
 @options.runs_option
@@ -31,6 +34,8 @@ def command(
     modules: str | None,
     layers: str | None,
     model: str | None,
+    combined: bool,
+    forms: bool,
     points: bool,
     plot: Path | None,
     runs: Path | None,
@@ -42,7 +47,7 @@ def command(
     Runs are those that ship with loramem-tiny and yours. Then: what writes came to, which is what the success boundary
     is fitted to, with those of the store (./memory unless named).
     """
-    from loramem.runs import default_file, read_runs, shipped_file
+    from loramem.runs import by_kind, default_file, mixtures, read_runs, shipped_file
 
     paths = [runs] if runs else [shipped_file(), default_file()]
     found = [
@@ -57,7 +62,7 @@ def command(
         raise click.UsageError(
             f"{' and '.join(map(str, paths))} hold no such calibration runs. Make some with loramem calibrate."
         )
-    laws = show(found, as_json=as_json, points=points)
+    laws = show([*by_kind(found), *(mixtures(found) if combined else ())], as_json=as_json, points=points)
     if plot is not None:
         from loramem.plots import draw_law
 
@@ -66,19 +71,22 @@ def command(
         ((name, law, members),) = laws
         draw_law(members, law, name, plot)
     if not as_json:
+        if forms:
+            _show_forms(laws)
         _show_boundaries(found)
         if (store / "store.json").exists():
             _show_writes(store)
 
 
-def show(runs: "list[Run]", *, as_json: bool, points: bool = False) -> "list[tuple[str, MemoryLaw, list[Run]]]":
-    """The law of every base model, placement and kind among the runs; returns those that could be fitted."""
+def show(
+    groups: "Iterable[tuple[str, list[Run]]]", *, as_json: bool, points: bool = False
+) -> "list[tuple[str, MemoryLaw, list[Run]]]":
+    """The law of every group of runs; returns those that could be fitted."""
     from loramem.errors import LawError
     from loramem.law_fit import fit
-    from loramem.runs import by_kind
 
     fitted: list[tuple[str, MemoryLaw, list[Run]]] = []
-    for name, members in by_kind(runs):
+    for name, members in groups:
         try:
             fitted.append((name, fit([run.point for run in members]), members))
         except LawError as error:
@@ -147,6 +155,34 @@ def _point_row(run: "Run", law: "MemoryLaw") -> tuple[str, ...]:
         "saturated" if run.saturated else f"{measured - predicted:+.3f}",
         f"{100 * run.ordered:.1f}",
     )
+
+
+def _show_forms(laws: "list[tuple[str, MemoryLaw, list[Run]]]") -> None:
+    """Forms of the law, best first by what they say of lengths that were left out."""
+    from loramem.errors import LawError
+    from loramem.law_fit import compare_forms
+
+    rows = []
+    for name, _, members in laws:
+        try:
+            scores = compare_forms([run.point for run in members])
+        except LawError as error:
+            note(f"{name}: {error}")
+            continue
+        rows += [
+            (
+                name,
+                score.law.form,
+                f"{score.law.r_squared:.4f}",
+                f"{score.law.mape:.1f}",
+                f"{score.rank_mape:.1f}",
+                f"{score.length_mape:.1f}",
+            )
+            for score in scores
+        ]
+    click.echo("\nForms of the law\n")
+    columns = ("runs", "form", "R²", "MAPE %", "MAPE % of ranks left out", "MAPE % of lengths left out")
+    print_markdown(columns, rows)
 
 
 def _show_boundaries(runs: "list[Run]") -> None:

@@ -6,7 +6,7 @@ A file holds the runs of any base models, placements and kinds; the same run is 
 import json
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ from loramem.law_fit import SATURATED
 LAW_OBJECTIVE = "sft"
 KINDS = ("phonebook", "text", "mixed", "random")
 """Of generated data; runs with data of one's own name the file."""
+MIXTURES = ("text", "mixed", "random")
+"""Long texts with more and more random tokens."""
 
 
 @dataclass(frozen=True)
@@ -129,3 +131,9 @@ def by_kind(runs: Sequence[Run]) -> Iterator[tuple[str, list[Run]]]:
         groups.setdefault((str(run.conditions["base_model"]), place, run.kind), []).append(run)
     for (model, place, kind), members in sorted(groups.items()):
         yield f"{kind}, {place}, {model}", members
+
+
+def mixtures(runs: Sequence[Run]) -> Iterator[tuple[str, list[Run]]]:
+    """The law's runs of each base model and placement with long texts, whatever their share of random tokens."""
+    texts = [replace(run, kind="all mixtures") for run in runs if run.kind in MIXTURES]
+    yield from by_kind(texts)
