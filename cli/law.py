@@ -22,7 +22,7 @@ LAST_WRITES = 10
 @click.option("--modules", help="Only this placement, such as down_proj.")
 @click.option("--layers", help="Only these decoder layers, such as 4,5.")
 @click.option("--model", envvar="LORAMEM_MODEL", show_envvar=True, help="Only this base model.")
-@click.option("--combined", is_flag=True, help="Also one law over all mixtures of text and random tokens.")
+@click.option("--combined", is_flag=True, help="Also one law for all mixtures of text and random tokens.")
 @click.option("--forms", is_flag=True, help="Also other forms of the law, and how they predict what was left out.")
 @click.option("--points", is_flag=True, help="Also every point with its residual.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw the one law chosen: .png, .svg or .pdf.")
@@ -47,7 +47,7 @@ def command(
     Runs are those that ship with loramem-tiny and yours. Then: what writes came to, which is what the success boundary
     is fitted to, with those of the store (./memory unless named).
     """
-    from loramem.runs import by_kind, default_file, mixtures, read_runs, shipped_file
+    from loramem.runs import by_kind, default_file, read_runs, shipped_file
 
     paths = [runs] if runs else [shipped_file(), default_file()]
     found = [
@@ -62,7 +62,7 @@ def command(
         raise click.UsageError(
             f"{' and '.join(map(str, paths))} hold no such calibration runs. Make some with loramem calibrate."
         )
-    laws = show([*by_kind(found), *(mixtures(found) if combined else ())], as_json=as_json, points=points)
+    laws = show(by_kind(found), as_json=as_json, points=points)
     if plot is not None:
         from loramem.plots import draw_law
 
@@ -71,6 +71,8 @@ def command(
         ((name, law, members),) = laws
         draw_law(members, law, name, plot)
     if not as_json:
+        if combined:
+            _show_joint(found)
         if forms:
             _show_forms(laws)
         _show_boundaries(found)
@@ -157,6 +159,33 @@ def _point_row(run: "Run", law: "MemoryLaw") -> tuple[str, ...]:
     )
 
 
+def _show_joint(runs: "list[Run]") -> None:
+    """What C, α and β are when all mixtures of a base model and placement share them."""
+    from loramem.errors import LawError
+    from loramem.joint_law import fit_joint
+    from loramem.runs import MIXTURES, place_name
+
+    groups: dict[str, dict[str, list[Point]]] = {}
+    for run in runs:
+        if run.for_law and run.kind in MIXTURES:
+            groups.setdefault(place_name(run), {}).setdefault(run.kind, []).append(run.point)
+    rows = []
+    for name, kinds in groups.items():
+        try:
+            law = fit_joint(kinds)
+        except LawError as error:
+            note(f"{name}: {error}")
+            continue
+        offsets = ", ".join(f"{kind} {b:.3f}" for kind, b in law.b.items())
+        shared = (f"{law.C:.4g}", f"{law.alpha:.3f}", f"{law.beta:.3f}", offsets)
+        rows.append(
+            (name, *shared, f"{law.r_squared:.4f}", f"{law.mape:.1f}", f"{law.one_offset:.4f}", str(law.points))
+        )
+    if rows:
+        click.echo("\nOne law for all mixtures, b by kind\n")
+        print_markdown(("runs", "C", "α", "β", "b", "R²", "MAPE %", "R² with one b", "points"), rows)
+
+
 def _show_forms(laws: "list[tuple[str, MemoryLaw, list[Run]]]") -> None:
     """Forms of the law, best first by what they say of lengths that were left out."""
     from loramem.errors import LawError
@@ -190,11 +219,11 @@ def _show_boundaries(runs: "list[Run]") -> None:
     from loramem import boundary
     from loramem.calibrations import outcomes_of
     from loramem.errors import BoundaryError
+    from loramem.runs import place_name
 
     groups: dict[str, list[Run]] = {}
     for run in runs:
-        name = f"{','.join(run.modules)} of layers {','.join(map(str, run.layers))}, {run.conditions['base_model']}"
-        groups.setdefault(name, []).append(run)
+        groups.setdefault(place_name(run), []).append(run)
     rows, bins = [], []
     for name, members in groups.items():
         outcomes = [outcome for run in members for outcome in outcomes_of(run)]

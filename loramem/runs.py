@@ -6,7 +6,7 @@ A file holds the runs of any base models, placements and kinds; the same run is 
 import json
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -123,17 +123,14 @@ def _run(line: str, number: int, path: Path) -> Run:
         raise InputError(f"Line {number} of {path} is not a calibration run ({error}).") from None
 
 
+def place_name(run: Run) -> str:
+    """Placement and base model of a run, for people."""
+    return f"{','.join(run.modules)} of layers {','.join(map(str, run.layers))}, {run.conditions['base_model']}"
+
+
 def by_kind(runs: Sequence[Run]) -> Iterator[tuple[str, list[Run]]]:
     """The law's runs of each base model, placement and kind, under a name that says which."""
-    groups: dict[tuple[str, str, str], list[Run]] = {}
+    groups: dict[str, list[Run]] = {}
     for run in (run for run in runs if run.for_law):
-        place = f"{','.join(run.modules)} of layers {','.join(map(str, run.layers))}"
-        groups.setdefault((str(run.conditions["base_model"]), place, run.kind), []).append(run)
-    for (model, place, kind), members in sorted(groups.items()):
-        yield f"{kind}, {place}, {model}", members
-
-
-def mixtures(runs: Sequence[Run]) -> Iterator[tuple[str, list[Run]]]:
-    """The law's runs of each base model and placement with long texts, whatever their share of random tokens."""
-    texts = [replace(run, kind="all mixtures") for run in runs if run.kind in MIXTURES]
-    yield from by_kind(texts)
+        groups.setdefault(f"{run.kind}, {place_name(run)}", []).append(run)
+    yield from sorted(groups.items())

@@ -98,3 +98,14 @@ def test_a_store_says_what_its_writes_taught(runs: Path, base: Path, tmp_path: P
     assert "The last writes of" in shown
     cost = f"{outcome.cost_bits:,.0f} | {outcome.cost_bits / outcome.parameters:.3f}"
     assert f"| 4 | 6 | {cost} | yes | - |" in shown
+
+
+def test_mixtures_share_all_but_b(runs: Path, tmp_path: Path, capsys) -> None:
+    for rank in (1, 2, 4, 8):
+        for length in (200, 400, 800):
+            run = replace(RUN, kind="mixed", rank=rank, length=length, base_loss=9.0)
+            append_run(runs, replace(run, final_loss=9.0 - reduction(rank, length) - 1.5))
+    shown = law(capsys, "--runs", str(runs), "--store", str(tmp_path / "none"), "--combined", "--forms")
+    joint = "| 9 | 0.400 | 0.300 | random -0.200, text -0.200, mixed 1.300 | 1.0000 | 0.0 |"
+    assert f"| down_proj of layers 4, tiny {joint}" in shown
+    assert "| mixed, down_proj of layers 4, tiny | no-offset |" in shown

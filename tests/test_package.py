@@ -45,7 +45,7 @@ LAYERS = (
         "loramem.calibrations",
         "loramem.plots",
     ),
-    ("loramem.runs",),
+    ("loramem.runs", "loramem.joint_law"),
     ("loramem.law_fit", "loramem.generators", "loramem.long_text", "loramem.capacity", "loramem.staging"),
     ("loramem.prompts", "loramem.index", "loramem.pace"),
     ("loramem.boundary", "loramem.law"),
