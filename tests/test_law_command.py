@@ -103,7 +103,9 @@ def test_a_store_says_what_its_writes_taught(runs: Path, base: Path, tmp_path: P
 def test_mixtures_share_all_but_b(runs: Path, tmp_path: Path, capsys) -> None:
     for rank in (1, 2, 4, 8):
         for length in (200, 400, 800):
-            run = replace(RUN, kind="mixed", rank=rank, length=length, base_loss=9.0)
+            run = replace(
+                RUN, kind="mixed", rank=rank, length=length, base_loss=9.0, parameters=rank, bits=5.0 * length
+            )
             append_run(runs, replace(run, final_loss=9.0 - reduction(rank, length) - 1.5))
     shown = law(capsys, "--runs", str(runs), "--store", str(tmp_path / "none"), "--combined", "--forms")
     joint = "| 9 | 0.400 | 0.300 | random -0.200, text -0.200, mixed 1.300 | 1.0000 | 0.0 |"
