@@ -3,8 +3,8 @@
 The law is about plain cross-entropy trained until it no longer improves. The writer does that when its objective is
 "sft" and it is not allowed to begin again: its rate halves whenever the loss has not fallen by 1 % for a while, and it
 ends when that happened several times without effect. With any other objective a run is a write as the store does it,
-except that the rank stays: it ends when every token is certified or progress stops, which is what the success boundary
-is fitted to. The ranks of one length share one trunk.
+except that the rank stays and training never begins again: it ends when every token is certified or progress stops,
+which is what the success boundary is fitted to. The ranks of one length share one trunk.
 """
 
 import logging
@@ -232,10 +232,10 @@ class _Bench:
     def run(self, rank: int) -> Run:
         request, started = self.request, time.monotonic()
         before, _ = self._probabilities()
-        settings = WriterSettings(objective=request.objective, max_rank=rank, seed=request.seed)
+        settings = WriterSettings(objective=request.objective, max_rank=rank, seed=request.seed, restarts=0)
         if request.objective == LAW_OBJECTIVE:
             patience = max(IDLE_PASSES, math.ceil(IDLE_STEPS / self.steps_per_pass))
-            settings = replace(settings, learning_rate=request.learning_rate, patience_passes=patience, restarts=0)
+            settings = replace(settings, learning_rate=request.learning_rate, patience_passes=patience)
         training = train_adapter(self.adapted, "run", self.records, rank, request.placement, settings, trunk=self.trunk)
         after, lowest = self._probabilities()
         self.adapted.remove("run")

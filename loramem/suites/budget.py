@@ -13,12 +13,13 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from loramem.records import Record
+from loramem.suites.figures import Axis, Plot, Series, point
 from loramem.suites.runner import Known, Request, Result, Table, public_name
 
 if TYPE_CHECKING:
     from loramem.reports import WriteReport
 
-KINDS, LENGTHS, QUICK_LENGTHS = ("phonebook", "text", "mixed", "random"), (300, 850, 1850), (40,)
+KINDS, LENGTHS, QUICK_LENGTHS = ("phonebook", "text", "mixed", "random"), (300, 850, 1600), (40,)
 TIMES = 4.0  # of the planned write's training seconds, for every other rank
 SEED = 101  # calibrations take small ones
 
@@ -167,3 +168,25 @@ def table(lines: Sequence[Mapping[str, Any]]) -> Table:
     right, ratios = sum(r["first_try"] for r in results), [r["rank"] / r["smallest"] for r in results]
     said = f"{right} of {len(results)} certified at the first try; at most {max(ratios):.2f} times the smallest rank."
     return Table(columns, tuple(rows), (said,))
+
+
+def plots(lines: Sequence[Mapping[str, Any]]) -> tuple[Plot, ...]:
+    """The planned rank over the smallest one, a colour per kind of data."""
+    kinds: dict[str, list[Result]] = {}
+    for line in lines:
+        kinds.setdefault(line["cell"]["kind"], []).append(line["result"])
+    return (
+        Plot(
+            name="ranks",
+            title="Planned rank and the smallest that certifies",
+            kind="scatter",
+            x=Axis("smallest rank that certifies (log scale)", log=True),
+            y=Axis("planned rank (log scale)", log=True),
+            series=tuple(
+                Series(kind, tuple(point(result["smallest"], [result["rank"]]) for result in results))
+                for kind, results in kinds.items()
+            ),
+            diagonal="planned = smallest",
+            note="Below the line the planned rank did not certify at the first try.",
+        ),
+    )
