@@ -69,6 +69,11 @@ def store_option(command: Command) -> Command:
     return _STORE(command)
 
 
+def json_option(command: Command) -> Command:
+    """--json alone."""
+    return _JSON(command)
+
+
 def namespace_option(command: Command) -> Command:
     return _NAMESPACE(command)
 

@@ -91,6 +91,39 @@ def run(
         click.echo(f"\n{remark}")
 
 
+@command.command("report")
+@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="Folder; DIR/report unless given.")
+@options.json_option
+def report_(folder: Path, out: Path | None, as_json: bool) -> None:
+    """Write a report of the results files (*.jsonl) in DIR: lines, Markdown, plots and one HTML page."""
+    from loramem.suites import figures, reporter
+
+    out = out or folder / "report"
+    if out.resolve() == folder.resolve():
+        raise click.UsageError("The report goes into a folder of its own: its results.jsonl would be read as results.")
+    report = reporter.read(folder)
+    if not report.parts:
+        raise click.UsageError(f"{folder} holds no results of a suite ({report.skipped} other lines in *.jsonl).")
+    files = reporter.write(report, out)
+    for remark in report.remarks(drawn=figures.installed()):
+        note(remark)
+    if as_json:
+        print_json(
+            {
+                "files": [str(path) for path in files],
+                "lines": len(report.lines),
+                "skipped": report.skipped,
+                "sections": {
+                    section.suite: [{"title": part.title, "lines": len(part.lines)} for part in section.parts]
+                    for section in report.sections
+                },
+            }
+        )
+        return
+    click.echo(files[-1])
+
+
 @contextmanager
 def _results_file(name: str, out: Path | None, quick: bool) -> Iterator[Path]:
     if out is None and quick:

@@ -15,6 +15,10 @@ from loramem import errors
 from .conftest import ROOT
 
 LAYERS = (
+    ("loramem.suites.reporter",),
+    ("loramem.suites.page",),
+    ("loramem.suites.report",),
+    ("loramem.suites.commands",),
     ("loramem.suites.write_scaling",),
     (
         "loramem.suites.writing",
@@ -22,10 +26,12 @@ LAYERS = (
         "loramem.suites.recall_speed",
         "loramem.suites.large_base",
         "loramem.suites.budget",
+        "loramem.suites.scenarios",
     ),
     ("loramem.suites.baselines", "loramem.suites.paper_recipe"),
     ("loramem.suites.paper_unit", "loramem.suites.timing"),
     ("loramem.suites.runner",),
+    ("loramem.suites.figures",),
     ("loramem.suites",),
     ("loramem.embedded.build", "loramem.calibrate"),
     ("loramem",),

@@ -12,6 +12,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from loramem.generators import generate
+from loramem.suites.figures import Plot
 from loramem.suites.runner import Known, Request, Result, Table
 
 if TYPE_CHECKING:
@@ -183,3 +184,8 @@ def table(lines: Sequence[Mapping[str, Any]]) -> Table:
             )
         )
     return Table(columns, tuple(rows))
+
+
+def plots(lines: Sequence[Mapping[str, Any]]) -> tuple[Plot, ...]:
+    """None: a few writes of one or two sizes are read off the table."""
+    return ()

@@ -14,6 +14,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from loramem.generators import generate
+from loramem.suites.figures import Axis, Plot, Series, point
 from loramem.suites.runner import Known, Request, Result, Table, public_name
 
 if TYPE_CHECKING:
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from loramem.index import StoredRecord
 
 SAMPLE, QUICK_SAMPLE = 100, 5
+VERIFY, MANY, GENERATE = "verify", "recall_many", "model.generate per record"
+LOADED, ON_DISK = "recall, adapter loaded", "recall, adapter on disk"
 
 
 @dataclass(frozen=True)
@@ -135,7 +138,7 @@ def table(lines: Sequence[Mapping[str, Any]]) -> Table:
     for line in lines:
         result = line["result"]
         records, sample, verify_s = result["records"], result["sample"], result["verify_s"]
-        of = f"{records:,} records, adapters: {result['adapters']}"
+        of = _store(result)
 
         def row(
             way: str, seconds: float | None, exact: str, each: Sequence[float] = (), of: str = of, result: Any = result
@@ -144,20 +147,59 @@ def table(lines: Sequence[Mapping[str, Any]]) -> Table:
             return (of, way, *whole[:2], *_milliseconds(each), exact, whole[2])
 
         rows += [
-            row("verify", verify_s, f"{result['exact']}/{records}"),
-            row("recall_many", result["recall_many_s"], f"{result['recall_many_exact']}/{records}"),
+            row(VERIFY, verify_s, f"{result['exact']}/{records}"),
+            row(MANY, result["recall_many_s"], f"{result['recall_many_exact']}/{records}"),
             row(
-                "model.generate per record",
+                GENERATE,
                 result["generate_s"],
                 f"{result['generate_exact']}/{sample}",
                 result["generate_call_s"],
             ),
-            row("recall, adapter loaded", None, f"{len(result['warm_s'])}/{len(result['warm_s'])}", result["warm_s"]),
-            row("recall, adapter on disk", None, f"{len(result['cold_s'])}/{len(result['cold_s'])}", result["cold_s"]),
+            row(LOADED, None, f"{len(result['warm_s'])}/{len(result['warm_s'])}", result["warm_s"]),
+            row(ON_DISK, None, f"{len(result['cold_s'])}/{len(result['cold_s'])}", result["cold_s"]),
         ]
         if sample < records:
             notes.append(f"{of}: model.generate was called on {sample} of them; its seconds are scaled to all.")
     return Table(columns, tuple(rows), tuple(notes))
+
+
+def plots(lines: Sequence[Mapping[str, Any]]) -> tuple[Plot, ...]:
+    """Records per second by way of reading, a colour per store."""
+    stores: dict[str, dict[str, list[float]]] = {}
+    for line in lines:
+        ways = stores.setdefault(_store(line["result"]), {})
+        for way, rate in _rates(line["result"]).items():
+            ways.setdefault(way, []).append(rate)
+    names = (VERIFY, MANY, GENERATE, LOADED, ON_DISK)
+    return (
+        Plot(
+            name="rate",
+            title="Reading back",
+            kind="bar",
+            x=Axis("read by"),
+            y=Axis("records per second"),
+            series=tuple(
+                Series(store, tuple(point(names.index(way), rates) for way, rates in ways.items()))
+                for store, ways in stores.items()
+            ),
+            names=names,
+            note="One at a time (recall): by the median call. Of several seeds: their median and range.",
+        ),
+    )
+
+
+def _store(result: Result) -> str:
+    return f"{result['records']:,} records, adapters: {result['adapters']}"
+
+
+def _rates(result: Result) -> dict[str, float]:
+    """Records per second by every way of reading that was timed."""
+    whole = {VERIFY: result["verify_s"], MANY: result["recall_many_s"], GENERATE: result["generate_s"]}
+    each = {LOADED: result["warm_s"], ON_DISK: result["cold_s"]}
+    return {
+        **{way: result["records"] / seconds for way, seconds in whole.items()},
+        **{way: 1 / median(seconds) for way, seconds in each.items() if seconds},
+    }
 
 
 def _whole(seconds: float, result: Result) -> tuple[str, str, str]:

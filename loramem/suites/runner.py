@@ -1,8 +1,8 @@
 """Runs suites: a cell at a time, each in a process of its own, each finished one a line of the results file.
 
-A suite is a module with ``cells``, ``run`` and ``table`` (`Suite`) and one line in `SUITES`. What stands in the results
-file already, measured on this machine with the same versions, is not run again; an interrupt loses the running cell.
-This module and the ``cells`` of a suite do without torch; only ``run`` computes.
+A suite is a module with ``cells``, ``run``, ``table`` and ``plots`` (`Suite`) and one line in `SUITES`. What stands in
+the results file already, measured on this machine with the same versions, is not run again; an interrupt loses the
+running cell. This module and the ``cells`` of a suite do without torch; only ``run`` computes.
 """
 
 import hashlib
@@ -23,6 +23,7 @@ from typing import Any, Protocol, cast
 
 from loramem import embedded
 from loramem.processes import end_with_parent
+from loramem.suites.figures import Plot
 
 SUITES = {
     "write-speed": "loramem.suites.write_speed",
@@ -30,6 +31,7 @@ SUITES = {
     "recall-speed": "loramem.suites.recall_speed",
     "large-base": "loramem.suites.large_base",
     "budget": "loramem.suites.budget",
+    "scenarios": "loramem.suites.scenarios",
 }
 PACKAGES = ("loramem", "torch", "transformers", "peft")
 
@@ -91,6 +93,9 @@ class Suite(Protocol):
 
     def table(self, lines: Sequence[Mapping[str, Any]]) -> Table:
         """What the lines of a run say."""
+
+    def plots(self, lines: Sequence[Mapping[str, Any]]) -> tuple[Plot, ...]:
+        """The same to look at; none where there is nothing that a table does not show better."""
 
 
 def load_suite(name: str) -> Suite:

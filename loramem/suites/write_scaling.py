@@ -1,9 +1,10 @@
 """Whether writing stays linear in the number of records: seconds per record and peak memory from 100 to 4,000."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from loramem.suites import write_speed
+from loramem.suites.figures import Axis, Plot, Series, point
 from loramem.suites.runner import Known, Request, Result, Table
 
 
@@ -46,3 +47,40 @@ def table(lines: Sequence[Mapping[str, Any]]) -> Table:
             )
         )
     return Table(columns, tuple(rows))
+
+
+def plots(lines: Sequence[Mapping[str, Any]]) -> tuple[Plot, ...]:
+    """Time per record and memory over the number of records, where there are several numbers."""
+    sizes: dict[int, list[Result]] = {}
+    for line in sorted(lines, key=lambda line: int(line["result"]["records"])):
+        sizes.setdefault(line["result"]["records"], []).append(line["result"])
+    if len(sizes) < 2:
+        return ()
+
+    def series(name: str, measure: Callable[[Result], float]) -> Series:
+        return Series(name, tuple(point(size, list(map(measure, results))) for size, results in sizes.items()))
+
+    records, note = Axis("records (log scale)", log=True), "Medians, and the range over seeds."
+    return (
+        Plot(
+            name="time",
+            title="Time per record",
+            kind="line",
+            x=records,
+            y=Axis("milliseconds per record"),
+            series=(series("whole write", lambda result: 1000 * result["seconds"] / result["records"]),),
+            note=note,
+        ),
+        Plot(
+            name="memory",
+            title="Peak memory of the process",
+            kind="line",
+            x=records,
+            y=Axis("MiB"),
+            series=(
+                series("at its peak", lambda result: result["peak_memory_mb"]),
+                series("base model loaded, before the write", lambda result: result["loaded_memory_mb"]),
+            ),
+            note=note,
+        ),
+    )

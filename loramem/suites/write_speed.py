@@ -14,6 +14,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from loramem.generators import generate
+from loramem.suites.figures import Axis, Plot, Series, point
 from loramem.suites.runner import Known, Request, Result, Table, public_name
 
 OURS, PLACED, USUAL, PAPER = "loramem", "Trainer, our placement", "Trainer, all-linear", "paper recipe"
@@ -192,15 +193,11 @@ def _baseline(cell: Cell) -> Result:
 
 def table(lines: Sequence[Mapping[str, Any]]) -> Table:
     """A row per number of records and method: median over seeds, and the range."""
-    measured = [line for line in lines if not line["cell"]["tuning"]]
-    groups: dict[tuple[int, str], list[Result]] = {}
-    for line in measured:
-        groups.setdefault((line["cell"]["records"], _label(line)), []).append(line["result"])
-    rows = []
-    for (records, method), results in sorted(groups.items(), key=lambda group: group[0][0]):
+    groups, rows = _groups(lines), []
+    for (records, method), results in groups.items():
         seconds = median(result["seconds"] for result in results)
         ours = median(result["seconds"] for result in groups[records, OURS])
-        done = all(result["exact"] == records for result in results)
+        done = _exact(results) == records
         rows.append(
             (
                 str(records),
@@ -221,7 +218,37 @@ def table(lines: Sequence[Mapping[str, Any]]) -> Table:
         *("records", "method", "seeds", "seconds to every record exact", "records/s", "steps", "exact", "lowest p"),
         *("parameters", "source bits/parameter", "peak MB", "times ours"),
     )
-    return Table(columns, tuple(rows), _notes(measured))
+    return Table(columns, tuple(rows), _notes([line for line in lines if not line["cell"]["tuning"]]))
+
+
+def plots(lines: Sequence[Mapping[str, Any]]) -> tuple[Plot, ...]:
+    """Seconds by method, a colour per number of records."""
+    if not (groups := _groups(lines)):
+        return ()
+    methods = tuple(dict.fromkeys(method for _, method in groups))
+    series = tuple(
+        Series(
+            f"{size:,} records",
+            tuple(
+                point(methods.index(method), [result["seconds"] for result in results], _exact(results) < records)
+                for (records, method), results in groups.items()
+                if records == size
+            ),
+        )
+        for size in dict.fromkeys(records for records, _ in groups)
+    )
+    return (
+        Plot(
+            name="seconds",
+            title="Writing until every record is exact",
+            kind="bar",
+            x=Axis("method"),
+            y=Axis("seconds (log scale)", log=True),
+            series=series,
+            names=methods,
+            note="Medians, and the range over seeds; a hatched bar was stopped before every record was exact.",
+        ),
+    )
 
 
 def spread(results: Sequence[Result], name: str, digits: int) -> str:
@@ -229,6 +256,15 @@ def spread(results: Sequence[Result], name: str, digits: int) -> str:
     values = [result[name] for result in results]
     middle = f"{median(values):,.{digits}f}"
     return middle if len(values) == 1 else f"{middle} ({min(values):,.{digits}f}–{max(values):,.{digits}f})"
+
+
+def _groups(lines: Sequence[Mapping[str, Any]]) -> dict[tuple[int, str], list[Result]]:
+    """The results, without the tuning's, by number of records and method; the smallest number first."""
+    groups: dict[tuple[int, str], list[Result]] = {}
+    for line in lines:
+        if not line["cell"]["tuning"]:
+            groups.setdefault((line["cell"]["records"], _label(line)), []).append(line["result"])
+    return dict(sorted(groups.items(), key=lambda group: group[0][0]))
 
 
 def _label(line: Mapping[str, Any]) -> str:
