@@ -30,6 +30,9 @@ log = logging.getLogger(__name__)
 CHECK_RECORDS, CHECK_TOKENS = 64, 32_768
 # Without progress for as many passes, and at least as many steps, the rate is halved; down to MIN_DECAY of its start.
 DECAY_PASSES, DECAY_STEPS, MIN_DECAY = 3, 12, 1 / 64
+# With fewer than a tenth of the tokens open the rate falls with their share, but not below this part of it: at a tenth
+# the last tokens of long records hardly moved.
+LEAST_SHARE = 0.5
 # Without progress for as many, and a larger share of the tokens than HOPELESS not ordered, training begins again at a
 # third of the rate. Measured with rates that were too high by a lot.
 WRECKED_PASSES, WRECKED_STEPS, HOPELESS = 8, 40, 0.1
@@ -144,10 +147,11 @@ class _Run:
         self.steps_per_pass = math.ceil(len(self.records) / settings.batch_records)
         self.step = self.visits = self.restarts = 0
         self.tokens = torch.tensor([len(record.answer_ids) for record in self.records])
-        # As last seen, per record: lowest probability, tokens below the certified one, Σ of the losses in nats.
+        # As last seen, per record: lowest probability, tokens below the certified one, Σ of all losses and of theirs.
         self.lowest = torch.zeros(len(self.records))
         self.open_tokens = self.tokens.clone()
         self.losses = torch.full((len(self.records),), math.inf)
+        self.open_losses = self.losses.clone()
         single_long = len(self.records) == 1 and self.records[0].length > settings.long_tokens
         self.sliding = objectives.SlidingState.start(1, adapted.base.device) if single_long else None
         self.learning_rate = settings.learning_rate
@@ -323,7 +327,7 @@ class _Run:
         for a few passes: a rate that settles on one base model hovers on another.
         """
         share = self.unordered / int(self.tokens.sum())
-        return min(1.0, max(0.1, share / 0.1)) * self.decay
+        return min(1.0, max(LEAST_SHARE, share / 0.1)) * self.decay
 
     def see(self, indices: Sequence[int], losses: Tensor) -> None:
         """Keep what a forward pass said of its records (B, K); a training pass saw the weights before its step."""
@@ -334,6 +338,7 @@ class _Run:
         stubborn = ~(losses <= -math.log(self.settings.certify_threshold))
         self.open_tokens[rows] = stubborn.sum(1).cpu()
         self.losses[rows] = losses.sum(1).cpu()
+        self.open_losses[rows] = (losses * stubborn).sum(1).cpu()
 
     @torch.no_grad()
     def look(self, indices: Sequence[int]) -> None:
@@ -352,8 +357,13 @@ class _Run:
         return 1 - float(self.open_tokens[rows].sum() / self.tokens[rows].sum())
 
     def note_progress(self, *, grew: bool) -> None:
-        """Progress is fewer stubborn tokens, a loss 1 % below that of the last progress, or more records exposed."""
-        unordered, loss = self.unordered, float(self.losses.sum())
+        """Progress is fewer stubborn tokens, a loss 1 % below that of the last progress, or more records exposed.
+
+        The loss is that of the stubborn tokens, since a few of them rise slowly while the mean has long settled; for
+        plain cross-entropy, which is trained to convergence, that of all.
+        """
+        unordered = self.unordered
+        loss = float((self.losses if self.settings.objective == "sft" else self.open_losses).sum())
         if grew or unordered < self.best_unordered or loss < 0.99 * self.best_loss:
             self.best_step = self.decay_step = self.step
             self.best_loss = loss
