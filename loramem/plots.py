@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.image import AxesImage
 
 SUFFIXES = (".png", ".svg", ".pdf")
+MISSING = "matplotlib, which is not installed: pip install 'loramem[plots]'"
 DPI, LAW_INCHES, PLAN_INCHES = 150, (13.0, 11.0), (8.0, 5.0)
 CONFIDENCE, LIKELY = 0.9, "90 %"
 BLUE, RED, GREY = "#0072B2", "#D55E00", "#777777"  # Okabe and Ito: told apart with any colour vision
@@ -296,14 +297,29 @@ def _save(path: Path, law: MemoryLaw, draw: Callable[[], "Figure"]) -> None:
         raise LoramemError(f"A figure's file must end in {', '.join(SUFFIXES)}, not {path.suffix!r}: {path}.")
     if (FORMS[law.form].rank, FORMS[law.form].length) != ("rank", "length"):
         raise LawError(f"Figures are over rank and length, and a law of the form {law.form!r} is not.")
+    content = render(draw, path.suffix[1:])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_synced(path, content, mode=0o644)
+
+
+def render(draw: Callable[[], "Figure"], format_: str, **settings: object) -> bytes:
+    """The content of a figure's file, the same for the same figure.
+
+    Args:
+        draw: Makes the figure, within matplotlib's default style: the user's own settings must not change sizes.
+        format_: "png", "svg" or "pdf".
+        settings: Of matplotlib, beside its defaults, with underscores for dots.
+
+    Raises:
+        LoramemError: matplotlib is not installed.
+    """
     try:
         import matplotlib.style
     except ImportError:
-        raise LoramemError("Figures need matplotlib, which is not installed: pip install 'loramem[plots]'") from None
-    # The user's own settings must not change sizes; salt and dates would make every file another.
-    undated = {".png": {}, ".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
+        raise LoramemError(f"Figures need {MISSING}") from None
+    undated = {"png": {}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
+    ours = {"svg.hashsalt": "loramem", **{name.replace("_", ".", 1): value for name, value in settings.items()}}
     buffer = io.BytesIO()
-    with matplotlib.style.context(["default", {"svg.hashsalt": "loramem"}]):
-        draw().savefig(buffer, format=path.suffix[1:], metadata=undated[path.suffix])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_synced(path, buffer.getvalue(), mode=0o644)
+    with matplotlib.style.context(["default", ours]):
+        draw().savefig(buffer, format=format_, metadata=undated[format_])
+    return buffer.getvalue()

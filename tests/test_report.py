@@ -390,7 +390,7 @@ def test_without_matplotlib_one_line_says_what_to_install(monkeypatch: pytest.Mo
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(LoramemError) as error:
         draw(BARS, "", "png")
-    assert str(error.value) == "Plots need matplotlib, which is not installed: pip install 'loramem[plots]'"
+    assert str(error.value) == "Figures need matplotlib, which is not installed: pip install 'loramem[plots]'"
 
 
 @needs_matplotlib

@@ -4,7 +4,6 @@ matplotlib is an optional extra, imported when something is drawn. No display an
 same bytes.
 """
 
-import io
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from importlib.util import find_spec
 from statistics import median
 from typing import TYPE_CHECKING, Any, Literal
 
-from loramem.errors import LoramemError
+from loramem.plots import render
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
@@ -20,7 +19,6 @@ if TYPE_CHECKING:
     from matplotlib.axis import Axis as DrawnAxis
     from matplotlib.figure import Figure
 
-MISSING = "matplotlib, which is not installed: pip install 'loramem[plots]'"
 DPI, INCHES = 150, (6.4, 4.0)
 BARS_INCHES, HEAD_INCHES, BAR_INCHES = 8.0, 1.7, 0.3  # width; title, axis and legend; one bar
 # Okabe and Ito: told apart with any colour vision.
@@ -96,18 +94,8 @@ def draw(plot: Plot, subtitle: str, format_: Literal["png", "svg"]) -> bytes:
     Raises:
         LoramemError: matplotlib is not installed.
     """
-    try:
-        import matplotlib.style
-    except ImportError:
-        raise LoramemError(f"Plots need {MISSING}") from None
-    # The user's own settings must not change sizes; salt and dates would make every file another. Names out of results
-    # are text, whatever dollar signs they have.
-    ours: dict[str, Any] = {"svg.hashsalt": "loramem", "text.parse_math": False}
-    buffer = io.BytesIO()
-    with matplotlib.style.context(["default", ours]):
-        undated = {"Date": None} if format_ == "svg" else {}
-        figure(plot, subtitle).savefig(buffer, format=format_, metadata=undated)
-    return buffer.getvalue()
+    # Names out of results are text, whatever dollar signs they have.
+    return render(lambda: figure(plot, subtitle), format_, text_parse_math=False)
 
 
 def figure(plot: Plot, subtitle: str = "") -> "Figure":

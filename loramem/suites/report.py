@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from loramem.errors import InputError
+from loramem.plots import MISSING
 from loramem.suites.commands import commands
-from loramem.suites.figures import MISSING, Plot
+from loramem.suites.figures import Plot
 from loramem.suites.runner import SUITES, Result, Suite, Table, load_suite
 
 TITLE = "loramem: measurements"
