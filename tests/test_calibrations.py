@@ -122,8 +122,7 @@ def test_writes_give_the_boundary_and_the_pace_of_their_placement() -> None:
     assert placed is not None and placed.boundary is not None and placed.pace is not None
     assert placed.parameters_per_rank == 500
     assert placed.boundary == boundary.fit(placed.outcomes)
-    # The law's runs end far above 0.69 nats, uncertified: they are outcomes too.
-    assert len(placed.outcomes) == 16 + 8
+    assert len(placed.outcomes) == 8  # the law's runs were not certified
     assert placed.boundary.certified == placed.pace.outcomes == 5
     assert placed.pace.exponent == pytest.approx(0.5, abs=0.02)
     assert placed.pace.at_one_bit == pytest.approx(20, rel=0.02)
@@ -143,7 +142,7 @@ def test_the_conditions_say_where_the_runs_were_made_and_how_many() -> None:
 
 
 def test_what_the_runs_do_not_determine_is_left_out() -> None:
-    few = summarise(BARE, of_law()[:3])
+    few = summarise(BARE, [*of_law()[:3], *writes()[:3]])
     assert few.laws == ()
     placed = few.placed(PLACE)
     assert placed is not None
@@ -164,9 +163,10 @@ def test_placements_and_kinds_are_kept_apart() -> None:
     elsewhere = [replace(run, modules=ELSEWHERE[0], layers=ELSEWHERE[1]) for run in of_law("text", 9.0)]
     both = summarise(BARE, [*of_law(), *elsewhere])
     assert [(entry.kind, entry.place) for entry in both.laws] == [("random", PLACE), ("text", ELSEWHERE)]
-    assert [len(entry.outcomes) for entry in both.boundaries] == [16, 16]
+    both = summarise(BARE, [*elsewhere, *writes()])
+    assert {entry.place: len(entry.outcomes) for entry in both.boundaries} == {PLACE: 8, ELSEWHERE: 0}
     assert both.law("text", PLACE) is None
-    assert both.law("random", ELSEWHERE) is None
+    assert both.law("text", ELSEWHERE) is not None
     assert both.placed((("o_proj",), (3,))) is None
 
 
@@ -176,7 +176,7 @@ def test_placements_and_kinds_are_kept_apart() -> None:
 @pytest.mark.parametrize(
     ("objective", "final_loss", "certified", "counts"),
     [
-        ("sft", 5.0, False, True),  # a write would not have been certified either
+        ("sft", 5.0, False, False),  # plain cross-entropy may stay on a plateau that a write leaves
         ("sft", 0.5, False, False),  # a write goes on until it is certified, and might have been
         ("sft", 0.01, True, True),
         ("memft-sw", 5.0, False, True),
