@@ -24,6 +24,8 @@ from loramem.pace import Pace
 from loramem.runs import Run
 
 FORMAT = 1
+STORED = "write"
+"""The kind of a store's own writes, whatever their data."""
 SHIPPED = embedded.base_path().parent / "calibration.json"
 Place = tuple[tuple[str, ...], tuple[int, ...]]  # modules, layers
 
@@ -186,7 +188,7 @@ def basis(
     """What a plan at a placement rests on.
 
     Args:
-        kind: Whose law is asked; none if None.
+        kind: Whose law is asked, and whose writes and the store's own say the pace, if there are any; all if None.
         outcomes: Of writes at this placement beside those that are known.
     """
     placed = known.placed(place) if known else None
@@ -194,13 +196,14 @@ def basis(
     if outcomes:
         placed = _placed(place, parameters_per_rank, [*placed.outcomes, *outcomes])
     modules, layers = place
+    alike = pace.fit([outcome for outcome in placed.outcomes if outcome.kind in (kind, STORED)])
     return Basis(
         parameters_per_rank,
         2 * len(modules) * len(layers),
         placed.boundary,
         known.law(kind, place) if known and kind else None,
         kind,
-        placed.pace,
+        alike or placed.pace,
         seconds_per_visit,
     )
 
@@ -230,15 +233,14 @@ def plan_length(
     return plan_write(lengths, price, basis, goal=goal, rank=rank, limits=limits)
 
 
-def nearest_kind(known: Calibration, place: Place, cost_bits: float, length: int) -> str | None:
-    """The kind with a law at this placement whose tokens cost most nearly as much; None without a law."""
+def nearest_kind(known: Calibration, cost_bits: float, length: int) -> str | None:
+    """The kind whose tokens cost most nearly as much; None where no kind is known."""
 
-    def distance(kind: str) -> float:
-        samples = known.samples(kind)
-        assert samples is not None
-        return abs(math.log(max(samples.at(length)[1], 1.0) / max(cost_bits, 1.0)))
+    def distance(entry: KindSamples) -> float:
+        return abs(math.log(max(entry.at(length)[1], 1.0) / max(cost_bits, 1.0)))
 
-    return min((entry.kind for entry in known.laws if entry.place == place), key=distance, default=None)
+    nearest = min(known.kinds, key=distance, default=None)
+    return nearest.kind if nearest else None
 
 
 def outcomes_of(run: Run) -> list[Outcome]:

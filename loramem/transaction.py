@@ -125,7 +125,7 @@ class Transaction:
         weights = base.fingerprint.weights[:12]
         known = calibrations.load(weights)
         if kind is None and known is not None and price is not None:
-            kind = calibrations.nearest_kind(known, place, price.cost_bits, length)
+            kind = calibrations.nearest_kind(known, price.cost_bits, length)
         return calibrations.basis(
             known,
             place,
@@ -248,7 +248,7 @@ def outcomes(planned: ShardPlan, result: ShardResult) -> list[Outcome]:
 
     def outcome(rank: int, certified: bool, visits: float | None = None) -> Outcome:
         parameters = planned.parameters * rank // planned.rank
-        return Outcome("write", rank, planned.length, parameters, planned.cost_bits, certified, visits)
+        return Outcome(calibrations.STORED, rank, planned.length, parameters, planned.cost_bits, certified, visits)
 
     if result.failed or len(result.shards) != 1:
         return [outcome(planned.rank, False)]

@@ -223,11 +223,22 @@ def test_one_sample_is_enough() -> None:
 def test_the_nearest_kind_costs_most_nearly_as_much() -> None:
     known = summarise(BARE, [*of_law("random", 12.0), *of_law("text", 4.0)])
     # At 400 tokens they cost 400 · (12 / ln 2 − 1) = 6525 and 400 · (4 / ln 2 − 1) = 1908 bits; half way in ln is 3529.
-    assert nearest_kind(known, PLACE, 3400.0, 400) == "text"
-    assert nearest_kind(known, PLACE, 3700.0, 400) == "random"
-    assert nearest_kind(known, PLACE, 0.0, 400) == "text"
-    assert nearest_kind(known, ELSEWHERE, 3400.0, 400) is None
-    assert nearest_kind(BARE, PLACE, 3400.0, 400) is None
+    assert nearest_kind(known, 3400.0, 400) == "text"
+    assert nearest_kind(known, 3700.0, 400) == "random"
+    assert nearest_kind(known, 0.0, 400) == "text"
+    assert nearest_kind(BARE, 3400.0, 400) is None
+
+
+def test_the_pace_is_that_of_the_kind_and_of_the_stores_own_writes() -> None:
+    slow = [replace(run, kind="text", visits=10 * run.visits) for run in writes()]
+    known = summarise(BARE, [*writes(), *slow])
+    paces = {kind: basis(known, PLACE, 500, kind).pace for kind in ("phonebook", "text", "songs", None)}
+    assert all(paces.values())
+    visits = {kind: found.visits(8000, 1000.0) for kind, found in paces.items() if found}
+    assert visits["text"] == pytest.approx(10 * visits["phonebook"], rel=0.01)
+    assert visits["phonebook"] < visits["songs"] == visits[None] < visits["text"]  # of unknown kinds all are believed
+    own = basis(known, PLACE, 500, "songs", [Outcome("write", 16, 400, 8000, 1000.0, True, 3.0)] * 5).pace
+    assert own is not None and own.visits(8000, 1000.0) == pytest.approx(3.0)
 
 
 # --- what a plan rests on
