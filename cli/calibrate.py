@@ -32,7 +32,9 @@ from .output import note
 )
 @click.option("--layers", help="Their decoder layers, counted from 0, such as 4 or 4,5.")
 @click.option("--budget-minutes", type=click.FloatRange(0, min_open=True), help="Begin no run that would end later.")
-@click.option("--learning-rate", type=click.FloatRange(0, min_open=True), help="In place of 0.2.")
+@click.option(
+    "--learning-rate", type=click.FloatRange(0, min_open=True), help="In place of 0.06; 0.2 for one module."
+)
 @click.option(
     "--objective",
     type=click.Choice(["sft", "memft-ot", "memft-sw"]),
@@ -74,7 +76,7 @@ def command(
     """
     from loramem import embedded, read_records
     from loramem.base_model import load_base_model
-    from loramem.calibrate import LEARNING_RATE, RANKS, Request, bare_calibration, calibrate, default_lengths
+    from loramem.calibrate import RANKS, Request, bare_calibration, calibrate, default_lengths, default_rate
     from loramem.calibrations import cached, summarise
     from loramem.runs import by_kind, default_file, read_runs
 
@@ -89,7 +91,7 @@ def command(
         lengths or default_lengths(base, kind, place, objective, records),
         ranks or RANKS,
         seed,
-        learning_rate or LEARNING_RATE,
+        learning_rate or default_rate(place),
         objective,
         tuple(records),
     )

@@ -16,6 +16,7 @@ from loramem.calibrate import Request, spread
 from loramem.errors import InputError
 from loramem.records import Record
 from loramem.runs import Run, append_run, read_runs
+from loramem.settings import WriterSettings
 
 
 @pytest.fixture
@@ -226,3 +227,9 @@ def test_lengths_grow_with_the_placement_and_shrink_with_the_cost(loaded: BaseMo
     (sample,) = calibrate.price_sample(loaded, "phonebook", calibrate.PROBE).samples
     at_rank_1 = sample.cost_bits / sample.length * lengths[0] / small.parameters_per_rank(loaded.model)
     assert at_rank_1 == pytest.approx(calibrate.LAW_BITS[0], rel=0.06)
+
+
+def test_one_module_alone_is_trained_at_a_higher_rate(loaded: BaseModel) -> None:
+    assert calibrate.default_rate(Placement.named(loaded.model, ["o_proj"], [1])) == calibrate.LEARNING_RATE
+    for many in (Placement.default(loaded.model), Placement.named(loaded.model, ["o_proj"], [1, 2])):
+        assert calibrate.default_rate(many) == WriterSettings.learning_rate
