@@ -50,8 +50,8 @@ IDLE_PASSES, IDLE_STEPS = 12, 90
 """Without progress for as many passes and steps a run has converged: by then the rate has been halved six times."""
 LEARNING_RATE = 0.2
 """Where one module is adapted: it alone is to change more than many do. 500 tokens at ranks 1 and 4 of one down_proj
-end 2 to 10 % lower than at the writer's 0.06, and within 3 % of 0.6. With the writer's default placement it is too high:
-400 phone numbers at rank 1 stay at 2.29 nats per token, and end at 0.19 at 0.06."""
+end 2 to 10 % lower than at the writer's 0.06, and within 3 % of 0.6. With the writer's default placement it is too
+high: 400 phone numbers at rank 1 stay at 2.29 nats per token, and end at 0.19 at 0.06."""
 
 
 @dataclass(frozen=True)
