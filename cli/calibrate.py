@@ -32,9 +32,7 @@ from .output import note
 )
 @click.option("--layers", help="Their decoder layers, counted from 0, such as 4 or 4,5.")
 @click.option("--budget-minutes", type=click.FloatRange(0, min_open=True), help="Begin no run that would end later.")
-@click.option(
-    "--learning-rate", type=click.FloatRange(0, min_open=True), help="In place of 0.06; 0.2 for one module."
-)
+@click.option("--learning-rate", type=click.FloatRange(0, min_open=True), help="In place of 0.06; 0.2 for one module.")
 @click.option(
     "--objective",
     type=click.Choice(["sft", "memft-ot", "memft-sw"]),
