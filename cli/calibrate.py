@@ -76,7 +76,7 @@ def command(
     from loramem.base_model import load_base_model
     from loramem.calibrate import RANKS, Request, bare_calibration, calibrate, default_lengths, default_rate
     from loramem.calibrations import cached, summarise
-    from loramem.runs import by_kind, default_file, read_runs
+    from loramem.runs import by_kind, default_file, read_runs, shipped_file
 
     base = load_base_model(model or embedded.NAME, device=device)
     place, records = options.placement(base.model, modules, layers), []
@@ -104,6 +104,8 @@ def command(
             f"({run.steps} steps, {run.elapsed_s:.0f} s; the others at most {left_s / 60:.0f} min)"
         ),
     )
-    known = summarise(bare_calibration(base), read_runs(path))
+    # What replaces the shipped calibration must hold what that one holds; a file of its own says what its runs say.
+    ours = [] if save else read_runs(shipped_file())
+    known = summarise(bare_calibration(base), {run.identity: run for run in [*ours, *read_runs(path)]}.values())
     known.save(save or cached(known.base_weights))
     show(by_kind(made), as_json=as_json)

@@ -17,12 +17,15 @@ if TYPE_CHECKING:
     from loramem.capacity import Basis, Plan, RankLimits, ShardPlan
 
 TOKENS_PER_RECORD = 10
+MOST_TOKENS = 10_000_000  # thousands of adapters, planned in a second
 LARGEST_SAMPLE = 4000  # answer tokens: what longer ones cost is proportional
 
 
 @click.command("capacity")
 @click.argument("file", type=click.Path(path_type=Path, allow_dash=True), required=False)
-@click.option("--length", type=click.IntRange(1), help="Answer tokens of all records together, in place of FILE.")
+@click.option(
+    "--length", type=click.IntRange(1, MOST_TOKENS), help="Answer tokens of all records together, in place of FILE."
+)
 @click.option("--records", type=click.IntRange(1), help="How many records share them; 10 tokens each unless given.")
 @click.option(
     "--kind",
@@ -62,7 +65,7 @@ def command(
     """
     if (file is None) == (length is None):
         raise click.UsageError("Give a FILE (- for stdin), or --length.")
-    limits = _limits(max_rank, ranks, rank)
+    limits = _limits(goal, max_rank, ranks, rank)
     if file is None:
         assert length is not None
         count = records or max(1, round(length / TOKENS_PER_RECORD))
@@ -92,15 +95,14 @@ def command(
     _show(plan, name, location)
 
 
-def _limits(max_rank: int, ranks: tuple[int, ...] | None, rank: int | None) -> "RankLimits":
-    from loramem.capacity import RankLimits
+def _limits(goal: str, max_rank: int, ranks: tuple[int, ...] | None, rank: int | None) -> "RankLimits":
+    from loramem.capacity import RankLimits, check_request
 
     try:
         limits = RankLimits(max_rank, ranks or ())
+        check_request(goal, rank, limits)
     except ValueError as error:
-        raise click.UsageError(str(error)) from None
-    if rank is not None and (rank > max_rank or (ranks and rank not in ranks)):
-        raise click.UsageError(f"--rank {rank} is not among the ranks that --max-rank and --ranks allow.")
+        raise click.UsageError(f"{error}.") from None
     return limits
 
 
@@ -135,7 +137,7 @@ def _plan_length(
         weights = fingerprint(find_base_model(name)[0]).weights[:12]
     known = calibrations.load(weights)
     samples = known.samples(kind) if known else None
-    if known is None or samples is None or (place or known.place) != known.place:
+    if known is None or samples is None:
         if samples is None and kind not in KINDS:
             raise click.UsageError(
                 f"--kind {kind!r} is not one of {', '.join(KINDS)}, nor a file that was calibrated with."

@@ -227,6 +227,8 @@ def _show_boundaries(runs: "list[Run]") -> None:
     rows, bins = [], []
     for name, members in groups.items():
         outcomes = [outcome for run in members for outcome in outcomes_of(run)]
+        if not outcomes:
+            continue
         try:
             fitted, tested = boundary.fit(outcomes), boundary.reliability(outcomes)
         except BoundaryError as error:

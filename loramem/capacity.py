@@ -20,11 +20,11 @@ from functools import partial
 from loramem.boundary import SuccessBoundary
 from loramem.errors import DoesNotFit, OutOfReach
 from loramem.law import MemoryLaw
+from loramem.law_fit import SATURATED
 from loramem.pace import Pace
 
 MAX_RANK = 128
 OPTIMISTIC_BITS, MOST_BITS = 2.0, 3.6  # of cost per parameter
-LEAST_LOSS = 0.69  # the law is not about lower ones
 PROBABILITY = 0.9
 ADAPTER_BYTES, MATRIX_BYTES = 1400, 150  # of an adapter's files beside its weights: config, card; header per matrix
 WIDEST = 1024  # times the law's rank: the end of the search for its interval
@@ -283,7 +283,7 @@ def cut(lengths: Sequence[int], limits: Goal, least: int = 1) -> list[tuple[int,
 
 def law_rank(law: MemoryLaw, base_loss: float, length: float) -> LawRank | None:
     """The rank at which the law predicts a final loss of 0.69, with its 90 % interval; None where none does."""
-    target = base_loss - LEAST_LOSS
+    target = base_loss - SATURATED
     try:
         rank = law.rank_for(target, length)
     except OutOfReach:

@@ -10,9 +10,11 @@ import torch
 from loramem_cli import main
 
 from loramem import calibrate
+from loramem import runs as runs_module
 from loramem.adapters import Placement
 from loramem.base_model import BaseModel, load_base_model
 from loramem.calibrate import Request, spread
+from loramem.calibrations import cached
 from loramem.errors import InputError
 from loramem.records import Record
 from loramem.runs import Run, append_run, read_runs
@@ -233,3 +235,18 @@ def test_one_module_alone_is_trained_at_a_higher_rate(loaded: BaseModel) -> None
     assert calibrate.default_rate(Placement.named(loaded.model, ["o_proj"], [1])) == calibrate.LEARNING_RATE
     for many in (Placement.default(loaded.model), Placement.named(loaded.model, ["o_proj"], [1, 2])):
         assert calibrate.default_rate(many) == WriterSettings.learning_rate
+
+
+def test_what_is_learnt_anew_of_the_embedded_model_keeps_what_shipped(
+    base: Path, tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = ["--modules", "down_proj", "--layers", "1", "--model", str(base), "--ranks", "1"]
+    shipped, own = tmp_path / "shipped.jsonl", tmp_path / "own.jsonl"
+    assert main.run(["calibrate", *place, "--lengths", "30", "--runs", str(shipped)]) == 0
+    monkeypatch.setattr(runs_module, "shipped_file", lambda: shipped)
+    weights = read_runs(shipped)[0].conditions["base_weights"]
+    for options, known in ([], [30, 60]), (["--save", str(tmp_path / "mine.json")], [60]):
+        assert main.run(["calibrate", *place, "--lengths", "60", "--runs", str(own), *options]) == 0
+        saved = Path(options[1]) if options else cached(weights)
+        (kind,) = json.loads(saved.read_text())["kinds"]
+        assert [sample["length"] for sample in kind["samples"]] == known

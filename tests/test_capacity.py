@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from loramem.boundary import SuccessBoundary
 from loramem.capacity import (
     GOALS,
-    LEAST_LOSS,
     MAX_RANK,
     Basis,
     Plan,
@@ -25,6 +24,7 @@ from loramem.capacity import (
 )
 from loramem.errors import DoesNotFit
 from loramem.law import MemoryLaw
+from loramem.law_fit import SATURATED
 from loramem.pace import Pace
 
 SHARD_RECORDS, SHARD_TOKENS = GOALS["fast"].shard_records, GOALS["fast"].shard_tokens
@@ -256,12 +256,12 @@ def test_the_laws_rank_inverts_the_law_and_lies_in_its_interval(base_loss: float
     law = dataclasses.replace(LAW, sigma=sigma)
     found = law_rank(law, base_loss, length)
     assert found is not None
-    assert law.predict(found.rank, length) == pytest.approx(base_loss - LEAST_LOSS)
+    assert law.predict(found.rank, length) == pytest.approx(base_loss - SATURATED)
     assert found.low is None or found.low <= found.rank
     assert found.high is not None and found.high >= found.rank
-    assert law.predict_interval(found.high, length)[0] == pytest.approx(base_loss - LEAST_LOSS, abs=0.02)
+    assert law.predict_interval(found.high, length)[0] == pytest.approx(base_loss - SATURATED, abs=0.02)
     if found.low is not None:
-        assert law.predict_interval(found.low, length)[1] == pytest.approx(base_loss - LEAST_LOSS, abs=0.02)
+        assert law.predict_interval(found.low, length)[1] == pytest.approx(base_loss - SATURATED, abs=0.02)
 
 
 def test_an_interval_that_widens_with_the_rank_still_has_its_ends() -> None:
@@ -273,7 +273,7 @@ def test_an_interval_that_widens_with_the_rank_still_has_its_ends() -> None:
     assert found is not None and found.low is not None and found.high is not None
     assert found.low < found.rank < found.high
     for end, rank in ((1, found.low), (0, found.high)):
-        assert law.predict_interval(rank, 400)[end] == pytest.approx(4.0 - LEAST_LOSS, abs=0.01)
+        assert law.predict_interval(rank, 400)[end] == pytest.approx(4.0 - SATURATED, abs=0.01)
 
 
 def test_an_interval_that_never_reaches_the_loss_has_no_end() -> None:

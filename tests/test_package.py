@@ -51,8 +51,8 @@ LAYERS = (
         "loramem.calibrations",
         "loramem.plots",
     ),
-    ("loramem.runs", "loramem.joint_law"),
-    ("loramem.law_fit", "loramem.generators", "loramem.long_text", "loramem.capacity", "loramem.staging"),
+    ("loramem.runs", "loramem.joint_law", "loramem.capacity"),
+    ("loramem.law_fit", "loramem.generators", "loramem.long_text", "loramem.staging"),
     ("loramem.prompts", "loramem.index", "loramem.pace"),
     ("loramem.boundary", "loramem.law"),
     (
