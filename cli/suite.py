@@ -27,15 +27,25 @@ def list_() -> None:
 
     for name in SUITES:
         summary = (load_suite(name).__doc__ or "").partition("\n\n")[0].replace("\n", " ")
-        click.echo(f"{name:<14} {summary}")
+        click.echo(f"{name:<14} {summary.replace('``', '')}")
 
 
 @command.command("run")
 @click.argument("name")
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Results file; docs/results/NAME.jsonl.")
+@click.option("--methods", metavar="M,M…", help="Of sft, memft-ot, memft-sw and loramem; all unless given.")
+@click.option("--ranks", type=options.Numbers(), help="In place of the suite's own.")
+@click.option("--lengths", type=options.Numbers(), help="Answer tokens, in place of the suite's own.")
 @click.option("--records", type=options.Numbers(), help="Sizes, in place of the suite's own.")
 @click.option("--seeds", type=click.IntRange(1), help="How many, in place of the suite's own number.")
-@click.option("--threads", type=click.IntRange(1), default=os.cpu_count(), show_default="all cores")
+@click.option(
+    "--data", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="In place of generated data."
+)
+@click.option("--unit", type=click.Choice(["branch", "down_proj"]), help="Where published methods put their matrices.")
+@click.option("--layer", type=click.IntRange(0), help="Decoder layer of that unit; at two thirds of them unless given.")
+@click.option("--paper", is_flag=True, help="The published grid, for a GPU.")
+@click.option("--threads", type=click.IntRange(1), show_default="all cores, shared out", help="Of each worker.")
+@click.option("--workers", type=click.IntRange(1), default=1, show_default=True, help="Cells measured side by side.")
 @click.option("--no-run", is_flag=True, help="Only print what the results file holds.")
 @click.option("--quick", is_flag=True, help="Tiny sizes, to see that it works; kept in no file unless --out names one.")
 @click.option(
@@ -46,9 +56,17 @@ def list_() -> None:
 def run(
     name: str,
     out: Path | None,
+    methods: str | None,
+    ranks: tuple[int, ...] | None,
+    lengths: tuple[int, ...] | None,
     records: tuple[int, ...] | None,
     seeds: int | None,
-    threads: int,
+    data: Path | None,
+    unit: str | None,
+    layer: int | None,
+    paper: bool,
+    threads: int | None,
+    workers: int,
     no_run: bool,
     quick: bool,
     store: Path | None,
@@ -59,20 +77,34 @@ def run(
 ) -> None:
     """Run the cells of suite NAME that are not in the results file yet, and print the table.
 
-    Every cell runs in a process of its own; an interrupt loses the one that is running.
+    Every cell runs in a process of its own; an interrupt loses those that are running. A suite leaves out options that
+    do not concern it.
     """
     from loramem import embedded
-    from loramem.suites.runner import SUITES, Request, load_suite, measured, run_suite
+    from loramem.suites.runner import METHODS, SUITES, Request, load_suite, measured, run_suite
 
     if name not in SUITES:
         raise click.UsageError(f"There is no suite {name!r}. There are {', '.join(SUITES)}.")
+    wanted = tuple(methods.split(",")) if methods else None
+    if unknown := set(wanted or ()).difference(METHODS):
+        raise click.UsageError(f"There is no method {min(unknown)!r}. There are {', '.join(METHODS)}.")
+    if quick and paper:
+        raise click.UsageError("--quick and --paper are opposites.")
     request = Request(
         records=records,
+        lengths=lengths,
+        ranks=ranks,
+        methods=wanted,
         seeds=seeds,
         model=model or embedded.NAME,
         device=device,
-        threads=threads,
+        threads=threads or max(1, (os.cpu_count() or 1) // workers),
+        workers=workers,
         quick=quick,
+        paper=paper,
+        data=data,
+        unit=unit,
+        layer=layer,
         store=store,
         every_record=every_record,
     )

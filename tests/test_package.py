@@ -18,7 +18,6 @@ LAYERS = (
     ("loramem.suites.reporter",),
     ("loramem.suites.page",),
     ("loramem.suites.report",),
-    ("loramem.suites.commands",),
     ("loramem.suites.write_scaling",),
     (
         "loramem.suites.writing",

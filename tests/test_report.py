@@ -19,7 +19,6 @@ from loramem_cli.main import run
 
 from loramem.errors import InputError, LoramemError
 from loramem.suites import budget, figures, large_base, recall_speed, reporter, runner, write_scaling, write_speed
-from loramem.suites.commands import commands
 from loramem.suites.figures import Axis, Plot, Point, Series, draw, figure, point
 from loramem.suites.page import inline, numeric
 from loramem.suites.report import Report, build, markdown, parse
@@ -32,7 +31,13 @@ NASTY = "<b>&|$x$ `_m_` \"'"
 CONDITIONS = {"base_model": "loramem-tiny", "processor": "A", "cores": 2, "threads": 2, "loramem": "0.1.0"}
 
 
-def scaling(records: int, seed: int = 0, conditions: Mapping[str, Any] | None = None, **result: Any) -> dict[str, Any]:
+def scaling(
+    records: int,
+    seed: int = 0,
+    conditions: Mapping[str, Any] | None = None,
+    command: str = "loramem suite run write-scaling --threads 2",
+    **result: Any,
+) -> dict[str, Any]:
     """A made-up line of write-scaling: 25 ms a record, 400 MiB and one more for every ten records."""
     conditions = {**CONDITIONS, **(conditions or {})}
     cell = write_speed.Cell(write_speed.OURS, records, seed, conditions["base_model"], "auto", quick=False)
@@ -48,6 +53,7 @@ def scaling(records: int, seed: int = 0, conditions: Mapping[str, Any] | None = 
         "suite": "write-scaling",
         "cell": dict(cell.identity),
         "conditions": conditions,
+        "command": command,
         "result": measured,
     }
 
@@ -156,39 +162,29 @@ def test_what_a_table_was_measured_on_is_said() -> None:
 # --- commands
 
 
-@pytest.mark.parametrize("name", runner.SUITES)
 @pytest.mark.parametrize(
     ("request_", "options"),
     [
         (runner.Request(threads=2), "--threads 2"),
         (runner.Request(records=(7, 9), seeds=2, device="cpu"), "--threads 1 --device cpu --records 7,9 --seeds 2"),
         (runner.Request(model="org/other", quick=True), "--threads 1 --model org/other --quick"),
+        (
+            runner.Request(methods=("sft",), ranks=(1, 2), workers=2),
+            "--threads 1 --workers 2 --ranks 1,2 --methods sft",
+        ),
+        (runner.Request(data=Path("of/mine/book.jsonl"), paper=True), "--threads 1 --data book.jsonl --paper"),
+        (runner.Request(unit="down_proj", layer=4), "--threads 1 --unit down_proj --layer 4"),
+        (runner.Request(store=Path("my store"), every_record=True), "--threads 1 --store 'my store' --all"),
     ],
 )
-def test_a_command_is_found_that_measures_the_same_again(name: str, request_: runner.Request, options: str) -> None:
-    result = {"seconds": 2.0, "exact": 1, "capped": False, "parameters": 10}
-    conditions = {"base_model": request_.model, "threads": request_.threads}
-    lines = [
-        {"cell": dict(cell.identity), "conditions": conditions, "result": result}
-        for cell in runner.load_suite(name).cells(request_, lambda _: result)
-    ]
-    assert commands(name, lines) == (f"loramem suite run {name} {options}",)
+def test_a_request_knows_its_command(request_: runner.Request, options: str) -> None:
+    assert request_.command("phase") == f"loramem suite run phase {options}"
 
 
-def test_what_no_single_command_measures_takes_several() -> None:
-    lines = [scaling(records, seed) for records, seed in ((100, 0), (1000, 0), (4000, 0))]
-    lines[2]["cell"]["device"] = "cpu"
-    assert commands("write-scaling", lines) == (
-        "loramem suite run write-scaling --threads 2 --records 100,1000",
-        "loramem suite run write-scaling --threads 2 --device cpu --records 4000",
-    )
-    lines[2]["cell"]["precision"] = "of an older version"
-    assert len(commands("write-scaling", lines)) == 1
-
-
-def test_names_in_commands_are_quoted() -> None:
-    (command,) = commands("write-scaling", [scaling(100, conditions={"base_model": "a b; rm"})])
-    assert command == "loramem suite run write-scaling --threads 2 --model 'a b; rm' --records 100"
+def test_a_report_names_every_command_that_its_lines_came_from_once() -> None:
+    lines = [scaling(records, command=command) for records, command in ((1, "one"), (2, "two"), (3, "one"))]
+    ((part,),) = (section.parts for section in build(lines).sections)
+    assert part.commands == ("one", "two")
 
 
 # --- Markdown
@@ -223,7 +219,7 @@ Whether writing stays linear in the number of records: seconds per record and pe
 - measurements: 2
 
 ```
-loramem suite run write-scaling --threads 1 --model 'a|b'
+loramem suite run write-scaling --threads 2
 ```
 
 ![Time per record](write-scaling-1-time.png)

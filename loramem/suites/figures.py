@@ -5,6 +5,7 @@ same bytes.
 """
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -27,6 +28,7 @@ GREY = "#777777"
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 HATCH = "////"
 LEGEND_LETTERS = 75  # that fit beside each other
+MOST_LABELLED = 16  # columns of a heat map whose fields are wide enough for a number
 TICKS = 8  # measured sizes that an axis can be labelled with
 
 
@@ -78,6 +80,30 @@ class Plot:
     """What one must know to read it."""
 
 
+@dataclass(frozen=True)
+class HeatMap:
+    """A grid of values, each a coloured and labelled field."""
+
+    name: str
+    """A word for its files."""
+    title: str
+    x: Axis
+    y: Axis
+    value: str
+    """What a field's number is, with its unit."""
+    columns: tuple[str, ...]
+    """Labels along x, from left to right."""
+    rows: tuple[str, ...]
+    """Labels along y, from top to bottom."""
+    values: tuple[tuple[float | None, ...], ...]
+    """By row; None where nothing was measured."""
+    low: float = 0.0
+    high: float = 1.0
+    """Ends of the colour scale."""
+    note: str = ""
+    """What one must know to read it."""
+
+
 def point(x: float, values: Sequence[float], at_least: bool = False) -> Point:
     """The median of some measurements, and their range."""
     return Point(x, median(values), min(values), max(values), at_least)
@@ -88,7 +114,7 @@ def installed() -> bool:
     return find_spec("matplotlib") is not None
 
 
-def draw(plot: Plot, subtitle: str, format_: Literal["png", "svg"]) -> bytes:
+def draw(plot: Plot | HeatMap, subtitle: str, format_: Literal["png", "svg"]) -> bytes:
     """The content of a plot's file.
 
     Raises:
@@ -98,16 +124,21 @@ def draw(plot: Plot, subtitle: str, format_: Literal["png", "svg"]) -> bytes:
     return render(lambda: figure(plot, subtitle), format_, text_parse_math=False)
 
 
-def figure(plot: Plot, subtitle: str = "") -> "Figure":
+def figure(plot: Plot | HeatMap, subtitle: str = "") -> "Figure":
     """A plot, drawn; the subtitle says where it was measured."""
     from matplotlib.figure import Figure
 
+    if isinstance(plot, HeatMap):
+        drawn = Figure((max(INCHES[0], 2.2 + 0.55 * len(plot.columns)), 1.8 + 0.34 * len(plot.rows)), DPI)
+        drawn.set_layout_engine("constrained")
+        _title(axes := drawn.add_subplot(), plot, subtitle)
+        _draw_fields(axes, plot)
+        return drawn
     bars = sum(len(series.points) for series in plot.series)
     inches = (BARS_INCHES, max(3.0, HEAD_INCHES + BAR_INCHES * bars)) if plot.kind == "bar" else INCHES
     drawn = Figure(inches, DPI, layout="constrained")
     axes = drawn.add_subplot()
-    axes.set_title(f"{plot.title}\n", loc="left", fontsize="large")
-    axes.annotate(subtitle, (0, 1), (0, 6), "axes fraction", "offset points", color="#555555", fontsize="small")
+    _title(axes, plot, subtitle)
     if plot.kind == "bar":
         _draw_bars(axes, plot)
     else:
@@ -122,6 +153,29 @@ def figure(plot: Plot, subtitle: str = "") -> "Figure":
         columns = max(1, min(5, LEGEND_LETTERS // max(len(str(handle.get_label())) for handle in handles)))
         drawn.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize="small", frameon=False)
     return drawn
+
+
+def _title(axes: "Axes", plot: Plot | HeatMap, subtitle: str) -> None:
+    axes.set_title(f"{plot.title}\n", loc="left", fontsize="large")
+    axes.annotate(subtitle, (0, 1), (0, 6), "axes fraction", "offset points", color="#555555", fontsize="small")
+
+
+def _draw_fields(axes: "Axes", plot: HeatMap) -> None:
+    grid = [[math.nan if value is None else value for value in row] for row in plot.values]
+    image = axes.imshow(grid, cmap="cividis", vmin=plot.low, vmax=plot.high, aspect="auto")
+    axes.set_xticks(range(len(plot.columns)), plot.columns)
+    axes.set_yticks(range(len(plot.rows)), plot.rows)
+    axes.set(xlabel=plot.x.label, ylabel=plot.y.label)
+    axes.tick_params(length=0)
+    axes.figure.colorbar(image, ax=axes, label=plot.value)
+    if len(plot.columns) > MOST_LABELLED:
+        return
+    for row, values in enumerate(grid):
+        for column, value in enumerate(values):
+            # cividis is dark at its lower end
+            color = "white" if value < (plot.low + plot.high) / 2 else "black"
+            text = "–" if math.isnan(value) else _number(value)
+            axes.annotate(text, (column, row), ha="center", va="center", color=color, fontsize="small")
 
 
 def _draw_bars(axes: "Axes", plot: Plot) -> None:

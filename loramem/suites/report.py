@@ -11,8 +11,7 @@ from typing import Any
 
 from loramem.errors import InputError
 from loramem.plots import MISSING
-from loramem.suites.commands import commands
-from loramem.suites.figures import Plot
+from loramem.suites.figures import HeatMap, Plot
 from loramem.suites.runner import SUITES, Result, Suite, Table, load_suite
 
 TITLE = "loramem: measurements"
@@ -30,12 +29,12 @@ class Part:
     facts: Mapping[str, Any]
     """Base model, machine, versions and seeds."""
     commands: tuple[str, ...]
-    """What measures it again."""
+    """What measured it."""
     lines: tuple[Result, ...]
     table: Table
-    plots: tuple[Plot, ...]
+    plots: tuple[Plot | HeatMap, ...]
 
-    def stem(self, plot: Plot) -> str:
+    def stem(self, plot: Plot | HeatMap) -> str:
         """The name of a plot's files, without suffix."""
         return f"{self.anchor}-{plot.name}"
 
@@ -100,7 +99,7 @@ def parse(text: str, source: str) -> tuple[list[Result], int]:
             raise InputError(f"{source}, line {number}, is not JSON: {error}.") from None
         match line:
             case {"id": str(), "suite": str(suite), "cell": dict(), "conditions": dict(), "result": dict()} if (
-                suite in SUITES
+                suite in SUITES and "command" in line
             ):
                 lines.append(line)
             case None:
@@ -166,12 +165,16 @@ def _part(name: str, suite: Suite, number: int, lines: Sequence[Result], title: 
     except KeyError as error:
         raise InputError(
             f"The {len(lines)} lines of {name} on {title} make no table, for want of {error}. Measure what is missing "
-            f"({'; '.join(commands(name, lines))}), or keep these lines in another folder."
+            f"({'; '.join(_commands(lines))}), or keep these lines in another folder."
         ) from None
     seeds = sorted({line["cell"]["seed"] for line in lines if "seed" in line["cell"]})
     facts = {field.replace("_", " "): fact for field, fact in _setting(lines[0]).items()}
     facts |= {"seeds": ", ".join(map(str, seeds)), "measurements": len(lines)}
-    return Part(f"{name}-{number}", title, facts, commands(name, lines), tuple(lines), table, plots)
+    return Part(f"{name}-{number}", title, facts, _commands(lines), tuple(lines), table, plots)
+
+
+def _commands(lines: Iterable[Result]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(line["command"] for line in lines))
 
 
 def _setting(line: Result) -> dict[str, Any]:

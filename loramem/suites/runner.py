@@ -2,17 +2,18 @@
 
 A suite is a module with ``cells``, ``run``, ``table`` and ``plots`` (`Suite`) and one line in `SUITES`. What stands in
 the results file already, measured on this machine with the same versions, is not run again; an interrupt loses the
-running cell. This module and the ``cells`` of a suite do without torch; only ``run`` computes.
+running cells. This module and the ``cells`` of a suite do without torch; only ``run`` computes.
 """
 
 import hashlib
 import json
 import os
 import platform
+import shlex
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
@@ -23,7 +24,7 @@ from typing import Any, Protocol, cast
 
 from loramem import embedded
 from loramem.processes import end_with_parent
-from loramem.suites.figures import Plot
+from loramem.suites.figures import HeatMap, Plot
 
 SUITES = {
     "write-speed": "loramem.suites.write_speed",
@@ -33,6 +34,10 @@ SUITES = {
     "budget": "loramem.suites.budget",
     "scenarios": "loramem.suites.scenarios",
 }
+METHODS = ("sft", "memft-ot", "memft-sw", "loramem")
+"""The three published ones, and this package's writer."""
+UNITS = ("branch", "down_proj")
+"""A low-rank branch parallel to the whole MLP, as in the published code, or a LoRA of down_proj, as in the paper."""
 PACKAGES = ("loramem", "torch", "transformers", "peft")
 
 Result = dict[str, Any]
@@ -40,19 +45,51 @@ Result = dict[str, Any]
 
 @dataclass(frozen=True)
 class Request:
-    """What a run was asked for; None leaves it to the suite."""
+    """What a run was asked for; None leaves it to the suite, and a suite leaves out what does not concern it."""
 
     records: tuple[int, ...] | None = None
+    lengths: tuple[int, ...] | None = None
+    """Answer tokens."""
+    ranks: tuple[int, ...] | None = None
+    methods: tuple[str, ...] | None = None
+    """Of `METHODS`."""
     seeds: int | None = None
     model: str = embedded.NAME
     device: str = "auto"
     threads: int = 1
+    workers: int = 1
+    """Cells measured at the same time, each with ``threads`` threads."""
     quick: bool = False
     """Tiny sizes and caps: shows that the suite works, and measures nothing worth keeping."""
+    paper: bool = False
+    """The published grid, for a GPU."""
+    data: Path | None = None
+    """A file of the paper's, or one's own text, in place of generated data."""
+    unit: str | None = None
+    """Where published methods put their matrices, one of `UNITS`."""
+    layer: int | None = None
+    """Decoder layer of that unit, counted from 0."""
     store: Path | None = None
     """Recall from this store in place of one built for the run."""
     every_record: bool = False
     """No sampling where a suite would sample."""
+
+    def command(self, suite: str) -> str:
+        """The command line that asks for it; of files and folders the last name only."""
+        options = ["--threads", str(self.threads)]
+        options += [] if self.workers == 1 else ["--workers", str(self.workers)]
+        options += [] if self.model == embedded.NAME else ["--model", public_name(self.model)]
+        options += [] if self.device == "auto" else ["--device", self.device]
+        for name, values in vars(self).items():
+            if isinstance(values, tuple):
+                options += [f"--{name}", ",".join(map(str, values))]
+        options += [] if self.seeds is None else ["--seeds", str(self.seeds)]
+        options += [] if self.data is None else ["--data", self.data.name]
+        options += [] if self.unit is None else ["--unit", self.unit]
+        options += [] if self.layer is None else ["--layer", str(self.layer)]
+        options += [] if self.store is None else ["--store", self.store.name]
+        options += [*["--all"] * self.every_record, *["--quick"] * self.quick, *["--paper"] * self.paper]
+        return shlex.join(["loramem", "suite", "run", suite, *options])
 
 
 class Cell(Protocol):
@@ -86,7 +123,7 @@ class Suite(Protocol):
     __doc__: str | None
 
     def cells(self, request: Request, known: Known) -> Iterator[Cell]:
-        """The cells in order. Each is measured before the next is asked for, so a later one may use its result."""
+        """The cells in order. What came of earlier ones may be asked for, and is waited for then."""
 
     def run(self, cell: Any) -> Result:
         """Measure one cell; JSON-able."""
@@ -94,7 +131,7 @@ class Suite(Protocol):
     def table(self, lines: Sequence[Mapping[str, Any]]) -> Table:
         """What the lines of a run say."""
 
-    def plots(self, lines: Sequence[Mapping[str, Any]]) -> tuple[Plot, ...]:
+    def plots(self, lines: Sequence[Mapping[str, Any]]) -> tuple[Plot | HeatMap, ...]:
         """The same to look at; none where there is nothing that a table does not show better."""
 
 
@@ -113,23 +150,39 @@ def run_suite(name: str, request: Request, out: Path, progress: Callable[[str], 
     Returns:
         The lines of all cells of this request, in order.
     """
-    suite, results = load_suite(name), Results(out, name, machine(request))
-    lines = []
-    with _processes(request) as measure:
-        for cell in suite.cells(request, lambda cell: results.lines[results.id(cell)]["result"]):
-            if results.id(cell) not in results.lines:
-                progress(f"{cell.title} …")
-                result = measure(SUITES[name], cell, request.threads)
-                results.append(cell, result)
-                progress(f"{cell.title}: {_brief(result)}")
-            lines.append(results.lines[results.id(cell)])
-    return lines
+    suite, results = load_suite(name), Results(out, name, machine(request), request.command(name))
+    ids: list[str] = []
+    running: dict[Future[Result], Cell] = {}
+
+    def collect(finished: set[Future[Result]]) -> None:
+        for future in finished:
+            cell, result = running.pop(future), future.result()
+            results.append(cell, result)
+            progress(f"{cell.title}: {_brief(result)}")
+
+    def known(cell: Cell) -> Result:
+        collect({future for future, other in running.items() if results.id(other) == results.id(cell)})
+        return cast(Result, results.lines[results.id(cell)]["result"])
+
+    with _processes(request) as measure, ThreadPoolExecutor(request.workers) as lanes:
+        for cell in suite.cells(request, known):
+            ids.append(results.id(cell))
+            if ids[-1] in results.lines:
+                continue
+            if len(running) == request.workers:
+                collect(wait(running, return_when=FIRST_COMPLETED).done)
+            progress(f"{cell.title} …")
+            running[lanes.submit(measure, SUITES[name], cell, request.threads)] = cell
+            if request.workers == 1:
+                collect(set(running))
+        collect(set(running))
+    return [results.lines[id_] for id_ in ids]
 
 
 def measured(name: str, request: Request, path: Path) -> list[Result]:
     """The lines of a suite that ``path`` holds for this machine, without measuring anything."""
     conditions = machine(request)
-    lines = Results(path, name, conditions).lines.values()
+    lines = Results(path, name, conditions, request.command(name)).lines.values()
     return [line for line in lines if line["suite"] == name and line["conditions"] == conditions]
 
 
@@ -140,10 +193,11 @@ class Results:
         path: JSON lines; need not exist.
         suite: Name of the suite.
         conditions: What else must be equal for a cell to count as measured.
+        command: What lines that are appended are said to come from.
     """
 
-    def __init__(self, path: Path, suite: str, conditions: Mapping[str, Any]) -> None:
-        self.path, self.suite, self.conditions = path, suite, conditions
+    def __init__(self, path: Path, suite: str, conditions: Mapping[str, Any], command: str) -> None:
+        self.path, self.suite, self.conditions, self.command = path, suite, conditions, command
         text = path.read_text() if path.exists() else ""
         # What an interrupt left of a line is not one: it is cut off before the next is written.
         self._whole = text[: text.rfind("\n") + 1]
@@ -157,6 +211,7 @@ class Results:
             "suite": self.suite,
             "cell": dict(cell.identity),
             "conditions": dict(self.conditions),
+            "command": self.command,
             "result": result,
         }
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -207,19 +262,19 @@ def processor() -> str:
 
 @contextmanager
 def _processes(request: Request) -> Iterator[Callable[[str, Cell, int], Result]]:
-    """`_measure` in a fresh process each time, so that its memory is its own; a quick run keeps one for all."""
+    """`_measure` in a fresh process each time, so that its memory is its own; a quick run keeps them."""
 
-    def pool() -> ProcessPoolExecutor:
-        return ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn"), initializer=end_with_parent)
+    def pool(size: int) -> ProcessPoolExecutor:
+        return ProcessPoolExecutor(size, mp_context=get_context("spawn"), initializer=end_with_parent)
 
     def afresh(module: str, cell: Cell, threads: int) -> Result:
-        with pool() as process:
+        with pool(1) as process:
             return process.submit(_measure, module, cell, threads).result()
 
     if not request.quick:
         yield afresh
         return
-    with pool() as process:
+    with pool(request.workers) as process:
         yield lambda module, cell, threads: process.submit(_measure, module, cell, threads).result()
 
 
