@@ -234,12 +234,15 @@ def _show_boundaries(runs: "list[Run]") -> None:
         except BoundaryError as error:
             note(f"{name}: {error}")
             continue
+        needs = fitted.kind_needs
+        needs = fitted.kind_needs
         rows.append(
             (
                 name,
                 str(fitted.outcomes),
                 str(fitted.certified),
                 f"{1 / fitted.parameters_per_bit:.3f}",
+                ", ".join(f"{kind} {1 / fitted.parameters_per_bit / need:.3f}" for kind, need in needs.items()),
                 f"{fitted.length_exponent:.3f}",
                 f"{fitted.steepness:.1f}",
                 f"{tested.brier:.3f}",
@@ -256,6 +259,7 @@ def _show_boundaries(runs: "list[Run]") -> None:
             "outcomes",
             "certified",
             "bits per parameter at even odds",
+            "by kind",
             "τ",
             "steepness",
             "Brier score",
@@ -287,7 +291,7 @@ def _show_writes(store: Path) -> None:
                 f"{one.cost_bits:,.0f}",
                 f"{one.cost_bits / one.parameters:.3f}",
                 "yes" if one.certified else "no",
-                f"{before.probability(one.parameters, one.cost_bits, one.length):.0%}" if before else "-",
+                f"{before.probability(one.parameters, one.cost_bits, one.length, one.kind):.0%}" if before else "-",
             )
             for one in outcomes[-LAST_WRITES:]
         ],

@@ -24,8 +24,8 @@ from loramem.pace import Pace
 from loramem.runs import Run
 
 FORMAT = 1
-STORED = "write"
-"""The kind of a store's own writes, whatever their data."""
+UNKNOWN = "unknown"
+"""The kind of a store's own writes where no kind is calibrated to compare them with."""
 SHIPPED = embedded.base_path().parent / "calibration.json"
 Place = tuple[tuple[str, ...], tuple[int, ...]]  # modules, layers
 
@@ -188,7 +188,7 @@ def basis(
     """What a plan at a placement rests on.
 
     Args:
-        kind: Whose law is asked, and whose writes and the store's own say the pace, if there are any; all if None.
+        kind: Whose law is asked, and whose writes say the pace, if there are any; all if None.
         outcomes: Of writes at this placement beside those that are known.
     """
     placed = known.placed(place) if known else None
@@ -196,7 +196,7 @@ def basis(
     if outcomes:
         placed = _placed(place, parameters_per_rank, [*placed.outcomes, *outcomes])
     modules, layers = place
-    alike = pace.fit([outcome for outcome in placed.outcomes if outcome.kind in (kind, STORED)])
+    alike = pace.fit([outcome for outcome in placed.outcomes if outcome.kind == kind])
     return Basis(
         parameters_per_rank,
         2 * len(modules) * len(layers),

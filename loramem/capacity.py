@@ -60,7 +60,7 @@ class Basis:
     boundary: SuccessBoundary | None = None
     law: MemoryLaw | None = None
     kind: str | None = None
-    """Of the data that the law is about."""
+    """Of the data: whose law it is, and how it is told what the boundary knows of kinds."""
     pace: Pace | None = None
     seconds_per_visit: float | None = None
     """Of training, per answer token, measured on this machine."""
@@ -316,7 +316,8 @@ def _needed(cost_bits: float, length: int, basis: Basis, rank: int | None) -> in
     if rank is not None:
         return least
     if basis.boundary is not None:
-        return max(least, basis.boundary.rank_for_success(length, cost_bits, basis.parameters_per_rank, PROBABILITY))
+        wanted = basis.boundary.rank_for_success(length, cost_bits, basis.parameters_per_rank, PROBABILITY, basis.kind)
+        return max(least, wanted)
     return math.ceil(cost_bits / (GOALS["small"].density * basis.parameters_per_rank))
 
 
@@ -357,7 +358,7 @@ def _shard(
         size_bytes=4 * parameters + MATRIX_BYTES * basis.matrices + ADAPTER_BYTES,
         base_loss=price.base_loss,
         final_loss=None if reduction is None else max(0.0, price.base_loss - reduction),
-        success=basis.boundary.probability(parameters, cost, length) if basis.boundary else None,
+        success=basis.boundary.probability(parameters, cost, length, basis.kind) if basis.boundary else None,
         training_s=visits * length * basis.seconds_per_visit if visits and basis.seconds_per_visit else None,
         optimistic_rank=max(1, math.ceil(cost / (OPTIMISTIC_BITS * per_rank))),
         law_rank=law_rank(basis.law, price.base_loss, length) if basis.law else None,

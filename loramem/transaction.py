@@ -168,7 +168,9 @@ class Transaction:
             jobs = self._jobs(plan, encoded, settings)
             results = run_jobs(jobs, self.adapted, executor, progress)
             learnt = [
-                one for planned, result in zip(plan.shards, results, strict=True) for one in outcomes(planned, result)
+                one
+                for planned, result in zip(plan.shards, results, strict=True)
+                for one in outcomes(planned, result, plan.kind)
             ]
             written = [
                 _Written(job, shard, planned.cost_bits * len(shard.indices) / planned.records)
@@ -243,12 +245,17 @@ class _Written:
         return [self.job.records[index] for index in self.shard.indices]
 
 
-def outcomes(planned: ShardPlan, result: ShardResult) -> list[Outcome]:
-    """What a shard teaches the success boundary: whether its first rank did, and if not, the one that did."""
+def outcomes(planned: ShardPlan, result: ShardResult, kind: str | None) -> list[Outcome]:
+    """What a shard teaches the success boundary: whether its first rank did, and if not, the one that did.
+
+    Args:
+        kind: Of data that it was planned as; None where no kind is known.
+    """
 
     def outcome(rank: int, certified: bool, visits: float | None = None) -> Outcome:
         parameters = planned.parameters * rank // planned.rank
-        return Outcome(calibrations.STORED, rank, planned.length, parameters, planned.cost_bits, certified, visits)
+        known_as = kind or calibrations.UNKNOWN
+        return Outcome(known_as, rank, planned.length, parameters, planned.cost_bits, certified, visits)
 
     if result.failed or len(result.shards) != 1:
         return [outcome(planned.rank, False)]

@@ -229,7 +229,7 @@ def test_the_nearest_kind_costs_most_nearly_as_much() -> None:
     assert nearest_kind(BARE, 3400.0, 400) is None
 
 
-def test_the_pace_is_that_of_the_kind_and_of_the_stores_own_writes() -> None:
+def test_the_pace_is_that_of_the_kind() -> None:
     slow = [replace(run, kind="text", visits=10 * run.visits) for run in writes()]
     known = summarise(BARE, [*writes(), *slow])
     paces = {kind: basis(known, PLACE, 500, kind).pace for kind in ("phonebook", "text", "songs", None)}
@@ -237,7 +237,7 @@ def test_the_pace_is_that_of_the_kind_and_of_the_stores_own_writes() -> None:
     visits = {kind: found.visits(8000, 1000.0) for kind, found in paces.items() if found}
     assert visits["text"] == pytest.approx(10 * visits["phonebook"], rel=0.01)
     assert visits["phonebook"] < visits["songs"] == visits[None] < visits["text"]  # of unknown kinds all are believed
-    own = basis(known, PLACE, 500, "songs", [Outcome("write", 16, 400, 8000, 1000.0, True, 3.0)] * 5).pace
+    own = basis(known, PLACE, 500, "songs", [Outcome("songs", 16, 400, 8000, 1000.0, True, 3.0)] * 5).pace
     assert own is not None and own.visits(8000, 1000.0) == pytest.approx(3.0)
 
 
@@ -256,7 +256,7 @@ def test_a_basis_holds_what_is_known_of_the_placement() -> None:
 
 
 def test_the_outcomes_of_a_store_move_its_boundary() -> None:
-    failed = [Outcome("write", 16, 400, 8000, 1000.0, False)] * 10
+    failed = [Outcome("unknown", 16, 400, 8000, 1000.0, False)] * 10
     before, after = basis(KNOWN, PLACE, 500).boundary, basis(KNOWN, PLACE, 500, outcomes=failed).boundary
     assert before is not None and after is not None
     assert (after.outcomes, after.certified) == (before.outcomes + 10, before.certified)
@@ -264,10 +264,10 @@ def test_the_outcomes_of_a_store_move_its_boundary() -> None:
 
 
 def test_the_outcomes_of_a_store_alone_make_a_boundary_once_there_are_five() -> None:
-    outcomes = [Outcome("write", 4, 400, 2000, 1000.0, True, 20.0)] * 5
+    outcomes = [Outcome("unknown", 4, 400, 2000, 1000.0, True, 20.0)] * 5
     four, five = basis(None, PLACE, 500, outcomes=outcomes[:4]), basis(None, PLACE, 500, outcomes=outcomes)
     assert four.boundary is None and five.boundary is not None
-    assert five.boundary.kinds == ("write",)
+    assert five.boundary.kind_needs.keys() == {"unknown"}
     assert four.pace is not None and four.pace.visits(2000, 1000.0) == pytest.approx(20)
 
 

@@ -32,7 +32,7 @@ PARAMETERS = 1000  # per rank
 BASIS = Basis(PARAMETERS, matrices=8)
 # Even odds at two parameters per bit of cost, whatever the length; odds of 9 at 2 · 9^(1/4) = 2√3 parameters per bit.
 BOUNDARY = SuccessBoundary(
-    2.0, 0.0, 4.0, kinds=("hex",), outcomes=20, certified=10, density_range=(0.1, 100.0), length_range=(1.0, 1e6)
+    2.0, 0.0, 4.0, kind_needs={}, outcomes=20, certified=10, density_range=(0.1, 100.0), length_range=(1.0, 1e6)
 )
 # ΔL = 30 · √r / √ℓ + 1 with intervals of ± t · σ; t is 2.0150 for 90 % at 9 − 4 degrees of freedom.
 LAW = MemoryLaw(

@@ -42,7 +42,7 @@ LAW = MemoryLaw(
 OUTCOMES = tuple(Outcome("phonebook", rank, 400, 1000 * rank, 1000.0, rank > 2) for rank in (1, 2, 3, 4, 6, 8))
 # Even odds at two parameters per bit of cost.
 BOUNDARY = SuccessBoundary(
-    2.0, 0.0, 4.0, kinds=("phonebook",), outcomes=20, certified=10, density_range=(0.1, 100.0), length_range=(1.0, 1e6)
+    2.0, 0.0, 4.0, kind_needs={}, outcomes=20, certified=10, density_range=(0.1, 100.0), length_range=(1.0, 1e6)
 )
 
 

@@ -30,7 +30,7 @@ def test_a_write_leaves_one_outcome_per_shard_at_its_planned_rank(base: Path, tm
         assert len(found) == len(plan.shards) == 2
         for outcome, shard in zip(found, plan.shards, strict=True):
             assert outcome.certified
-            assert (outcome.kind, outcome.rank, outcome.length) == ("write", shard.rank, 12)  # three of four digits
+            assert (outcome.kind, outcome.rank, outcome.length) == ("unknown", shard.rank, 12)  # three of four digits
             assert (outcome.parameters, outcome.cost_bits) == (shard.parameters, shard.cost_bits)
         assert sum(outcome.visits * 3 for outcome in found) == pytest.approx(report.visits)
         store.write(numbers(6))  # nothing new, nothing learnt
@@ -65,8 +65,8 @@ def test_a_write_that_had_to_grow_leaves_its_first_rank_uncertified_and_its_last
         assert store.write(numbers(4), rank=2).rank == 4
         (adapter,) = store.adapters()
         assert store.outcomes() == [
-            Outcome("write", 2, 16, shard.parameters, shard.cost_bits, certified=False),
-            Outcome("write", 4, 16, adapter.parameters, shard.cost_bits, certified=True),  # its visits tell no pace
+            Outcome("unknown", 2, 16, shard.parameters, shard.cost_bits, certified=False),
+            Outcome("unknown", 4, 16, adapter.parameters, shard.cost_bits, certified=True),  # its visits tell no pace
         ]
 
 
@@ -88,7 +88,7 @@ def test_a_failed_write_leaves_uncertified_outcomes_and_nothing_else(base: Path,
         [shard] = store.plan(numbers(40, 12), rank=1).shards
         with pytest.raises(StubbornRecords):
             store.write(numbers(40, 12), rank=1, settings=settings)
-        assert store.outcomes() == [Outcome("write", 1, 480, shard.parameters, shard.cost_bits, certified=False)]
+        assert store.outcomes() == [Outcome("unknown", 1, 480, shard.parameters, shard.cost_bits, certified=False)]
         assert (len(store), store.adapters(), store.pending()) == (0, [], None)
         assert not list((store.path / "adapters").glob("*"))
         assert timings.seconds_per_visit(store.base.fingerprint.weights[:12]) is None
