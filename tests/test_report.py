@@ -19,7 +19,7 @@ from loramem_cli.main import run
 
 from loramem.errors import InputError, LoramemError
 from loramem.suites import budget, figures, large_base, recall_speed, reporter, runner, write_scaling, write_speed
-from loramem.suites.figures import Axis, Plot, Point, Series, draw, figure, point
+from loramem.suites.figures import Axis, HeatMap, Plot, Point, Series, draw, figure, point
 from loramem.suites.page import inline, numeric
 from loramem.suites.report import Report, build, markdown, parse
 
@@ -369,6 +369,27 @@ def test_values_without_a_logarithm_are_drawn_on_a_linear_axis() -> None:
     nothing = Plot("n", "n", "bar", Axis("x"), Axis("y", log=True), (Series("s", (point(0, [0.0]),)),), ("only",))
     (axes,) = figure(nothing).axes
     assert (axes.get_xscale(), axes.get_xlim()) == ("linear", (0, 1))
+
+
+def test_a_heat_map_labels_every_field_and_says_what_was_not_measured() -> None:
+    grid = HeatMap(
+        name="grid",
+        title="Exact match",
+        x=Axis("answer tokens"),
+        y=Axis("rank"),
+        value="exact match, %",
+        columns=("1,000", "2,000"),
+        rows=("1", "4"),
+        values=((0.0, None), (12.5, 100.0)),
+        high=100.0,
+    )
+    axes, scale = figure(grid, "a machine").axes
+    assert {text.get_text() for text in axes.texts} == {"a machine", "0", "–", "12.5", "100"}
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["1,000", "2,000"]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["1", "4"]
+    assert (axes.get_xlabel(), axes.get_ylabel(), scale.get_ylabel()) == ("answer tokens", "rank", "exact match, %")
+    assert axes.images[0].get_clim() == (0.0, 100.0)
+    assert draw(grid, "", "png") == draw(grid, "", "png")
 
 
 @needs_matplotlib

@@ -4,11 +4,9 @@ import json
 import math
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -166,94 +164,6 @@ def test_only_answer_and_end_token_are_supervised(records: list[EncodedRecord]) 
     assert row["input_ids"] == [*record.prompt_ids, *record.answer_ids]
     assert [label for label in row["labels"] if label != -100] == list(record.answer_ids)
     assert row["labels"][: len(record.prompt_ids)] == [-100] * len(record.prompt_ids)
-
-
-# The runner
-
-
-@dataclass(frozen=True)
-class Number:
-    value: int
-
-    @property
-    def identity(self) -> dict[str, int]:
-        return asdict(self)
-
-    @property
-    def title(self) -> str:
-        return f"number {self.value}"
-
-
-@pytest.fixture
-def measured(monkeypatch: pytest.MonkeyPatch, base: Path) -> list[int]:
-    """A suite of three numbers, of which the last follows from the others' results; what was measured, in order."""
-    ran: list[int] = []
-
-    def cells(request: runner.Request, known: runner.Known) -> Iterator[Number]:
-        yield Number(1)
-        yield Number(2)
-        yield Number(known(Number(1))["double"] + known(Number(2))["double"])
-
-    def measure(cell: Number) -> dict[str, int]:
-        if 0 in ran and cell.value == 6:
-            raise KeyboardInterrupt
-        ran.append(cell.value)
-        return {"double": 2 * cell.value}
-
-    module = ModuleType("numbers_suite")
-    module.cells, module.run = cells, measure
-
-    @contextmanager
-    def in_this_process(_: runner.Request) -> Iterator[object]:
-        yield runner._measure
-
-    monkeypatch.setitem(sys.modules, "numbers_suite", module)
-    monkeypatch.setitem(runner.SUITES, "numbers", "numbers_suite")
-    monkeypatch.setattr(runner, "_processes", in_this_process)
-    return ran
-
-
-def request(base: Path, threads: int = 1) -> runner.Request:
-    return runner.Request(model=str(base), threads=threads)
-
-
-def run_numbers(base: Path, out: Path, threads: int = 1) -> list[dict[str, object]]:
-    threads_before = torch.get_num_threads()
-    try:
-        return runner.run_suite("numbers", request(base, threads), out, lambda _: None)
-    finally:
-        torch.set_num_threads(threads_before)
-
-
-def test_a_finished_cell_is_not_run_again(measured: list[int], base: Path, tmp_path: Path) -> None:
-    out = tmp_path / "new" / "results.jsonl"
-    lines = run_numbers(base, out)
-    assert measured == [1, 2, 6]
-    assert [line["result"]["double"] for line in lines] == [2, 4, 12]
-    assert all(line["result"]["peak_memory_mb"] > 0 for line in lines)
-    assert run_numbers(base, out) == lines
-    assert measured == [1, 2, 6]
-    assert [json.loads(line) for line in out.read_text().splitlines()] == lines
-
-
-def test_an_interrupt_loses_the_running_cell_at_most(measured: list[int], base: Path, tmp_path: Path) -> None:
-    out = tmp_path / "results.jsonl"
-    measured.append(0)  # has the third cell interrupted
-    with pytest.raises(KeyboardInterrupt):
-        run_numbers(base, out)
-    assert len(out.read_text().splitlines()) == 2
-    with out.open("a") as file:
-        file.write('{"id": "half a li')  # killed while it wrote
-    del measured[:]
-    assert [line["cell"]["value"] for line in run_numbers(base, out)] == [1, 2, 6]
-    assert measured == [6]
-    assert len([json.loads(line) for line in out.read_text().splitlines()]) == 3
-
-
-def test_other_conditions_are_another_measurement(measured: list[int], base: Path, tmp_path: Path) -> None:
-    run_numbers(base, tmp_path / "results.jsonl")
-    run_numbers(base, tmp_path / "results.jsonl", threads=2)
-    assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 6
 
 
 # write-speed

@@ -1,0 +1,164 @@
+"""The runner measures each cell once, whatever ends it, and as many side by side as it is told to."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from loramem.suites import runner
+
+
+@dataclass(frozen=True)
+class Number:
+    value: int
+
+    @property
+    def identity(self) -> dict[str, int]:
+        return asdict(self)
+
+    @property
+    def title(self) -> str:
+        return f"number {self.value}"
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch, base: Path) -> list[int]:
+    """A suite of three numbers, of which the last follows from the others' results; what was measured, in order."""
+    ran: list[int] = []
+
+    def cells(request: runner.Request, known: runner.Known) -> Iterator[Number]:
+        yield Number(1)
+        yield Number(2)
+        yield Number(known(Number(1))["double"] + known(Number(2))["double"])
+
+    def measure(cell: Number) -> dict[str, int]:
+        if 0 in ran and cell.value == 6:
+            raise KeyboardInterrupt
+        ran.append(cell.value)
+        return {"double": 2 * cell.value}
+
+    module = ModuleType("numbers_suite")
+    module.cells, module.run = cells, measure
+
+    @contextmanager
+    def in_this_process(_: runner.Request) -> Iterator[object]:
+        yield runner._measure
+
+    monkeypatch.setitem(sys.modules, "numbers_suite", module)
+    monkeypatch.setitem(runner.SUITES, "numbers", "numbers_suite")
+    monkeypatch.setattr(runner, "_processes", in_this_process)
+    return ran
+
+
+def request(base: Path, threads: int = 1) -> runner.Request:
+    return runner.Request(model=str(base), threads=threads)
+
+
+def run_numbers(base: Path, out: Path, threads: int = 1) -> list[dict[str, object]]:
+    threads_before = torch.get_num_threads()
+    try:
+        return runner.run_suite("numbers", request(base, threads), out, lambda _: None)
+    finally:
+        torch.set_num_threads(threads_before)
+
+
+def test_a_finished_cell_is_not_run_again(measured: list[int], base: Path, tmp_path: Path) -> None:
+    out = tmp_path / "new" / "results.jsonl"
+    lines = run_numbers(base, out)
+    assert measured == [1, 2, 6]
+    assert [line["result"]["double"] for line in lines] == [2, 4, 12]
+    assert all(line["result"]["peak_memory_mb"] > 0 for line in lines)
+    assert run_numbers(base, out) == lines
+    assert measured == [1, 2, 6]
+    assert [json.loads(line) for line in out.read_text().splitlines()] == lines
+
+
+def test_an_interrupt_loses_the_running_cell_at_most(measured: list[int], base: Path, tmp_path: Path) -> None:
+    out = tmp_path / "results.jsonl"
+    measured.append(0)  # has the third cell interrupted
+    with pytest.raises(KeyboardInterrupt):
+        run_numbers(base, out)
+    assert len(out.read_text().splitlines()) == 2
+    with out.open("a") as file:
+        file.write('{"id": "half a li')  # killed while it wrote
+    del measured[:]
+    assert [line["cell"]["value"] for line in run_numbers(base, out)] == [1, 2, 6]
+    assert measured == [6]
+    assert len([json.loads(line) for line in out.read_text().splitlines()]) == 3
+
+
+def test_other_conditions_are_another_measurement(measured: list[int], base: Path, tmp_path: Path) -> None:
+    run_numbers(base, tmp_path / "results.jsonl")
+    run_numbers(base, tmp_path / "results.jsonl", threads=2)
+    assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 6
+
+
+# --- real processes, ended from outside
+
+SUITE = """
+import os, sys, time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+@dataclass(frozen=True)
+class Cell:
+    value: int
+    identity = property(asdict)
+    title = property(lambda self: f"cell {self.value}")
+
+def cells(request, known):
+    yield from map(Cell, range(6))
+
+def run(cell):
+    with (Path(__file__).parent / "begun").open("a") as file:
+        file.write(f"{cell.value}\\n")
+    time.sleep(0.2)
+    return {"square": cell.value**2}
+
+if __name__ == "__main__":
+    from loramem.suites import runner
+
+    runner.SUITES["slow"] = "slow_suite"
+    request = runner.Request(model=sys.argv[1], workers=int(sys.argv[2]), quick=True)
+    runner.run_suite("slow", request, Path(__file__).parent / "results.jsonl", print)
+"""
+
+
+@pytest.mark.parametrize(("ended_by", "workers"), [(signal.SIGINT, 1), (signal.SIGKILL, 2)])
+def test_a_run_that_was_ended_goes_on_where_it_stopped(
+    ended_by: signal.Signals, workers: int, base: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "slow_suite.py").write_text(SUITE)
+    results, begun = tmp_path / "results.jsonl", tmp_path / "begun"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
+    command = [sys.executable, str(tmp_path / "slow_suite.py"), str(base), str(workers)]
+
+    def finished() -> list[int]:
+        lines = results.read_text().splitlines(keepends=True) if results.exists() else []
+        return [json.loads(line)["cell"]["value"] for line in lines if line.endswith("\n")]
+
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, start_new_session=True)
+    while len(finished()) < 2:
+        assert process.poll() is None
+        time.sleep(0.02)
+    # A terminal interrupts the whole group; a kill hits the parent alone.
+    os.killpg(process.pid, ended_by) if ended_by is signal.SIGINT else process.kill()
+    assert process.wait(60) != 0
+    time.sleep(0.5)  # a worker that outlives its parent would begin another cell now
+    done, before = finished(), begun.read_text().split()
+    subprocess.run(command, env=environment, check=True, capture_output=True)
+    assert sorted(finished()) == list(range(6))
+    again = begun.read_text().split()[len(before) :]
+    assert sorted(map(int, again)) == sorted(set(range(6)).difference(done))
+    squares = {line["cell"]["value"]: line["result"]["square"] for line in map(json.loads, results.open())}
+    assert squares == {value: value**2 for value in range(6)}
