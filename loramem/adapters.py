@@ -150,6 +150,11 @@ class AdaptedModel:
             self._activate(next(reversed(self._loaded)), trainable=False)
         self._peft.delete_adapter(name)
 
+    def rest(self) -> None:
+        """Make the model the plain base until an adapter is activated; loaded ones stay in memory."""
+        if self._peft is not None:
+            self._peft.base_model.disable_adapter_layers()
+
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """Within this context the model is the plain base."""
@@ -180,6 +185,7 @@ class AdaptedModel:
 
     def _activate(self, name: str, *, trainable: bool) -> None:
         assert self._peft is not None
+        self._peft.base_model.enable_adapter_layers()  # makes what was active before trainable, so it comes first
         self._peft.set_adapter(name, inference_mode=not trainable)
         self._peft.eval()
 

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from loramem.adapters import AdaptedModel
@@ -37,14 +38,15 @@ class Reader:
 
     def try_decode(self, records: Sequence[StoredRecord]) -> list[tuple[StoredRecord, str | None]]:
         """Records of one adapter with what was decoded, None where it is not the committed value."""
-        self.activate(records[0].adapter)
         tokenizer = self.adapted.base.tokenizer
-        ids = greedy_decode(
-            self.adapted.model,
-            [self.template.prompt_ids(tokenizer, record.key) for record in records],
-            max(record.answer_tokens for record in records) + 2,  # the end token, and one beyond: it must have ended
-            self.template.end_id,
-        )
+        with self._active(records[0].adapter):
+            ids = greedy_decode(
+                self.adapted.model,
+                [self.template.prompt_ids(tokenizer, record.key) for record in records],
+                max(record.answer_tokens for record in records)
+                + 2,  # the end token, and one beyond: it must have ended
+                self.template.end_id,
+            )
         values = [decode_answer(tokenizer, row) for row in ids]
         return [(r, value if r.holds(value) else None) for r, value in zip(records, values, strict=True)]
 
@@ -53,19 +55,27 @@ class Reader:
         from loramem.prompts import encode_record
         from loramem.records import Record
 
-        self.activate(record.adapter)
         tokenizer = self.adapted.base.tokenizer
         encoded = encode_record(Record(record.key, value, record.namespace), tokenizer, self.template)
-        ((_, probs),) = answer_probabilities(self.adapted.model, [encoded])
-        with self.adapted.disabled():
-            ((_, base_probs),) = answer_probabilities(self.adapted.model, [encoded])
+        with self._active(record.adapter):
+            ((_, probs),) = answer_probabilities(self.adapted.model, [encoded])
+        ((_, base_probs),) = answer_probabilities(self.adapted.model, [encoded])
         return tuple(
             TokenProbability(str(tokenizer.decode([token])), token, float(p), float(p_base), float(p) > 0.5)
             for token, p, p_base in zip(encoded.answer_ids, probs, base_probs, strict=True)
         )
 
+    @contextmanager
+    def _active(self, adapter: str) -> Iterator[None]:
+        """`activate`, and the plain base again afterwards: no later computation meets the adapter unasked."""
+        self.activate(adapter)
+        try:
+            yield
+        finally:
+            self.adapted.rest()
+
     def activate(self, adapter: str) -> None:
-        """Load an adapter from disk if it is not loaded, after checking its files.
+        """Load an adapter from disk if it is not loaded, after checking its files; it stays active.
 
         Raises:
             IntegrityError: No such adapter, or its files are not what was committed.

@@ -321,7 +321,11 @@ class MemoryStore:
             return Explanation(key, value, record.adapter, self._reader.token_probabilities(record, value))
 
     def load(self, key: str, namespace: str = "") -> tuple[Any, list[int]]:
-        """The base model with the adapter of ``key`` active, and the prompt's ids, for your own ``generate``."""
+        """The base model with the adapter of ``key`` active, and the prompt's ids, for your own ``generate``.
+
+        It stays active until the next call that decodes or writes; after any other the model is the plain base.
+        Raises as `recall`, except RecallError.
+        """
         with self._lock:
             self._reader.activate(self._find(key, namespace).adapter)
             return self._adapted.model, self._template.prompt_ids(self.base.tokenizer, key)
@@ -372,6 +376,8 @@ class MemoryStore:
     @cached_property
     def base(self) -> "BaseModel":
         """The base model, loaded on first use and checked against the store's fingerprint.
+
+        Its ``model`` answers as if there were no store, except after `load`.
 
         Raises:
             OtherBaseModel: Another model, or the same with other weights, configuration or tokenizer.

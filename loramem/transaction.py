@@ -184,6 +184,8 @@ class Transaction:
             self.index.end_write(write_id, FAILED, learnt)
             clean(self.store, self.index)
             raise
+        finally:
+            self.adapted.rest()
         self._commit(write_id, written, learnt)
         clean(self.store, self.index)
         if executor is None:  # workers share the cores: their times are not those of a write alone

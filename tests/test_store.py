@@ -106,6 +106,35 @@ def test_load_gives_the_model_and_the_prompt_for_ones_own_generate(store: Memory
     assert store.base.tokenizer.decode(output[0, -1:]) == "x"
 
 
+def test_the_base_is_itself_again_bit_for_bit_except_after_load(base: Path, tmp_path: Path) -> None:
+    import torch
+
+    with MemoryStore(tmp_path / "m", str(base)) as store:
+
+        def logits() -> torch.Tensor:
+            with torch.no_grad():
+                return store.base.model(input_ids=torch.arange(4, 60)[None]).logits
+
+        bare = logits()
+        store.write({"a": "123", "b": "456"}, rank=4)
+        assert torch.equal(logits(), bare)
+        calls = (
+            lambda: store.recall("a"),
+            lambda: list(store.recall_many()),
+            lambda: store.explain("b"),
+            store.verify,
+            lambda: store.write({"c": "789"}, rank=4),
+        )
+        for call in calls:
+            store.load("a")
+            loaded = logits()
+            assert not torch.equal(loaded, bare)
+            store.plan({"d": "012"})  # neither decodes nor writes
+            assert torch.equal(logits(), loaded)
+            call()
+            assert torch.equal(logits(), bare)
+
+
 def test_verify_decodes_everything(store: MemoryStore) -> None:
     report = store.verify()
     assert (report.records, report.exact, report.failed, report.damaged) == (18, 18, (), ())
