@@ -1,9 +1,8 @@
 """loramem law: what the calibration runs say, and what writes taught."""
 
 from collections.abc import Iterable
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -11,7 +10,8 @@ from . import options
 from .output import note, print_json, print_markdown
 
 if TYPE_CHECKING:
-    from loramem.law import MemoryLaw, Point
+    from loramem.law import MemoryLaw
+    from loramem.law_tables import FittedRuns
     from loramem.runs import Run
 
 LAST_WRITES = 10
@@ -68,8 +68,8 @@ def command(
 
         if len(laws) != 1:
             raise click.UsageError(f"--plot draws one law, not {len(laws)}: choose by --kind, --modules, --layers.")
-        ((name, law, members),) = laws
-        draw_law(members, law, name, plot)
+        (one,) = laws
+        draw_law(one.runs, one.law, one.name, plot)
     if not as_json:
         if combined:
             _show_joint(found)
@@ -80,69 +80,24 @@ def command(
             _show_writes(store)
 
 
-def show(
-    groups: "Iterable[tuple[str, list[Run]]]", *, as_json: bool, points: bool = False
-) -> "list[tuple[str, MemoryLaw, list[Run]]]":
+def show(groups: "Iterable[tuple[str, list[Run]]]", *, as_json: bool, points: bool = False) -> "list[FittedRuns]":
     """The law of every group of runs; returns those that could be fitted."""
-    from loramem.errors import LawError
-    from loramem.law_fit import fit
+    from loramem.law_tables import LAW_COLUMNS, fit_groups
 
-    fitted: list[tuple[str, MemoryLaw, list[Run]]] = []
-    for name, members in groups:
-        try:
-            fitted.append((name, fit([run.point for run in members]), members))
-        except LawError as error:
-            note(f"{name}: {error}")
-    for name, law, _ in fitted:
-        for warning in law.warnings:
-            note(f"{name}: {warning}")
+    fitted, remarks = fit_groups(groups)
+    for remark in remarks:
+        note(remark)
     if as_json:
-        print_json([_as_json(name, law, members) for name, law, members in fitted])
+        print_json([{"name": one.name, "law": one.law.to_json(), "held_out_mape": one.held_out_mape} for one in fitted])
         return fitted
-    columns = ("runs", "C", "α", "β", "b", "R²", "MAPE %", "MAPE % beyond half the lengths", "points", "saturated")
-    print_markdown(columns, [_row(name, law, members) for name, law, members in fitted])
-    for name, law, members in fitted if points else ():
-        click.echo(f"\n{name}\n")
+    print_markdown(LAW_COLUMNS, [one.row for one in fitted])
+    for one in fitted if points else ():
+        click.echo(f"\n{one.name}\n")
         print_markdown(
             ("rank", "tokens", "base loss", "final loss", "ΔL", "ΔL of the law", "residual", "ordered %"),
-            [_point_row(run, law) for run in sorted(members, key=lambda run: (run.length, run.rank))],
+            [_point_row(run, one.law) for run in sorted(one.runs, key=lambda run: (run.length, run.rank))],
         )
     return fitted
-
-
-def _held_out_mape(law: "MemoryLaw", members: "list[Run]") -> float | None:
-    """Percent, of a law fitted to the shorter half of the lengths, beyond it."""
-    from loramem.errors import LawError
-    from loramem.law_fit import held_out
-
-    try:
-        return held_out([run.point for run in members], partial(_within, max(law.length_range) / 2)).mape
-    except LawError:
-        return None
-
-
-def _within(length: float, point: "Point") -> bool:
-    return point.length <= length
-
-
-def _as_json(name: str, law: "MemoryLaw", members: "list[Run]") -> dict[str, Any]:
-    return {"name": name, "law": law.to_json(), "held_out_mape": _held_out_mape(law, members)}
-
-
-def _row(name: str, law: "MemoryLaw", members: "list[Run]") -> tuple[str, ...]:
-    unseen = _held_out_mape(law, members)
-    return (
-        name,
-        f"{law.C:.4g}",
-        f"{law.alpha:.3f}",
-        f"{law.beta:.3f}",
-        f"{law.b:.3f}",
-        f"{law.r_squared:.4f}",
-        f"{law.mape:.1f}",
-        "-" if unseen is None else f"{unseen:.1f}",
-        str(law.points),
-        str(law.dropped),
-    )
 
 
 def _point_row(run: "Run", law: "MemoryLaw") -> tuple[str, ...]:
@@ -161,46 +116,31 @@ def _point_row(run: "Run", law: "MemoryLaw") -> tuple[str, ...]:
 
 def _show_joint(runs: "list[Run]") -> None:
     """What C, α and β are when all mixtures of a base model and placement share them."""
-    from loramem.errors import LawError
-    from loramem.joint_law import fit_joint
-    from loramem.runs import MIXTURES, place_name
+    from loramem.law_tables import JOINT_COLUMNS, joint_rows
 
-    groups: dict[str, dict[str, list[Point]]] = {}
-    for run in runs:
-        if run.for_law and run.kind in MIXTURES:
-            groups.setdefault(place_name(run), {}).setdefault(run.kind, []).append(run.point)
-    rows = []
-    for name, kinds in groups.items():
-        try:
-            law = fit_joint(kinds)
-        except LawError as error:
-            note(f"{name}: {error}")
-            continue
-        offsets = ", ".join(f"{kind} {b:.3f}" for kind, b in law.b.items())
-        shared = (f"{law.C:.4g}", f"{law.alpha:.3f}", f"{law.beta:.3f}", offsets)
-        rows.append(
-            (name, *shared, f"{law.r_squared:.4f}", f"{law.mape:.1f}", f"{law.one_offset:.4f}", str(law.points))
-        )
+    rows, remarks = joint_rows(runs)
+    for remark in remarks:
+        note(remark)
     if rows:
         click.echo("\nOne law for all mixtures, b by kind\n")
-        print_markdown(("runs", "C", "α", "β", "b", "R²", "MAPE %", "R² with one b", "points"), rows)
+        print_markdown(JOINT_COLUMNS, rows)
 
 
-def _show_forms(laws: "list[tuple[str, MemoryLaw, list[Run]]]") -> None:
+def _show_forms(laws: "list[FittedRuns]") -> None:
     """Forms of the law, best first by what they say of lengths that were left out."""
     from loramem.errors import LawError
     from loramem.law_fit import compare_forms
 
     rows = []
-    for name, _, members in laws:
+    for one in laws:
         try:
-            scores = compare_forms([run.point for run in members])
+            scores = compare_forms([run.point for run in one.runs])
         except LawError as error:
-            note(f"{name}: {error}")
+            note(f"{one.name}: {error}")
             continue
         rows += [
             (
-                name,
+                one.name,
                 score.law.form,
                 f"{score.law.r_squared:.4f}",
                 f"{score.law.mape:.1f}",

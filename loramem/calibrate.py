@@ -108,8 +108,7 @@ def calibrate(
     """
     started, slowest = time.monotonic(), 0.0  # seconds per answer token
     known = {run.identity: run for run in read_runs(out)}
-    adapted, conditions = AdaptedModel(base), _conditions(base, request)
-    done: list[Run] = []
+    adapted, done = AdaptedModel(base), list[Run]()
 
     def enough(run: Run) -> bool:
         """Whether higher ranks at the same length, or shorter ones, have nothing left to say."""
@@ -117,8 +116,7 @@ def calibrate(
 
     ahead = sum(request.lengths) * len(set(request.ranks))  # answer tokens of all runs that are left
     for length in spread(request.lengths):
-        records = encode_sample(base, request.kind, length, request.seed, request.data)
-        bench = _Bench(adapted, records, request, conditions)
+        bench = Bench(adapted, request, length)
         for rank in sorted(set(request.ranks)):
             ahead -= length
             if any(enough(run) and run.rank <= rank and run.length >= bench.length for run in done):
@@ -220,23 +218,35 @@ def spread(numbers: Sequence[int]) -> list[int]:
     return chosen
 
 
-class _Bench:
-    """The records of one length on one trunk, and the runs made with them."""
+class Bench:
+    """The records of one length on one trunk, and the runs made with them.
 
-    def __init__(
-        self, adapted: AdaptedModel, records: Sequence[EncodedRecord], request: Request, conditions: dict[str, Any]
-    ) -> None:
-        self.adapted, self.records, self.request, self.conditions = adapted, records, request, conditions
-        self.length = sum(record.length for record in records)
-        self.steps_per_pass = math.ceil(len(records) / WriterSettings.batch_records)
+    Args:
+        length: Answer tokens, about; the attribute says how many there are.
+
+    Raises as `calibrate`.
+    """
+
+    def __init__(self, adapted: AdaptedModel, request: Request, length: int) -> None:
+        self.adapted, self.request = adapted, request
+        self.records = encode_sample(adapted.base, request.kind, length, request.seed, request.data)
+        self.conditions = _conditions(adapted.base, request)
+        self.length = sum(record.length for record in self.records)
+        self.steps_per_pass = math.ceil(len(self.records) / WriterSettings.batch_records)
 
     def identity(self, rank: int) -> str:
+        """`Run.identity` of the run that `run` would make."""
         request, placement = self.request, self.request.placement
         return identity(
             request.kind, rank, self.length, request.seed, placement.modules, placement.layers, self.conditions
         )
 
     def run(self, rank: int) -> Run:
+        """Train an adapter of this rank to convergence (see the module), look at all probabilities, and drop it.
+
+        Raises:
+            TrainingDiverged: NaN or Inf; training of the law does not begin again.
+        """
         request, started = self.request, time.monotonic()
         before, _ = self._probabilities()
         settings = WriterSettings(objective=request.objective, max_rank=rank, seed=request.seed, restarts=0)

@@ -195,6 +195,18 @@ class MemoryLaw:
         half = _student_t(confidence, freedom) * math.sqrt(max(variance, 0.0))
         return predicted - half, predicted + half
 
+    def half_widths(self, confidence: float = 0.9) -> tuple[float, float, float, float]:
+        """Half the width of each constant's confidence interval, t·√Σᵢᵢ; 0 for one that ended at its bound.
+
+        Raises:
+            LawError: The confidence is not between 0 and 1.
+        """
+        if not 0 < confidence < 1:
+            raise LawError(f"The confidence must lie between 0 and 1, not {confidence}.")
+        t = _student_t(confidence, self.points - FORMS[self.form].constants)
+        c, alpha, beta, b = (t * math.sqrt(max(self.covariance[i][i], 0.0)) for i in range(4))
+        return c, alpha, beta, b
+
     def extrapolates(self, rank: float, length: float) -> bool:
         """Whether this lies outside what was measured: the ranks, the lengths, or (by 2 σ) the loss reductions.
 

@@ -5,7 +5,7 @@ A file holds the runs of any base models, placements and kinds; the same run is 
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,15 @@ class Run:
     """Training and both looks at all probabilities."""
     conditions: dict[str, Any]
     """Base model, its weights' hash, dtype, device, threads, torch and how it was trained."""
+
+    @classmethod
+    def of(cls, fields: Mapping[str, Any]) -> "Run":
+        """The run that `dataclasses.asdict` and JSON made these fields of.
+
+        Raises:
+            TypeError, KeyError: They are not those of a run.
+        """
+        return cls(**{**fields, "modules": tuple(fields["modules"]), "layers": tuple(fields["layers"])})
 
     @property
     def identity(self) -> str:
@@ -117,8 +126,7 @@ def append_run(path: Path, run: Run) -> None:
 
 def _run(line: str, number: int, path: Path) -> Run:
     try:
-        fields = json.loads(line)
-        return Run(**{**fields, "modules": tuple(fields["modules"]), "layers": tuple(fields["layers"])})
+        return Run.of(json.loads(line))
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"Line {number} of {path} is not a calibration run ({error}).") from None
 

@@ -91,13 +91,13 @@ def test_no_time_no_runs(loaded: BaseModel, tmp_path: Path) -> None:
 
 
 def test_what_a_saturated_run_answers_is_not_run(loaded: BaseModel, tmp_path: Path, monkeypatch) -> None:
-    def pretend(bench: calibrate._Bench, rank: int) -> Run:
+    def pretend(bench: calibrate.Bench, rank: int) -> Run:
         loss = 0.5 if rank >= 2 else 2.0
         return replace(template, rank=rank, length=bench.length, final_loss=loss)
 
     fast(monkeypatch)
     (template,) = calibrate.calibrate(loaded, request_of(loaded, (1,), (30,)), tmp_path / "one.jsonl")
-    monkeypatch.setattr(calibrate._Bench, "run", pretend)
+    monkeypatch.setattr(calibrate.Bench, "run", pretend)
     runs = calibrate.calibrate(loaded, request_of(loaded, (1, 2, 4), (30, 60, 90)), tmp_path / "runs.jsonl")
     # Rank 2 is saturated at the longest: rank 4 there, and 2 and 4 where it is shorter, would say nothing.
     assert [(run.length, run.rank) for run in runs] == [(90, 1), (90, 2), (30, 1), (60, 1)]
