@@ -227,7 +227,9 @@ def _draw_points(axes: "Axes", plot: Plot) -> None:
         _label_log(axes.yaxis, axes.get_ylim())
     else:
         axes.yaxis.set_major_formatter(_plainly)
-        axes.set_ylim(0, 1.1 * max(one.high for series in plot.series for one in series.points) or 1)
+        lowest = min(one.low for series in plot.series for one in series.points)
+        highest = max(one.high for series in plot.series for one in series.points)
+        axes.set_ylim(1.1 * min(lowest, 0), 1.1 * max(highest, 0) or (0 if lowest < 0 else 1))
 
 
 def _bound(kind: str) -> "Artist":

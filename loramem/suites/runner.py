@@ -33,6 +33,8 @@ SUITES = {
     "large-base": "loramem.suites.large_base",
     "budget": "loramem.suites.budget",
     "scenarios": "loramem.suites.scenarios",
+    "law": "loramem.suites.memory_law",
+    "locality": "loramem.suites.locality",
 }
 METHODS = ("sft", "memft-ot", "memft-sw", "loramem")
 """The three published ones, and this package's writer."""

@@ -1,0 +1,324 @@
+"""What an adapter does to everything else: how far it moves the base model on text that it holds nothing of.
+
+A store routes by its index: for text that is none of its keys no adapter is active, and the base must answer bit for
+bit as without a store. Unrouted, the adapter is attached by hand and stays active. Neutral text is documentation and
+source code, or a file; and questions in the form that was trained whose keys were never written, scored at the first
+token of their answers, since a model that learned records is changed most where the next one would begin.
+"""
+
+import hashlib
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from loramem.errors import InputError, KeyNotFound, StubbornRecords
+from loramem.suites.figures import Axis, Plot, Series, point
+from loramem.suites.runner import Known, Request, Result, Table, public_name
+
+if TYPE_CHECKING:
+    from loramem import MemoryStore, Record
+    from loramem.base_model import BaseModel
+    from loramem.suites.divergence import Effect, Passage
+
+KIND = "phonebook"
+RANKS, RECORDS, SEEDS = (1, 4, 16, 64), (100,), 2
+QUICK_RANKS, QUICK_RECORDS = (2, 8), (8,)
+TOKENS, QUICK_TOKENS = 8192, 512
+"""Of each neutral text."""
+STRANGERS = 100  # keys that were never written
+WINDOW = 256  # tokens that are read together
+DOCUMENTATION, SOURCE, UNKNOWN = "documentation", "source code", "unknown keys"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One store, written at one rank, and what its adapters do to neutral text."""
+
+    kind: str
+    """Of records: see `loramem.generators.generate`."""
+    records: int
+    rank: int
+    tokens: int
+    """Of each neutral text."""
+    data: Path | None
+    """A text file in place of documentation and source code."""
+    digest: str
+    """Twelve hex digits of that file's sha256: an edited one is another measurement."""
+    seed: int
+    """Of the records, the training, and the choice of neutral text."""
+    model: str
+    device: str
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        data = None if self.data is None else self.data.name
+        return {**asdict(self), "model": public_name(self.model), "data": data}
+
+    @property
+    def title(self) -> str:
+        return f"{self.records} {self.kind} records at rank {self.rank}, seed {self.seed}"
+
+
+def cells(request: Request, _: Known) -> Iterator[Cell]:
+    """Every rank for every number of records."""
+    digest = "" if request.data is None else hashlib.sha256(request.data.read_bytes()).hexdigest()[:12]
+    tokens = QUICK_TOKENS if request.quick else TOKENS
+    for records in request.records or (QUICK_RECORDS if request.quick else RECORDS):
+        for rank in request.ranks or (QUICK_RANKS if request.quick else RANKS):
+            for seed in range(request.seeds or (1 if request.quick else SEEDS)):
+                yield Cell(KIND, records, rank, tokens, request.data, digest, seed, request.model, request.device)
+
+
+def run(cell: Cell) -> Result:
+    """Have neutral text predicted by the bare base; write, recall every record; then again, routed and unrouted."""
+    from loramem import MemoryStore
+    from loramem.generators import generate
+    from loramem.suites.divergence import effect, identical, predictions
+    from loramem.suites.timing import clock, conditions, warm_up
+
+    drawn = generate(cell.kind, cell.records + STRANGERS, cell.seed)
+    records, strangers = drawn[: cell.records], drawn[cell.records :]
+    with TemporaryDirectory() as scratch, MemoryStore(Path(scratch) / "m", cell.model, device=cell.device) as store:
+        warm_up(base := store.base)
+        passages = {**neutral_passages(base, cell), UNKNOWN: questions(base, strangers)}
+        bare = {name: list(predictions(base.model, text)) for name, text in passages.items()}
+        started = clock(base.device)
+        failed = _write(store, records, cell)
+        seconds = clock(base.device) - started
+        exact = store.verify().exact
+        refused = sum(_is_refused(store, stranger.key) for stranger in strangers)
+        routed = {name: list(predictions(base.model, text)) for name, text in passages.items()}
+        effects: dict[str, list[Effect]] = {name: [] for name in passages}
+        for key in {record.adapter: record.key for record in store.records()}.values():
+            model, _ = store.load(key)
+            for name, text in passages.items():
+                effects[name].append(effect(text, bare[name], list(predictions(model, text))))
+        stats = store.stats()
+        return {
+            "records": cell.records,
+            "failed": failed,
+            "exact": exact,
+            "adapters": stats.adapters,
+            "parameters": stats.parameters,
+            "seconds": round(seconds, 3),
+            "strangers": STRANGERS,
+            "refused": refused,
+            "texts": {
+                name: {
+                    "tokens": sum(len(passage.ids) - passage.first for passage in text),
+                    "routed": {
+                        "identical": identical(bare[name], routed[name]),
+                        **summary([effect(text, bare[name], routed[name])]),
+                    },
+                    "unrouted": summary(effects[name]) if effects[name] else None,
+                }
+                for name, text in passages.items()
+            },
+            "base": conditions(base),
+        }
+
+
+def _write(store: "MemoryStore", records: Sequence["Record"], cell: Cell) -> list[str]:
+    """Write at the cell's rank and no higher; returns the keys that could not be certified."""
+    from loramem.settings import WriterSettings
+
+    settings = WriterSettings(seed=cell.seed, max_rank=cell.rank)
+    try:
+        return list(store.write(records, rank=cell.rank, partial=True, settings=settings).failed)
+    except StubbornRecords as error:  # none was certified
+        return list(error.keys)
+
+
+def _is_refused(store: "MemoryStore", key: str) -> bool:
+    try:
+        store.recall(key)
+    except KeyNotFound:
+        return True
+    return False
+
+
+def neutral_passages(base: "BaseModel", cell: Cell) -> dict[str, list["Passage"]]:
+    """Natural text by name, as windows of token ids; about ``cell.tokens`` of each.
+
+    Raises:
+        InputError: The cell's file is not UTF-8, or shorter than a window.
+    """
+    from loramem.suites.divergence import windows
+
+    found = {}
+    for name, documents in neutral_documents(cell.data, cell.seed).items():
+        width, ids = min(WINDOW, base.max_tokens), list[int]()
+        for document in documents:
+            ids += base.tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
+            if len(ids) >= cell.tokens:
+                break
+        found[name] = windows(ids[: max(cell.tokens, width)], width, base.tokenizer.bos_token_id)
+        if not found[name]:
+            raise InputError(f"{name} has {len(ids)} tokens; neutral text needs at least {width}.")
+    return found
+
+
+def neutral_documents(data: Path | None, seed: int) -> dict[str, list[str]]:
+    """Texts by name: a file's; or shuffled topics of Python's documentation and source that loramem-tiny never saw.
+
+    loramem-tiny was trained on nearly all topics, so that its loss on them is low and damage shows; source code held
+    out of its training is text that it can only generalise to.
+
+    Raises:
+        InputError: The file is not UTF-8.
+    """
+    from loramem.embedded.corpus import StandardLibrary, is_held_out
+
+    if data is not None:
+        try:
+            return {data.name: [data.read_text(encoding="utf-8")]}
+        except UnicodeDecodeError as error:
+            raise InputError(f"{data} is not UTF-8: {error}.") from None
+    documents, rng = StandardLibrary().documents, random.Random(seed)
+    topics = [text for name, text in documents.items() if name.startswith("topic:")]
+    source = [text for name, text in documents.items() if not name.startswith("topic:") and is_held_out(name)]
+    return {DOCUMENTATION: rng.sample(topics, len(topics)), SOURCE: rng.sample(source, len(source))}
+
+
+def questions(base: "BaseModel", strangers: Sequence["Record"]) -> list["Passage"]:
+    """The store's prompt for keys that it does not hold, each with the first token of the value it could have had."""
+    from loramem.prompts import encode_records
+    from loramem.suites.divergence import Passage
+
+    encoded = encode_records(strangers, base.tokenizer, base.template, base.max_tokens, base.unreachable)
+    return [Passage((*one.prompt_ids, one.answer_ids[0]), len(one.prompt_ids)) for one in encoded]
+
+
+def summary(effects: Sequence["Effect"]) -> Result:
+    """Means over all tokens and adapters, the largest divergence, and the share of tokens with another argmax."""
+    import torch
+
+    before, after, divergence, changed = (
+        torch.cat([getattr(one, name) for one in effects]).double()
+        for name in ("before", "after", "divergence", "changed")
+    )
+    return {
+        "loss_off": float(before.mean()),
+        "loss_on": float(after.mean()),
+        "kl_mean": float(divergence.mean()),
+        "kl_max": float(divergence.max()),
+        "changed": float(changed.mean()),
+    }
+
+
+def table(lines: Sequence[Mapping[str, Any]]) -> Table:
+    """A row per rank and neutral text; of several seeds the median and the range."""
+    columns = (
+        *("records", "rank", "parameters", "exact", "neutral text", "tokens", "KL mean", "KL max", "loss off"),
+        *("loss on", "change", "other argmax", "KL max, routed"),
+    )
+    rows = []
+    for (records, rank, name), results in _groups(lines).items():
+        texts = [result["texts"][name] for result in results]
+        written = [text["unrouted"] for text in texts if text["unrouted"]]
+        start = (
+            str(records),
+            str(rank),
+            _spread([result["parameters"] for result in results], ",.0f"),
+            f"{sum(result['exact'] for result in results)}/{records * len(results)}",
+            name,
+            f"{sum(text['tokens'] for text in texts):,}",
+        )
+        routed = f"{max(text['routed']['kl_max'] for text in texts):.3g}"
+        if not written:
+            rows.append((*start, *["-"] * 6, routed))
+            continue
+        rows.append(
+            (
+                *start,
+                *(_spread([one[field] for one in written], ".3g") for field in ("kl_mean", "kl_max")),
+                *(_spread([one[field] for one in written], ".3f") for field in ("loss_off", "loss_on")),
+                _spread([one["loss_on"] - one["loss_off"] for one in written], "+.3f"),
+                _spread([one["changed"] for one in written], ".1%"),
+                routed,
+            )
+        )
+    return Table(columns, tuple(rows), tuple(_notes(lines)))
+
+
+def _notes(lines: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    results = [line["result"] for line in lines]
+    routed = [text["routed"] for result in results for text in result["texts"].values()]
+    same, refused = sum(one["identical"] for one in routed), sum(result["refused"] for result in results)
+    yield (
+        f"Routed: after every record was recalled, {same} of {len(routed)} texts have logits that are bit for bit "
+        f"the bare base's; {refused} of {sum(result['strangers'] for result in results)} unknown keys are refused."
+    )
+    yield (
+        "All else is unrouted, the adapter attached by hand. KL(base ‖ adapted) and losses in nats per token; unknown "
+        "keys are scored at the first token of the answer, losses against the value that such a key could have had."
+    )
+    if failed := sum(len(result["failed"]) for result in results):
+        yield f"{failed} records could not be certified at their rank and were not written."
+    if any(result["adapters"] > 1 for result in results):
+        yield "Where records needed several adapters, the figures are means over these, each attached alone."
+
+
+def plots(lines: Sequence[Mapping[str, Any]]) -> tuple[Plot, ...]:
+    """Divergence, and change of the loss, over the rank; a colour per neutral text."""
+    groups = {
+        (records, rank, name): [text["unrouted"] for result in results if (text := result["texts"][name])["unrouted"]]
+        for (records, rank, name), results in _groups(lines).items()
+    }
+    measured = {group: written for group, written in groups.items() if written}
+    if not measured:
+        return ()
+    sizes = {records for records, _, _ in measured}
+
+    def over_rank(values: Mapping[tuple[int, int, str], Sequence[float]]) -> tuple[Series, ...]:
+        series: dict[str, list[Any]] = {}
+        for (records, rank, name), found in values.items():
+            label = name if len(sizes) == 1 else f"{name}, {records:,} records"
+            series.setdefault(label, []).append(point(rank, found))
+        return tuple(Series(label, tuple(points)) for label, points in series.items())
+
+    note = "The adapter attached by hand; routed, both are exactly 0. Of several seeds: median and range."
+    rank = Axis("rank (log scale)", log=True)
+    return (
+        Plot(
+            name="divergence",
+            title="How far an adapter moves the base on text it holds nothing of",
+            kind="line",
+            x=rank,
+            y=Axis("mean KL(base ‖ adapted), nats per token (log scale)", log=True),
+            series=over_rank({group: [one["kl_mean"] for one in written] for group, written in measured.items()}),
+            note=note,
+        ),
+        Plot(
+            name="loss",
+            title="What an adapter costs on text it holds nothing of",
+            kind="line",
+            x=rank,
+            y=Axis("change of the loss, nats per token"),
+            series=over_rank(
+                {group: [one["loss_on"] - one["loss_off"] for one in written] for group, written in measured.items()}
+            ),
+            note=note,
+        ),
+    )
+
+
+def _groups(lines: Sequence[Mapping[str, Any]]) -> dict[tuple[int, int, str], list[Result]]:
+    """Results by records, rank and neutral text, in this order."""
+    groups: dict[tuple[int, int, str], list[Result]] = {}
+    names = list(dict.fromkeys(name for line in lines for name in line["result"]["texts"]))
+    for line in lines:
+        cell = line["cell"]
+        for name in line["result"]["texts"]:
+            groups.setdefault((cell["records"], cell["rank"], name), []).append(line["result"])
+    return dict(sorted(groups.items(), key=lambda group: (*group[0][:2], names.index(group[0][2]))))
+
+
+def _spread(values: Sequence[float], format_: str) -> str:
+    """The median, and the range where there are several."""
+    found = point(0, values)
+    middle = f"{found.y:{format_}}"
+    return middle if found.low == found.high else f"{middle} ({found.low:{format_}} to {found.high:{format_}})"

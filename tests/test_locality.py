@@ -1,0 +1,196 @@
+"""The locality suite: divergence on neutral text, none where a store routes."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from loramem import MemoryStore
+from loramem.adapters import AdaptedModel
+from loramem.errors import InputError
+from loramem.suites import figures, locality
+from loramem.suites.divergence import Passage, effect, identical, predictions, windows
+from loramem.suites.runner import Request
+
+
+def cell(base: Path, **fields: object) -> locality.Cell:
+    known = {"kind": "phonebook", "records": 2, "rank": 4, "tokens": 300, "data": None, "digest": "", "seed": 0}
+    return locality.Cell(**{**known, **fields}, model=str(base), device="cpu")
+
+
+# Numbers
+
+
+def test_divergence_losses_and_argmax_are_those_worked_out_by_hand() -> None:
+    passage = Passage((5, 1, 0), 1)
+    first = torch.tensor([[0.5, 0.25, 0.25], [0.2, 0.4, 0.4]]).log()
+    second = torch.tensor([[0.25, 0.5, 0.25], [0.2, 0.4, 0.4]]).log() + 3.0  # a constant changes no prediction
+    found = effect([passage], [first], [second])
+    # 0.5 ln(0.5 / 0.25) + 0.25 ln(0.25 / 0.5) = 0.25 ln 2
+    assert found.divergence.tolist() == pytest.approx([0.25 * math.log(2), 0], abs=1e-6)
+    assert found.before.tolist() == pytest.approx([-math.log(0.25), -math.log(0.2)], rel=1e-6)
+    assert found.after.tolist() == pytest.approx([-math.log(0.5), -math.log(0.2)], rel=1e-6)
+    assert found.changed.tolist() == [True, False]
+    assert locality.summary([found])["changed"] == 0.5
+    assert locality.summary([found, found])["kl_mean"] == pytest.approx(0.125 * math.log(2), rel=1e-5)
+
+
+def test_equal_predictions_diverge_by_exactly_nothing() -> None:
+    logits = [torch.randn(7, 50, generator=torch.Generator().manual_seed(0))]
+    assert effect([Passage(tuple(range(8)), 1)], logits, logits).divergence.tolist() == [0.0] * 7
+    assert identical(logits, [logits[0].clone()])
+    assert not identical(logits, [logits[0].nextafter(torch.tensor(9.0))])
+    assert not identical(logits, [])
+
+
+def test_windows_cut_a_text_and_begin_as_the_tokenizer_would() -> None:
+    assert windows(range(10, 17), 3, None) == [Passage((10, 11, 12), 1), Passage((13, 14, 15), 1)]
+    assert windows(range(10, 15), 3, 1) == [Passage((1, 10, 11), 1), Passage((1, 12, 13), 1)]
+    assert windows([1, 2], 3, None) == []
+
+
+def test_what_is_predicted_is_each_scored_token_from_those_before_it(base: Path) -> None:
+    from loramem.base_model import load_base_model
+
+    model = load_base_model(str(base), device="cpu").model
+    ids = tuple(range(4, 14))
+    (whole,), (last,) = predictions(model, [Passage(ids, 1)]), predictions(model, [Passage(ids, 9)])
+    assert whole.shape == (9, model.config.vocab_size)
+    assert torch.equal(whole[-1:], last)
+    with torch.no_grad():
+        assert torch.allclose(whole, model(input_ids=torch.tensor([ids])).logits[0, :-1], atol=1e-5)
+
+
+# Text
+
+
+def test_neutral_text_differs_by_seed_and_source_code_is_held_out() -> None:
+    from loramem.embedded.corpus import StandardLibrary, is_held_out
+
+    first, again, other = (locality.neutral_documents(None, seed) for seed in (0, 0, 1))
+    assert first == again != other
+    held_out = {text for name, text in StandardLibrary().documents.items() if is_held_out(name)}
+    assert set(first[locality.SOURCE]) <= held_out
+    assert {name: sorted(texts) for name, texts in first.items()} == {n: sorted(t) for n, t in other.items()}
+
+
+def test_a_file_takes_the_place_of_both_texts(base: Path, tmp_path: Path) -> None:
+    path = tmp_path / "own.txt"
+    path.write_text("the lazy dog " * 300)
+    (made,) = locality.cells(Request(data=path, quick=True, ranks=(4,)), lambda _: {})
+    path.write_text("the quick fox " * 300)
+    (edited,) = locality.cells(Request(data=path, quick=True, ranks=(4,)), lambda _: {})
+    assert made.identity != edited.identity
+    assert made.identity["data"] == "own.txt"
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(InputError, match="not UTF-8"):
+        locality.neutral_documents(path, 0)
+
+
+def test_a_text_shorter_than_a_window_is_refused(base: Path, tmp_path: Path) -> None:
+    from loramem.base_model import load_base_model
+
+    path = tmp_path / "short.txt"
+    path.write_text("a few words")
+    with pytest.raises(InputError, match=r"short\.txt has \d+ tokens; neutral text needs at least 256"):
+        locality.neutral_passages(load_base_model(str(base), device="cpu"), cell(base, data=path))
+
+
+# A cell
+
+
+@pytest.fixture(scope="module")
+def result(base_of: Callable[..., Path]) -> dict:
+    return locality.run(cell(base_of("qwen3")))
+
+
+def test_a_tiny_cell_changes_nothing_routed_and_something_unrouted(result: dict) -> None:
+    assert (result["exact"], result["failed"], result["adapters"]) == (2, [], 1)
+    assert result["refused"] == result["strangers"] == locality.STRANGERS
+    assert set(result["texts"]) == {locality.DOCUMENTATION, locality.SOURCE, locality.UNKNOWN}
+    assert result["texts"][locality.UNKNOWN]["tokens"] == locality.STRANGERS
+    for text in result["texts"].values():
+        routed, unrouted = text["routed"], text["unrouted"]
+        assert routed["identical"]
+        assert (routed["kl_mean"], routed["kl_max"], routed["changed"]) == (0, 0, 0)
+        assert routed["loss_on"] == routed["loss_off"] == unrouted["loss_off"]
+        assert unrouted["kl_max"] >= unrouted["kl_mean"] > 0
+        assert unrouted["loss_on"] != unrouted["loss_off"]
+    assert json.loads(json.dumps(result)) == result
+
+
+def test_an_adapter_that_stayed_active_would_show(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(AdaptedModel, "rest", lambda _: None)
+    routed = [text["routed"] for text in locality.run(cell(base))["texts"].values()]
+    assert not any(one["identical"] for one in routed)
+    assert min(one["kl_max"] for one in routed) > 0
+
+
+def test_where_nothing_is_certified_only_the_routed_base_is_left(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from loramem.errors import StubbornRecords
+
+    def stubborn(self: MemoryStore, records: list, **_: object) -> None:
+        raise StubbornRecords("none", keys=[record.key for record in records], rank=1)
+
+    monkeypatch.setattr(MemoryStore, "write", stubborn)
+    found = locality.run(cell(base, rank=1))
+    assert (found["exact"], len(found["failed"]), found["parameters"]) == (0, 2, 0)
+    line = {"cell": {"records": 2, "rank": 1, "seed": 0}, "result": found}
+    table = locality.table([line])
+    assert [row[6] for row in table.rows] == ["-"] * 3
+    assert "2 records could not be certified" in table.notes[-1]
+    assert locality.plots([line]) == ()
+
+
+# Tables and plots
+
+
+def line(rank: int, seed: int, kl: float, change: float) -> dict:
+    text = {
+        "tokens": 100,
+        "routed": {"identical": True, "loss_off": 2.0, "loss_on": 2.0, "kl_mean": 0.0, "kl_max": 0.0, "changed": 0.0},
+        "unrouted": {
+            "loss_off": 2.0, "loss_on": 2.0 + change, "kl_mean": kl, "kl_max": 9 * kl, "changed": 0.125,
+        },
+    }  # fmt: skip
+    result = {
+        "records": 10, "failed": [], "exact": 10, "adapters": 1, "parameters": 100 * rank, "seconds": 1.0,
+        "strangers": 5, "refused": 5, "texts": {"documentation": text},
+    }  # fmt: skip
+    return {"cell": {"records": 10, "rank": rank, "seed": seed}, "result": result}
+
+
+def test_seeds_of_a_rank_share_a_row() -> None:
+    table = locality.table([line(4, 0, 0.1, 0.5), line(4, 1, 0.3, -0.1), line(1, 0, 0.2, 0.25)])
+    rows = [dict(zip(table.columns, row, strict=True)) for row in table.rows]
+    assert [row["rank"] for row in rows] == ["1", "4"]
+    assert rows[0] == {
+        "records": "10", "rank": "1", "parameters": "100", "exact": "10/10", "neutral text": "documentation",
+        "tokens": "100", "KL mean": "0.2", "KL max": "1.8", "loss off": "2.000", "loss on": "2.250",
+        "change": "+0.250", "other argmax": "12.5%", "KL max, routed": "0",
+    }  # fmt: skip
+    assert (rows[1]["exact"], rows[1]["tokens"]) == ("20/20", "200")
+    assert rows[1]["KL mean"] == "0.2 (0.1 to 0.3)"
+    assert rows[1]["change"] == "+0.200 (-0.100 to +0.500)"
+    assert "3 of 3 texts have logits that are bit for bit" in table.notes[0]
+    assert "15 of 15 unknown keys are refused" in table.notes[0]
+
+
+def test_the_plots_go_over_the_rank_and_show_losses_that_fall() -> None:
+    lines = [line(1, 0, 0.2, 0.25), line(4, 0, 0.1, -0.5)]
+    divergence, loss = locality.plots(lines)
+    assert [(one.x, one.y) for one in divergence.series[0].points] == [(1, 0.2), (4, 0.1)]
+    assert [one.y for one in loss.series[0].points] == [0.25, -0.5]
+    pytest.importorskip("matplotlib")
+    (axes, *_) = figures.figure(loss).axes
+    low, high = axes.get_ylim()
+    assert low < -0.5 < 0.25 < high
+
+
+def test_there_are_two_seeds_of_every_rank() -> None:
+    cells = list(locality.cells(Request(), lambda _: {}))
+    assert [(one.rank, one.seed) for one in cells] == [(r, s) for r in locality.RANKS for s in range(2)]
+    assert {one.rank for one in locality.cells(Request(ranks=(3, 9)), lambda _: {})} == {3, 9}
