@@ -280,7 +280,10 @@ def plots(lines: Sequence[Mapping[str, Any]]) -> tuple[Plot, ...]:
             series.setdefault(label, []).append(point(rank, found))
         return tuple(Series(label, tuple(points)) for label, points in series.items())
 
-    note = "The adapter attached by hand; routed, both are exactly 0. Of several seeds: median and range."
+    note = (
+        "KL(base ‖ adapted) of the next token's prediction, and the loss with the adapter less that without it. It is "
+        "attached by hand; routed, both are exactly 0. Of several seeds: median and range."
+    )
     rank = Axis("rank (log scale)", log=True)
     return (
         Plot(
@@ -288,7 +291,7 @@ def plots(lines: Sequence[Mapping[str, Any]]) -> tuple[Plot, ...]:
             title="How far an adapter moves the base on text it holds nothing of",
             kind="line",
             x=rank,
-            y=Axis("mean KL(base ‖ adapted), nats per token (log scale)", log=True),
+            y=Axis("mean KL, nats per token (log scale)", log=True),
             series=over_rank({group: [one["kl_mean"] for one in written] for group, written in measured.items()}),
             note=note,
         ),
