@@ -33,6 +33,7 @@ SUITES = {
     "large-base": "loramem.suites.large_base",
     "budget": "loramem.suites.budget",
     "scenarios": "loramem.suites.scenarios",
+    "phonebook": "loramem.suites.phonebook",
 }
 METHODS = ("sft", "memft-ot", "memft-sw", "loramem")
 """The three published ones, and this package's writer."""
