@@ -34,6 +34,8 @@ SUITES = {
     "budget": "loramem.suites.budget",
     "scenarios": "loramem.suites.scenarios",
     "phonebook": "loramem.suites.phonebook",
+    "long-context": "loramem.suites.long_context",
+    "linear-rule": "loramem.suites.linear_rule",
 }
 METHODS = ("sft", "memft-ot", "memft-sw", "loramem")
 """The three published ones, and this package's writer."""
