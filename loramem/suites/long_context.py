@@ -356,7 +356,7 @@ def _heat_map(text: str, method: str, grid: Grid) -> HeatMap:
         name=f"grid-{_word(method)}",
         title=f"Tokens right in greedy decoding: {text}, {method}",
         x=Axis("rank"),
-        y=Axis("length, answer tokens"),
+        y=Axis("answer tokens"),
         value="token accuracy, %",
         columns=tuple(map(str, ranks)),
         rows=tuple(f"{length:,}" for length in lengths),
