@@ -238,15 +238,6 @@ def test_the_base_model_of_the_suite_is_embedded() -> None:
     assert base_path().name == "loramem-tiny"
 
 
-@given(st.lists(st.integers(), max_size=100), st.integers(1, 40))
-def test_a_thinned_curve_ends_where_it_ended(steps: list[int], points: int) -> None:
-    curve = [(step, 0.0) for step in steps]
-    thin = phonebook.thinned(curve, points)
-    assert len(thin) == min(points, len(curve))
-    assert thin[-1:] == curve[-1:]
-    assert points < len(curve) or thin == curve
-
-
 # The table, the remarks, the plots
 
 PLACED = {512: "o_proj of layer 4", 2048: "down_proj of layers 4, 5"}

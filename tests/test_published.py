@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -257,15 +258,24 @@ def test_the_curve_counts_what_training_saw(
     monkeypatch.setattr(paper_unit, "DROPOUT", 0.0)  # of 0.96 of the tokens at the end training saw 0.76
     trained = train(loaded, records, "memft-sw")
     steps, shares = zip(*trained.curve, strict=True)
-    assert len(steps) == 40
+    assert 20 < len(steps) <= 40
     assert list(steps) == sorted(set(steps))
-    assert steps[-1] == trained.steps
+    assert (steps[0], steps[-1]) == (1, trained.steps)
     # Twenty epochs of a step each with half of the records, then two steps to an epoch: never seen is not ordered.
     assert all(share <= 0.5 for step, share in trained.curve if step <= 20)
     assert shares[0] < 0.4
     with trained.attached():
         probabilities = torch.cat([probs for _, probs in answer_probabilities(loaded.model, records)])
     assert float((probabilities > 0.5).float().mean()) == pytest.approx(shares[-1], abs=0.04)  # the last steps
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7, 100, 80_000])
+def test_a_curve_has_the_first_and_the_last_step_and_a_few_dozen(steps: int) -> None:
+    found = published.moments(steps)
+    assert (found[0], found[-1]) == (1, steps)
+    assert len(found) <= 40
+    assert found == sorted(set(found))
+    assert all(after <= before + 1 or after <= 1.5 * before for before, after in pairwise(found))
 
 
 def test_a_run_repeats_bit_for_bit_and_leaves_the_generator_alone(

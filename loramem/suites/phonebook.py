@@ -32,7 +32,6 @@ PAPER_RANKS = (1, 2, 4, 8, 16, 32, 64)
 QUICK_LENGTHS, QUICK_RANKS, QUICK_CUT = (200,), (1, 4), 10
 TRIED = 50  # records by which the tokens of a generated value are known
 DIGIT_TOKENS = 7  # from as many answer tokens to a record, the published settings of Qwen3-8B; below, Llama-3.1-8B's
-CURVE_POINTS = 40
 
 
 @dataclass(frozen=True)
@@ -193,6 +192,7 @@ def _ours(base: "BaseModel", records: Sequence["EncodedRecord"], cell: Cell) -> 
     from loramem.settings import WriterSettings
     from loramem.suites.paper_unit import PaperUnit
     from loramem.suites.placements import describe, equal_placement
+    from loramem.suites.published import moments
     from loramem.suites.scoring import score
     from loramem.writer import WriteProgress, train_adapter
 
@@ -215,12 +215,6 @@ def _ours(base: "BaseModel", records: Sequence["EncodedRecord"], cell: Cell) -> 
         "steps": training.steps,
         "visits": training.visits,
         "seconds": round(training.elapsed_s, 3),
-        "curve": thinned(curve, CURVE_POINTS),
+        "curve": [curve[step - 1] for step in moments(len(curve))],
         "schedule": None,
     }
-
-
-def thinned(curve: Sequence[tuple[int, float]], points: int) -> list[tuple[int, float]]:
-    """At most so many of a curve's points, evenly spaced, the last among them."""
-    count = min(points, len(curve))
-    return [curve[(place + 1) * len(curve) // count - 1] for place in range(count)]

@@ -240,12 +240,12 @@ def _grid(group: Group, method: str, tail: str) -> HeatMap:
         title=f"Exact recall by rank and length: {method}",
         x=Axis("rank of the published unit"),
         y=Axis("answer tokens"),
-        value="records decoded exactly, %",
+        value="exact, %",
         columns=tuple(map(str, group.ranks)),
         rows=tuple(f"{length:,}" for length in group.lengths),
         values=tuple(tuple(group.mean(length, rank, method) for rank in group.ranks) for length in group.lengths),
         high=100.0,
-        note=f"{group.setting}. Mean over seeds.",
+        note=f"{group.setting}. Share of the records decoded exactly, mean over seeds.",
     )
 
 
@@ -263,13 +263,13 @@ def _curves(group: Group, tail: str) -> Plot:
         title=f"Learning {length:,} answer tokens at rank {rank}",
         kind="line",
         x=Axis("optimiser steps (log scale)", log=True),
-        y=Axis("ordered tokens, % of all answer and end tokens"),
+        y=Axis("ordered tokens, %"),
         series=tuple(
             Series(method, tuple(Point(step, 100 * share, 100 * share, 100 * share) for step, share in curves[method]))
             for method in METHODS
             if method in curves
         ),
-        note=f"{group.setting}; of all cells the one whose methods differ most, first seed. Ordered: p > 0.5 (loramem: "
-        "p >= 0.6) when a training step last saw the token, for the published methods with dropout. Batches differ in "
-        "size, and so do steps.",
+        note=f"{group.setting}; of all cells the one whose methods differ most, first seed. Ordered: of all answer and "
+        "end tokens those with p > 0.5 (loramem: p >= 0.6) when a training step last saw them, for the published "
+        "methods with dropout. Batches differ in size, and so do steps.",
     )

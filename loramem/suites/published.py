@@ -26,7 +26,7 @@ from loramem.trunk import Trunk
 
 PUBLISHED = ("sft", "memft-ot", "memft-sw")
 MAX_GRAD_NORM = 1.0  # of A and B jointly
-LOOKS = 40  # points of a learning curve
+LOOKS = 40  # points of a learning curve, at most
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,7 @@ def train_published(
     trunk = Trunk(base.model, records, matrices.layer)
     optimizer, decay = make_optimizer(matrices, schedule, len(records))
     planned, total = schedule.steps(len(records)), sum(len(record.answer_ids) for record in records)
+    looks = set(moments(planned))
     ordered = torch.zeros(len(records), dtype=torch.long, device=base.device)
     sliding = SlidingState.start(1, base.device) if method == "memft-sw" and not schedule.boundaries else None
     visits, curve = 0, list[tuple[int, float]]()
@@ -105,9 +106,14 @@ def train_published(
                 visits += len(indices)
             take_step(matrices, optimizer)
             decay.step()
-            if step * LOOKS // planned > (step - 1) * LOOKS // planned:
+            if step in looks:
                 curve.append((step, round(int(ordered.sum()) / total, 4)))
     return Trained(matrices, base.model, planned, visits, clock(base.device) - started, tuple(curve))
+
+
+def moments(steps: int) -> list[int]:
+    """A few dozen of so many steps, counted from 1 and spread evenly in their logarithm: the first and the last too."""
+    return sorted({round(steps ** (place / (LOOKS - 1))) for place in range(LOOKS)})
 
 
 def forward(trunk: Trunk, indices: Sequence[int]) -> tuple[Tensor, Batch]:
