@@ -24,18 +24,19 @@ LAST = (
     "Marchetti Moreau Nakamura Novak Okafor Olsen Pereira Petrov Quintero Ramanathan Rossi Sandoval Schreiber Silva "
     "Takahashi Thorne Tkachenko Underwood Valdez Van-Dyke Whitaker Winther Yamamoto Zielinski Zhang"
 ).split()
-# Beyond the 2,650 names above, and only then, so that smaller sets keep their records.
 MORE_LAST = (
     "Adeyemi Andersson Aoki Barbosa Bauer Bhatt Boateng Brandt Cardoso Cheng Costa Danso Duarte Ekström Farouk Ferrari "
     "Gruber Gutiérrez Hansen Hashimoto Horvat Iyer Jensen Kimura Kovalenko Kruger Larsen Lombardi Mbeki Mendes Mishra "
     "Molina Nguyen Nowak Okonkwo Oliveira Osei Park Popescu Reyes Sato Schwarz Sokolov Svensson Tanaka Torres Varga "
     "Weber Yilmaz Zhao"
 ).split()
+# As many as are needed: smaller sets keep their records.
+LAST_NAMES = (LAST, LAST + MORE_LAST, LAST + MORE_LAST + [f"{one}-{other}" for one in LAST for other in MORE_LAST])
 KINDS = ("phonebook", "hex", "words", "source")
 
 
 def generate(kind: str, records: int, seed: int = 0) -> list[Record]:
-    """Records of one kind of value, up to 5,300 of them.
+    """Records of one kind of value, up to 137,800 of them.
 
     - phonebook: ten digits, the first 6 to 9 (31.9 bits);
     - hex: sixteen hexadecimal digits (64 bits);
@@ -43,7 +44,7 @@ def generate(kind: str, records: int, seed: int = 0) -> list[Record]:
     - source: a line of standard-library source that loramem-tiny was never trained on.
     """
     rng = random.Random(seed)
-    last_names = LAST if records <= len(FIRST) * len(LAST) else LAST + MORE_LAST
+    last_names = next((names for names in LAST_NAMES if records <= len(FIRST) * len(names)), LAST_NAMES[-1])
     names = rng.sample([f"{first} {last}:" for first in FIRST for last in last_names], k=records)
     values: dict[str, None] = {}
     draw = _values(kind, rng)

@@ -6,7 +6,7 @@ again: what is drawn is what is learned.
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from itertools import takewhile
 
 from transformers import PreTrainedTokenizerBase
@@ -30,12 +30,62 @@ def long_text(tokenizer: PreTrainedTokenizerBase, length: int, noise: float, see
         ValueError: The noise is not a share, or the length is not positive.
         InputError: The tokenizer does not give the drawn tokens back.
     """
+    _check(length, noise)
+    return with_noise(tokenizer, _source(tokenizer, length, seed), noise, seed)
+
+
+def text_ids(tokenizer: PreTrainedTokenizerBase, text: str, length: int) -> list[int]:
+    """The first ``length`` tokens of a text, or a few fewer: no cut inside what the tokenizer reads as one.
+
+    Raises:
+        ValueError: The length is not positive.
+        InputError: The text is shorter, or its tokens are not read again as they are anywhere near the end.
+    """
+    _check(length, 0.0)
+    ids = _encode(tokenizer, text)
+    if len(ids) < length:
+        raise InputError(f"The text has {len(ids):,} tokens of this base model, {length:,} are asked for.")
+    for end in range(length, max(length - WINDOW, 0), -1):
+        if _encode(tokenizer, _decode(tokenizer, ids[:end])) == ids[:end]:
+            return ids[:end]
+    raise InputError(f"This tokenizer does not read the first {length:,} tokens of the text again as they are.")
+
+
+def with_noise(
+    tokenizer: PreTrainedTokenizerBase,
+    ids: Sequence[int],
+    noise: float,
+    seed: int,
+    excluded: Collection[int] = (),
+) -> str:
+    """The text of tokens, of which a share is replaced by random ones.
+
+    Args:
+        ids: n tokens that are read again as they are.
+        noise: Share of random tokens k/n, from 0 to 1; at positions floor((i + ½) n/k), or just after.
+        seed: Of the random tokens.
+        excluded: Tokens that are not drawn, besides the special ones that have a role.
+
+    Raises:
+        ValueError: The noise is not a share, or there are no tokens.
+        InputError: The tokenizer does not give the drawn tokens back.
+    """
+    _check(len(ids), noise)
+    places = noise_places(len(ids), noise)
+    if not places:
+        return _decode(tokenizer, ids)
+    return _decode(tokenizer, _replaced(tokenizer, ids, places, random.Random(seed), excluded))
+
+
+def noise_places(length: int, noise: float) -> set[int]:
+    """Evenly spaced positions, floor((i + ½) n/k) for i below k, of a share k/n of n tokens (arXiv 2605.30260)."""
+    replaced = round(length * noise)
+    return {int((i + 0.5) * length / replaced) for i in range(replaced)}
+
+
+def _check(length: int, noise: float) -> None:
     if not 0 <= noise <= 1 or length < 1:
         raise ValueError(f"noise must be between 0 and 1 and length at least 1, not {noise} and {length}")
-    replaced = round(length * noise)
-    places = {int((i + 0.5) * length / replaced) for i in range(replaced)}
-    ids = _source(tokenizer, length, seed)
-    return _decode(tokenizer, _replaced(tokenizer, ids, places, random.Random(seed)) if places else ids)
 
 
 def _source(tokenizer: PreTrainedTokenizerBase, length: int, seed: int) -> list[int]:
@@ -49,10 +99,16 @@ def _source(tokenizer: PreTrainedTokenizerBase, length: int, seed: int) -> list[
     raise ValueError(f"The held-out standard library has {len(ids)} tokens, {length} are too many.")
 
 
-def _replaced(tokenizer: PreTrainedTokenizerBase, ids: list[int], places: set[int], rng: random.Random) -> list[int]:
+def _replaced(
+    tokenizer: PreTrainedTokenizerBase,
+    ids: Sequence[int],
+    places: set[int],
+    rng: random.Random,
+    excluded: Collection[int],
+) -> list[int]:
     """The tokens with random ones at these places; at the next one where none stays itself between its neighbours."""
-    special = set(tokenizer.all_special_ids)
-    vocabulary = [token for token in range(len(tokenizer)) if token not in special]
+    never = {*tokenizer.all_special_ids, *excluded}
+    vocabulary = [token for token in range(len(tokenizer)) if token not in never]
     mixed, waiting = list[int](), 0
     for place, token in enumerate(ids):
         waiting += place in places

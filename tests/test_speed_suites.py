@@ -20,7 +20,8 @@ from loramem.prompts import EncodedRecord, encode_records
 from loramem.suites import baselines, large_base, recall_speed, runner, write_scaling, write_speed
 from loramem.suites import paper_recipe as paper
 from loramem.suites.baselines import same_placement, trainer_loop
-from loramem.suites.paper_recipe import Schedule, paper_recipe
+from loramem.suites.paper_recipe import paper_recipe
+from loramem.suites.paper_schedule import Schedule
 from loramem.suites.paper_unit import PaperUnit, attached, paper_layer
 from loramem.suites.timing import count_exact, warm_up
 
@@ -127,10 +128,10 @@ def test_a_batch_without_stubborn_tokens_changes_nothing(
 ) -> None:
     unit = PaperUnit(loaded.model, 4, seed=0)
     optimizer = torch.optim.AdamW(unit.parameters(), lr=1e-2)
-    paper._paper_step(loaded, unit, records, optimizer, bfloat16=False)
+    paper._paper_step(loaded, unit, [records], optimizer, bfloat16=False)
     before = [parameter.clone() for parameter in unit.parameters()]
     monkeypatch.setattr(paper, "memft_ot", lambda losses, *_, **__: torch.zeros_like(losses))
-    paper._paper_step(loaded, unit, records, optimizer, bfloat16=False)
+    paper._paper_step(loaded, unit, [records], optimizer, bfloat16=False)
     assert all(torch.equal(old, new) for old, new in zip(before, unit.parameters(), strict=True))
 
 

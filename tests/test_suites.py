@@ -26,6 +26,12 @@ def test_phone_book_values_are_in_the_form_of_the_paper() -> None:
         assert re.fullmatch(r"\S+ \S+:", record.key)
 
 
+def test_there_are_names_for_the_longest_phone_book_of_the_paper() -> None:
+    records = generators.generate("phonebook", 8000)  # 32,000 tokens of four to a number
+    assert len({record.key for record in records}) == 8000
+    assert all(re.fullmatch(r"\S+ \S+:", record.key) for record in records)
+
+
 @pytest.fixture
 def tiny_suite(monkeypatch: pytest.MonkeyPatch) -> None:
     def cells(base):

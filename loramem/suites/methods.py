@@ -1,0 +1,90 @@
+"""The published methods and this package's writer as one: train an adapter on records, and attach it to be asked."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from loramem.suites.runner import UNITS, Request
+
+if TYPE_CHECKING:
+    from loramem.base_model import BaseModel
+    from loramem.prompts import EncodedRecord
+    from loramem.suites.paper_schedule import Schedule
+
+OWN = "loramem"
+"""The method that is not published: no unit of its own, no schedule, no fixed number of steps."""
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What an adapter took."""
+
+    placement: str
+    """Where its matrices are, in words."""
+    parameters: int
+    steps: int
+    visits: int
+    """Times a record was in a training batch, over all records."""
+    seconds: float
+
+
+def unit_of(request: Request, method: str) -> tuple[str, int | None]:
+    """Unit and layer of a method's cell: the branch unless another is asked for; the writer has its own layers."""
+    return request.unit or UNITS[0], None if method == OWN else request.layer
+
+
+def labels(cells: Sequence[Mapping[str, Any]]) -> Callable[[Mapping[str, Any]], str]:
+    """Names of the methods of cells, with unit and layer where these are not the same for all published ones."""
+    units = {(cell["unit"], cell["layer"]) for cell in cells if cell["method"] != OWN}
+
+    def label(cell: Mapping[str, Any]) -> str:
+        if len(units) < 2:
+            return str(cell["method"])
+        where = cell["unit"] if cell["layer"] is None else f"{cell['unit']}, layer {cell['layer']}"
+        return f"{cell['method']} ({where})"
+
+    return label
+
+
+@contextmanager
+def trained_adapter(
+    base: "BaseModel",
+    records: "Sequence[EncodedRecord]",
+    method: str,
+    rank: int,
+    schedule: "Schedule",
+    *,
+    seed: int,
+    unit: str,
+    layer: int | None,
+) -> Iterator[Taken]:
+    """Train an adapter; within this context the base computes with it. For the writer the base is spent afterwards.
+
+    Args:
+        rank: Of the published unit. The writer's adapter has as many parameters within 10 % (`equal_placement`), and
+            its rank stays: what it cannot certify is asked for as it is.
+        schedule: Of the published methods.
+        unit: One of `UNITS`.
+        layer: Of the unit; None at the paper's depth.
+    """
+    from loramem.adapters import AdaptedModel
+    from loramem.layers import decoder_layers, linear_modules
+    from loramem.settings import WriterSettings
+    from loramem.suites.paper_unit import PaperUnit
+    from loramem.suites.placements import describe, equal_placement
+    from loramem.suites.published import train_published
+    from loramem.writer import train_adapter
+
+    if method != OWN:
+        trained = train_published(base, records, method, rank, schedule, seed=seed, unit=unit, layer=layer)
+        where = f"{unit} of layer {trained.unit.layer}"
+        with trained.attached():
+            yield Taken(where, trained.parameters, trained.steps, trained.visits, trained.seconds)
+        return
+    allowed = PaperUnit(base.model, rank, seed, unit, layer).parameter_count
+    placement, own_rank = equal_placement(base.model, allowed)
+    where = f"{describe(placement, linear_modules(decoder_layers(base.model)[-1]))}, rank {own_rank}"
+    settings = WriterSettings(max_rank=own_rank, seed=seed)
+    training = train_adapter(AdaptedModel(base), "suite", records, own_rank, placement, settings)
+    yield Taken(where, training.parameters, training.steps, training.visits, training.elapsed_s)
