@@ -33,6 +33,7 @@ SUITES = {
     "large-base": "loramem.suites.large_base",
     "budget": "loramem.suites.budget",
     "scenarios": "loramem.suites.scenarios",
+    "phase": "loramem.suites.phase",
 }
 METHODS = ("sft", "memft-ot", "memft-sw", "loramem")
 """The three published ones, and this package's writer."""
