@@ -76,10 +76,10 @@ def _counter_examples(lines: Lines, tallies: Mapping[str, Any]) -> Iterable[str]
 def _stubborn_and_failure(lines: Lines) -> Iterable[str]:
     runs = _of(lines, "long", "runs")
     if runs:
-        pairs = _pairs(runs)
+        pairs, failing = _pairs(runs), sum(run["failure"] is not None for run in runs)
         later = [pair for pair in pairs if pair[0] > 0]
         yield (
-            f"Long records, each with an adapter taken at a random step: {len(runs)} runs, {len(pairs)} with a "
+            f"Long records, each with an adapter taken at a random step: {len(runs)} runs, {failing} with a "
             f"failure. Earliest token with p ≤ 0.5 against first failure: {_told(spearman(pairs))} ({PAPER}). In "
             f"{sum(s == f for s, f in pairs)} runs they are the same token. Without the {len(pairs) - len(later)} runs "
             f"whose very first token is stubborn: {_told(spearman(later))}."
@@ -90,9 +90,9 @@ def _stubborn_and_failure(lines: Lines) -> Iterable[str]:
             f"{_told(spearman([pair for pair in ends if pair[0] is not None]))}."
         )
     if stages := _of(lines, "book", "stages"):
-        failing = [(s, f) for stage in stages for s, f in stage["pairs"] if s is not None]
+        records = [(s, f) for stage in stages for s, f in stage["pairs"] if s is not None]
         yield (
-            f"Books, every failing record of every stage (not independent of each other): {_told(spearman(failing))}; "
+            f"Books, every failing record of every stage (not independent of each other): {_told(spearman(records))}; "
             f"{sum(stage['exact'] for stage in stages):,} other records were exact."
         )
 
