@@ -119,7 +119,7 @@ def test_what_is_sampled_has_the_probabilities_of_the_model_and_no_likeliest_few
     model, (prompt, *_) = random_model(CONFIGS["qwen3"]), prompts(4)
     with torch.no_grad():
         expected = model(torch.tensor([prompt])).logits[0, -1].double().softmax(-1)
-    draws = 20_000
+    draws = 5_000
     rows = sample_decode(model, [prompt] * draws, 1, NEVER, seed=3)
     counts = torch.bincount(torch.tensor([row[0] if row else NEVER for row in rows]), minlength=64)
     z = (counts - draws * expected) / (draws * expected * (1 - expected)).sqrt()

@@ -27,14 +27,14 @@ if TYPE_CHECKING:
 __all__ = ["Cell", "cells", "plots", "run", "table"]
 
 LONG_KINDS, LENGTHS, RANKS = ("text", "mixed", "random"), (50, 100, 200, 300), (1, 2, 4, 8)
-RUNS, LONG_STEPS = 5, 100
+RUNS, LONG_STEPS = 6, 120
 """Long records per cell; steps after which they are not trained further, certified or not."""
 BOOK, BOOKS, BOOK_STEPS = 200, 3, 200
 """Phone numbers in a book; books per rank; steps as above."""
 SHARES = (0.3, 0.6, 0.8, 0.9, 0.97)
 """Of a book's tokens, as training last saw them: whenever so many are at p >= 0.6 the book is looked at."""
-SAMPLED_KINDS, SAMPLED, SAMPLED_RANK, SAMPLES = ("phonebook", "words", "hex"), 40, 4, 100
-"""Values; records; rank; recalls of every record per way of sampling."""
+SAMPLED_KINDS, SAMPLED, SAMPLED_BOOKS, SAMPLED_RANK, SAMPLES = ("phonebook", "words", "hex"), 20, 2, 1, 100
+"""Values; records of a book; books per kind; rank; recalls of every record per way of sampling."""
 SAMPLED_SHARE = 0.9
 """A sampled book is sampled at the end of its training, and before it at this share of tokens at p >= 0.6."""
 TOP_P = (0.95, 0.9)
@@ -90,8 +90,9 @@ def cells(request: Request, _: Known) -> Iterator[Cell]:
             for seed in range(request.seeds or (1 if quick else BOOKS)):
                 yield Cell("book", "phonebook", records, rank, 1, seed, *where)
     for kind in SAMPLED_KINDS[:1] if quick else SAMPLED_KINDS:
-        for seed in range(request.seeds or 1):
-            yield Cell("sampling", kind, 5 if quick else SAMPLED, SAMPLED_RANK, 20 if quick else SAMPLES, seed, *where)
+        for seed in range(request.seeds or (1 if quick else SAMPLED_BOOKS)):
+            size, samples = (5, 20) if quick else (SAMPLED, SAMPLES)
+            yield Cell("sampling", kind, size, SAMPLED_RANK, samples, seed, *where)
 
 
 def run(cell: Cell) -> Result:

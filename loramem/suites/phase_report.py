@@ -204,8 +204,9 @@ def _failures(lines: Lines) -> Iterable[Plot]:
             x=Axis("earliest token with p ≤ 0.5 (the first is 1, log scale)", log=True),
             y=Axis("first token decoded wrongly (log scale)", log=True),
             series=tuple(series),
-            diagonal="fails where p ≤ 0.5 for the first time",
-            note="A record each, at a random step of its training. Below the line p > 0.5 would have failed.",
+            diagonal="the same token",
+            note="Records with an adapter each, at a random step of its training; equal ones cover each other. Below "
+            "the line a token with p > 0.5 would have failed.",
         )
 
 
@@ -214,6 +215,7 @@ def _grids(lines: Lines) -> Iterable[HeatMap]:
     if not ends:
         return
     longest = max(line["cell"]["size"] for line in ends)
+    steps = max(run["steps"] for run in _of(lines, "long", "runs"))
     ways: tuple[tuple[str, str, Lines, Callable[[Mapping[str, Any]], int]], ...] = (
         ("rank", "rank", [line for line in ends if line["cell"]["size"] == longest], lambda cell: cell["rank"]),
         ("length", "answer tokens", ends, lambda cell: cell["size"]),
@@ -226,13 +228,14 @@ def _grids(lines: Lines) -> Iterable[HeatMap]:
             yield HeatMap(
                 name=f"{name}-by-{way}",
                 title=f"{value[0].upper()}{value[1:]} at the end of training, by position and {way}",
-                x=Axis("tokens of the answer, up to"),
+                x=Axis(f"position in the answer, {POSITIONS} tokens up to"),
                 y=Axis(label),
                 value=value,
                 columns=tuple(str(POSITIONS * (field + 1)) for field in range(width)),
                 rows=tuple(map(str, rows)),
                 values=tuple(tuple(_ratio(grids, total, field) for field in range(width)) for grids in sums),
-                note=f"Long records of {longest} tokens." if way == "rank" else "Long records of all ranks.",
+                note=f"Long records of {f'{longest} tokens' if way == 'rank' else 'all ranks'}, each with an adapter; "
+                f"training ended when every token was certified, when nothing improved, or after {steps} steps.",
             )
 
 
@@ -240,7 +243,7 @@ def _ratio(grids: Sequence[Mapping[str, Any]], name: str, field: int) -> float |
     """Of the grids that reach this field, the sum of ``name`` over the tokens."""
     reaching = [one for one in grids if field < len(one["tokens"])]
     tokens = sum(one["tokens"][field] for one in reaching)
-    return sum(one[name][field] for one in reaching) / tokens if tokens else None
+    return round(sum(one[name][field] for one in reaching) / tokens, 2) if tokens else None
 
 
 def _verbatim(lines: Lines) -> Iterable[Plot]:
