@@ -36,6 +36,7 @@ SUITES = {
     "long-context": "loramem.suites.long_context",
     "linear-rule": "loramem.suites.linear_rule",
     "scenarios": "loramem.suites.scenarios",
+    "phase": "loramem.suites.phase",
     "law": "loramem.suites.memory_law",
     "locality": "loramem.suites.locality",
 }

@@ -1,0 +1,335 @@
+"""Whether p > 0.5 is recalled: the transition itself, in adapters taken at some stage of their training.
+
+Long records have an adapter each, taken at a random one of its training steps, so that most fail somewhere. Books are
+many short records in one adapter, looked at whenever more of their tokens are learned. Sampled books are answered at
+temperature 1, from all tokens or from a nucleus (top-p). Every p is teacher-forced; all decoding is free-running,
+through every layer.
+"""
+
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from loramem.errors import InputError, RecordError
+from loramem.suites.phase_report import plots, table
+from loramem.suites.runner import Known, Request, Result, public_name
+from loramem.suites.transition import THRESHOLD, Reading, counter_examples, grid, sampled_bounds, tally
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from loramem.adapters import AdaptedModel
+    from loramem.prompts import EncodedRecord
+    from loramem.writer import WriteProgress
+
+__all__ = ["Cell", "cells", "plots", "run", "table"]
+
+LONG_KINDS, LENGTHS, RANKS = ("text", "mixed", "random"), (50, 100, 200, 300), (1, 2, 4, 8)
+RUNS, LONG_STEPS = 6, 120
+"""Long records per cell; steps after which they are not trained further, certified or not."""
+BOOK, BOOKS, BOOK_STEPS = 200, 3, 200
+"""Phone numbers in a book; books per rank; steps as above."""
+SHARES = (0.3, 0.6, 0.8, 0.9, 0.97)
+"""Of a book's tokens, as training last saw them: whenever so many are at p >= 0.6 the book is looked at."""
+SAMPLED_KINDS, SAMPLED, SAMPLED_BOOKS, SAMPLED_RANK, SAMPLES = ("phonebook", "words", "hex"), 20, 2, 1, 100
+"""Values; records of a book; books per kind; rank; recalls of every record per way of sampling."""
+SAMPLED_SHARE = 0.9
+"""A sampled book is sampled at the end of its training, and before it at this share of tokens at p >= 0.6."""
+TOP_P = (0.95, 0.9)
+BELOW = 1e-4  # as far under a record's lowest p as no rounding reaches
+BATCH = 256  # recalls sampled together
+NAME = "phase"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A few long records with an adapter each, or one book."""
+
+    part: str
+    """"long", "book" or "sampling"."""
+    kind: str
+    """Of the values."""
+    size: int
+    """Answer tokens of a long record; records of a book."""
+    rank: int
+    repeats: int
+    """Long records; recalls of every sampled record."""
+    seed: int
+    """Of the records, their training and all draws; every long record has the next one."""
+    model: str
+    device: str
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        return {**asdict(self), "model": public_name(self.model)}
+
+    @property
+    def title(self) -> str:
+        size = f"{self.repeats} × {self.size} tokens" if self.part == "long" else f"{self.size} records"
+        return f"{self.part}, {self.kind}, {size}, rank {self.rank}, seed {self.seed}"
+
+
+def cells(request: Request, _: Known) -> Iterator[Cell]:
+    """Long records over kinds, lengths and ranks; books over ranks; sampled books over kinds.
+
+    No two long records have the same seed; those of one kind and length differ in their text as far as there are texts.
+    """
+    quick, where = request.quick, (request.model, request.device)
+    ranks = request.ranks or ((1, 2) if quick else RANKS)
+    runs, seed = 2 if quick else RUNS, 0
+    for kind in LONG_KINDS[:1] if quick else LONG_KINDS:
+        for length in request.lengths or ((30,) if quick else LENGTHS):
+            for rank in ranks:
+                for _cell in range(request.seeds or 1):
+                    yield Cell("long", kind, length, rank, runs, seed, *where)
+                    seed += runs
+    for records in request.records or ((20,) if quick else (BOOK,)):
+        for rank in ranks[-1:] if quick else ranks:
+            for seed in range(request.seeds or (1 if quick else BOOKS)):
+                yield Cell("book", "phonebook", records, rank, 1, seed, *where)
+    for kind in SAMPLED_KINDS[:1] if quick else SAMPLED_KINDS:
+        for seed in range(request.seeds or (1 if quick else SAMPLED_BOOKS)):
+            size, samples = (5, 20) if quick else (SAMPLED, SAMPLES)
+            yield Cell("sampling", kind, size, SAMPLED_RANK, samples, seed, *where)
+
+
+def run(cell: Cell) -> Result:
+    """Train, take the adapter as it was at some stages, and set what it decodes against its p."""
+    from loramem.adapters import AdaptedModel
+    from loramem.base_model import load_base_model
+    from loramem.suites.timing import clock, conditions
+
+    adapted = AdaptedModel(load_base_model(cell.model, device=cell.device))
+    started = clock(adapted.base.device)
+    measured = {"long": long_records, "book": book, "sampling": sampling}[cell.part](cell, adapted)
+    seconds = round(clock(adapted.base.device) - started, 1)
+    return {"seconds": seconds, **measured, "base": conditions(adapted.base)}
+
+
+def long_records(cell: Cell, adapted: "AdaptedModel") -> Result:
+    """Independent runs, each read at a random step of its training and at its end."""
+    from loramem.calibrate import encode_sample
+
+    at_stage: list[Reading] = []
+    at_end: list[Reading] = []
+    steps: list[Result] = []
+    refused: list[Result] = []
+    for seed in range(cell.seed, cell.seed + cell.repeats):
+        try:
+            records = encode_sample(adapted.base, cell.kind, cell.size, seed)
+        except (InputError, RecordError) as error:  # the tokenizer cannot express this draw
+            refused.append({"seed": seed, "error": type(error).__name__})
+            continue
+        stages = train(adapted, records, cell.rank, seed, LONG_STEPS, at_random(random.Random(seed)))
+        at_end += read(adapted, records)
+        stage = stages[-2:][0]  # the end, where training had nothing to do
+        take(adapted, stage)
+        at_stage += read(adapted, records)
+        steps.append({"seed": seed, "step": stage.step, "steps": stages[-1].step})
+    runs = [
+        {
+            **step,
+            "tokens": len(stage.answer_ids) - 1,
+            "stubborn": stage.stubborn,
+            "failure": stage.failure,
+            "end_stubborn": end.stubborn,
+            "end_failure": end.failure,
+        }
+        for step, stage, end in zip(steps, at_stage, at_end, strict=True)
+    ]
+    return {
+        **_transition(adapted, at_stage + at_end),
+        "runs": runs,
+        "refused": refused,
+        "grid": grid(at_end),
+    }
+
+
+def book(cell: Cell, adapted: "AdaptedModel") -> Result:
+    """Many records in one adapter, read at several stages of one training."""
+    records = _book_records(cell, adapted)
+    stages = train(adapted, records, cell.rank, cell.seed, BOOK_STEPS, at_shares(SHARES))
+    readings: list[Reading] = []
+    told: list[Result] = []
+    for stage in stages:
+        take(adapted, stage)
+        found = read(adapted, records)
+        readings += found
+        told.append(
+            {
+                "step": stage.step,
+                "exact": sum(reading.failure is None for reading in found),
+                "lowest_p": round(min(min(reading.probs) for reading in found), 4),
+                "pairs": [[one.stubborn, one.failure] for one in found if one.failure is not None],
+            }
+        )
+    return {**_transition(adapted, readings), "stages": told}
+
+
+def sampling(cell: Cell, adapted: "AdaptedModel") -> Result:
+    """Recalls drawn at temperature 1 before the end of a training and at its end; there from nuclei too."""
+    records, draw = _book_records(cell, adapted), random.Random(cell.seed)
+    ways: list[Result] = []
+    readings: list[Reading] = []
+    stages = train(adapted, records, cell.rank, cell.seed, BOOK_STEPS, at_shares((SAMPLED_SHARE,)))
+    for stage in stages:
+        take(adapted, stage)
+        found = read(adapted, records)
+        readings += found
+        for top_p in (1.0, *TOP_P) if stage is stages[-1] else (1.0,):
+            rows = [
+                (
+                    *sampled_bounds(reading.probs, top_p),
+                    min(reading.probs),
+                    verbatim(adapted, record, top_p, cell.repeats, draw),
+                )
+                for record, reading in zip(records, found, strict=True)
+            ]
+            ways.append({"step": stage.step, "top_p": top_p, "end": stage is stages[-1], "records": rows})
+    narrow = [
+        (reading.key, min(reading.probs), verbatim(adapted, record, min(reading.probs) - BELOW, cell.repeats, draw))
+        for record, reading in zip(records, found, strict=True)
+        if min(reading.probs) - BELOW >= THRESHOLD
+    ]
+    return {
+        **_transition(adapted, readings),
+        "ways": ways,
+        "nucleus": {
+            "recalls": cell.repeats * len(narrow),
+            "left_out": len(records) - len(narrow),
+            "deviations": [
+                {"key": key, "lowest_p": lowest, "wrong": cell.repeats - exact}
+                for key, lowest, exact in narrow
+                if exact < cell.repeats
+            ],
+        },
+    }
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The adapter's weights after some step of its training."""
+
+    step: int
+    weights: dict[str, "Tensor"]
+
+
+def train(
+    adapted: "AdaptedModel",
+    records: Sequence["EncodedRecord"],
+    rank: int,
+    seed: int,
+    steps: int,
+    wanted: Callable[["WriteProgress"], bool],
+) -> list[Stage]:
+    """Train as a write does, at one rank, for at most so many steps.
+
+    Args:
+        wanted: Asked after every step whether to keep its weights.
+
+    Returns:
+        What was kept, in order, and last the end of training, which the adapter is left at.
+    """
+    from loramem.adapters import Placement
+    from loramem.settings import WriterSettings
+    from loramem.writer import train_adapter
+
+    stages: list[Stage] = []
+    step = 0
+
+    def keep() -> None:
+        weights = {name: tensor.detach().clone() for name, tensor in adapted.weights(NAME).items()}
+        stages.append(Stage(step, weights))
+
+    def watch(told: "WriteProgress") -> None:
+        nonlocal step
+        step = told.step
+        if wanted(told):
+            keep()
+        if step >= steps:
+            raise _LongEnough
+
+    settings = WriterSettings(seed=seed, max_rank=rank, restarts=0)  # another rank or start has other weights
+    with suppress(_LongEnough):
+        train_adapter(adapted, NAME, records, rank, Placement.default(adapted.model), settings, watch)
+    keep()
+    return stages
+
+
+class _LongEnough(Exception):
+    pass
+
+
+def at_random(draw: random.Random) -> Callable[["WriteProgress"], bool]:
+    """Says yes so that the last step it said yes to is any of the steps, each with the same chance."""
+    return lambda told: draw.random() * told.step < 1
+
+
+def at_shares(shares: Sequence[float]) -> Callable[["WriteProgress"], bool]:
+    """Says yes whenever the share of tokens with p >= 0.6 has first reached one of these."""
+    ahead = sorted(shares)
+
+    def wanted(told: "WriteProgress") -> bool:
+        reached = [share for share in ahead if told.tokens_ordered >= share * told.tokens_total]
+        del ahead[: len(reached)]
+        return bool(reached)
+
+    return wanted
+
+
+def take(adapted: "AdaptedModel", stage: Stage) -> None:
+    """Give the active adapter the weights of a stage."""
+    from loramem.adapters import load_weights
+
+    load_weights(adapted.weights(NAME), stage.weights)
+
+
+def read(adapted: "AdaptedModel", records: Sequence["EncodedRecord"]) -> list[Reading]:
+    """Every record under teacher forcing and as it is decoded, from the adapter as it is."""
+    from loramem.batches import group_by_length
+    from loramem.recall import DECODE_RECORDS, DECODE_TOKENS, answer_probabilities, decode_records
+
+    probs = dict(answer_probabilities(adapted.model, records))
+    batches = group_by_length(records, range(len(records)), DECODE_RECORDS, DECODE_TOKENS)
+    decoded = dict(decode_records(adapted.model, records, batches))
+    return [
+        Reading(
+            record.record.key,
+            record.answer_ids,
+            tuple(probs[index].tolist()),
+            (*decoded[index], record.answer_ids[-1])[: len(record.answer_ids)],
+        )
+        for index, record in enumerate(records)
+    ]
+
+
+def verbatim(adapted: "AdaptedModel", record: "EncodedRecord", top_p: float, recalls: int, draw: random.Random) -> int:
+    """How many of as many sampled recalls are the record's value, end token included."""
+    from loramem.recall import sample_decode
+
+    exact = 0
+    for start in range(0, recalls, BATCH):
+        prompts = [record.prompt_ids] * min(BATCH, recalls - start)
+        tokens, end, seed = len(record.answer_ids), record.answer_ids[-1], draw.getrandbits(32)
+        rows = sample_decode(adapted.model, prompts, tokens, end, top_p=top_p, seed=seed)
+        exact += sum(tuple(row) == record.answer_ids[:-1] for row in rows)
+    return exact
+
+
+def _book_records(cell: Cell, adapted: "AdaptedModel") -> list["EncodedRecord"]:
+    from loramem.generators import generate
+    from loramem.prompts import encode_records
+
+    base = adapted.base
+    records = generate(cell.kind, cell.size, cell.seed)
+    return encode_records(records, base.tokenizer, base.template, base.max_tokens, base.unreachable)
+
+
+def _transition(adapted: "AdaptedModel", readings: Sequence[Reading]) -> Result:
+    found = list(counter_examples(readings))
+    for one in found:
+        for name in ("expected", "decoded"):
+            one[name] = adapted.base.tokenizer.convert_ids_to_tokens(one[f"{name}_id"])
+    return {"tally": tally(readings), "counter_examples": found}

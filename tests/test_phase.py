@@ -1,0 +1,337 @@
+"""The phase suite: its statistics by hand, stages of a training, nuclei, and a tiny cell of each part."""
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy
+import pytest
+
+from loramem.adapters import AdaptedModel
+from loramem.base_model import load_base_model
+from loramem.generators import generate
+from loramem.prompts import EncodedRecord, encode_records
+from loramem.suites import phase, transition
+from loramem.suites.figures import HeatMap, Plot, installed
+from loramem.suites.figures import figure as drawn
+from loramem.suites.phase import Cell
+from loramem.suites.runner import Request
+from loramem.suites.transition import Reading
+from loramem.writer import WriteProgress
+
+END = 9
+
+
+def reading(probs: tuple[float, ...], decoded: tuple[int, ...], key: str = "a") -> Reading:
+    """Of the answer 1, 2, 3 and its end."""
+    return Reading(key, (1, 2, 3, END), probs, decoded)
+
+
+# Statistics
+
+
+@pytest.mark.parametrize(
+    ("p", "bin_"), [(0.0, 0), (0.1, 0), (0.11, 1), (0.5, 4), (0.5 + 1e-7, 5), (0.6, 5), (0.95, 9), (1.0, 9)]
+)
+def test_a_bin_begins_above_one_half(p: float, bin_: int) -> None:
+    assert transition.bin_of(p) == bin_
+
+
+def test_tokens_count_as_after_the_true_prefix_up_to_the_first_failure() -> None:
+    found = transition.tally(
+        [
+            reading((0.95, 0.35, 0.62, 0.85), (1, 7, 3, END)),  # wrong at the second token, right after it by chance
+            reading((0.95, 0.35, 0.62, 0.85), (1, 2, 3, END)),
+            reading((0.95, 0.35, 0.62, 0.25), (1, 2, 3, 4)),  # does not end
+            reading((0.95, 0.35, 0.62, 0.85), (1, END)),  # ends too soon
+        ]
+    )
+    assert found["prefix"] == [0, 0, 1, 4, 0, 0, 2, 0, 1, 4]
+    assert found["prefix_right"] == [0, 0, 0, 2, 0, 0, 2, 0, 1, 4]
+    assert found["all"] == [0, 0, 1, 4, 0, 0, 4, 0, 3, 4]
+    assert found["all_right"] == [0, 0, 0, 2, 0, 0, 3, 0, 2, 4]
+    assert (found["records"], found["answer_tokens"], found["answer_tokens_prefix"]) == (4, 12, 2 + 3 + 3 + 2)
+    twice = transition.added([found, found])
+    assert twice["all"] == [2 * count for count in found["all"]]
+    assert twice["answer_tokens"] == 24
+
+
+def test_made_up_counter_examples_are_found() -> None:
+    whole = reading((0.9, 0.7, 0.8, 0.9), (1, 7, 3, END), "whole")
+    token = reading((0.9, 0.7, 0.2, 0.9), (1, 7, 3, END), "token")
+    early = reading((0.9, 0.5 + 1e-7, 0.8, 0.9), (1, END), "early")
+    unending = reading((0.9, 0.7, 0.8, 0.9), (1, 2, 3, 4), "unending")
+    found = list(transition.counter_examples([whole, token, early, unending]))
+    assert [(one["key"], one["position"], one["decoded_id"], one["whole_record"], one["tie"]) for one in found] == [
+        ("whole", 1, 7, True, False),
+        ("token", 1, 7, False, False),
+        ("early", 1, END, True, True),
+        ("unending", 3, 4, True, False),
+    ]
+    assert found[0]["p"] == 0.7
+
+
+def test_what_is_recalled_or_fails_where_it_may_is_no_counter_example() -> None:
+    exact = reading((0.9, 0.3, 0.8, 0.9), (1, 2, 3, END))
+    at_half = reading((0.9, 0.5, 0.8, 0.9), (1, 7, 3, END))
+    later = reading((0.9, 0.3, 0.8, 0.9), (1, 7, 8, END))  # the third token had another prefix than its p
+    assert list(transition.counter_examples([exact, at_half, later])) == []
+    assert (at_half.stubborn, at_half.failure, exact.stubborn, exact.failure) == (1, 1, 1, None)
+
+
+def test_spearman_is_that_of_the_textbook() -> None:
+    # IQ and hours of television, the worked example of Wikipedia's article on ρ: -29/165. The interval with awk:
+    # z = log((1+r)/(1-r))/2; s = sqrt((1+r*r/2)/7); tanh(z-1.959964*s), tanh(z+1.959964*s)
+    iq = (106, 100, 86, 101, 99, 103, 97, 113, 112, 110)
+    hours = (7, 27, 2, 50, 28, 29, 20, 12, 6, 17)
+    found = transition.spearman(list(zip(iq, hours, strict=True)))
+    assert found is not None
+    assert found.rho == pytest.approx(-29 / 165)
+    assert (found.low, found.high) == (pytest.approx(-0.7278, abs=1e-4), pytest.approx(0.5145, abs=1e-4))
+    assert found.n == 10
+
+
+def test_spearman_with_ties_is_the_correlation_of_the_mean_ranks() -> None:
+    x, y = (0, 0, 0, 3, 5, 5, 8), (0, 1, 1, 3, 9, 4, 9)
+    ranks = (2, 2, 2, 4, 5.5, 5.5, 7), (1, 2.5, 2.5, 4, 6.5, 5, 6.5)
+    found = transition.spearman(list(zip(x, y, strict=True)))
+    assert found is not None
+    assert found.rho == pytest.approx(numpy.corrcoef(*ranks)[0, 1])
+
+
+def test_spearman_of_what_says_nothing_is_none_and_of_order_itself_is_one() -> None:
+    assert transition.spearman([(0, 1), (1, 2), (2, 3)]) is None
+    assert transition.spearman([(0, 1), (0, 2), (0, 3), (0, 4)]) is None
+    perfect = transition.spearman([(n, n**3) for n in range(6)])
+    assert perfect is not None
+    assert (perfect.rho, perfect.low) == (1, 1)
+
+
+def test_calibration_by_hand() -> None:
+    # 60 of 100 at one half: two standard deviations of 5; certain records say nothing.
+    found = transition.calibration([(0.5, 60), (1.0, 100)], 100)
+    assert found is not None
+    assert (found.expected, found.observed, found.trials, found.z, found.dispersion) == (50, 60, 100, 2, 4)
+    assert transition.calibration([(1.0, 100)], 100) is None
+    rare = transition.calibration([(0.001, 1)], 100)
+    assert rare is not None
+    assert rare.dispersion is None
+
+
+def test_bounds_of_a_nucleus_by_hand() -> None:
+    assert transition.sampled_bounds((0.5, 0.8, 0.95), 1.0) == (pytest.approx(0.38), pytest.approx(0.38))
+    assert transition.sampled_bounds((0.5, 0.8, 0.95), 0.9) == (pytest.approx(0.4), pytest.approx(0.4 / 0.81))
+    assert transition.sampled_bounds((0.6, 0.8), 0.55) == (1.0, 1.0)
+
+
+def test_a_grid_sums_answer_tokens_by_position() -> None:
+    length = transition.POSITIONS + 1
+    one = Reading("a", (1,) * length + (END,), (0.25,) * (length - 1) + (0.75, 0.1), (1,))
+    found = transition.grid([one])
+    assert found == {"sum_p": [0.25 * (length - 1), 0.75], "above": [0, 1], "tokens": [length - 1, 1]}
+
+
+# Stages
+
+
+def progress(step: int, ordered: int = 0) -> WriteProgress:
+    return WriteProgress(step, ordered, 100, 0.0, 1.0, 1, 0.0)
+
+
+def test_the_last_step_kept_at_random_is_any_of_them() -> None:
+    draw, last = random.Random(0), [0] * 11
+    for _ in range(11_000):
+        wanted = phase.at_random(draw)
+        last[max(step for step in range(1, 11) if wanted(progress(step)))] += 1
+    assert all(abs(count - 1100) < 4 * 31.5 for count in last[1:])  # four standard deviations
+
+
+def test_shares_are_told_once_each_and_together_where_one_step_reaches_several() -> None:
+    wanted = phase.at_shares((0.9, 0.3, 0.6))
+    assert [wanted(progress(1, ordered)) for ordered in (10, 30, 20, 40, 95, 99)] == [
+        False,
+        True,
+        False,
+        False,
+        True,
+        False,
+    ]
+
+
+@pytest.fixture(scope="module")
+def adapted(base: Path) -> AdaptedModel:
+    return AdaptedModel(load_base_model(str(base), device="cpu"))
+
+
+@pytest.fixture(scope="module")
+def records(adapted: AdaptedModel) -> list[EncodedRecord]:
+    base = adapted.base
+    return encode_records(generate("phonebook", 6), base.tokenizer, base.template, base.max_tokens)
+
+
+def never(_: WriteProgress) -> bool:
+    return False
+
+
+def at(step: int) -> Callable[[WriteProgress], bool]:
+    return lambda told: told.step == step
+
+
+def test_a_training_that_was_stopped_is_left_as_a_longer_one_passed_through(adapted, records) -> None:
+    third, sixth = phase.train(adapted, records, 2, 0, 6, at(3))
+    (stopped,) = phase.train(adapted, records, 2, 0, 3, never)
+    assert (third.step, sixth.step, stopped.step) == (3, 6, 3)
+    assert all(bool((stopped.weights[name] == weights).all()) for name, weights in third.weights.items())
+    assert any(bool((stopped.weights[name] != weights).any()) for name, weights in sixth.weights.items())
+    as_left = phase.read(adapted, records)
+    phase.take(adapted, sixth)
+    assert phase.read(adapted, records) != as_left
+    phase.take(adapted, third)
+    assert phase.read(adapted, records) == as_left
+
+
+def test_a_certified_training_is_read_as_exact_and_below_its_lowest_p_a_nucleus_is_deterministic(
+    adapted, records
+) -> None:
+    stages = phase.train(adapted, records, 4, 0, 200, never)
+    found = phase.read(adapted, records)
+    assert all(one.failure is None and min(one.probs) >= 0.6 for one in found), stages[-1].step
+    draw = random.Random(0)
+    lowest = [min(one.probs) for one in found]
+    narrow = [phase.verbatim(adapted, r, p - phase.BELOW, 100, draw) for r, p in zip(records, lowest, strict=True)]
+    assert narrow == [100] * len(records)
+    # Above the lowest p the nucleus has a second token: then the check must see it.
+    wide = [phase.verbatim(adapted, r, (1 + p) / 2, 100, draw) for r, p in zip(records, lowest, strict=True)]
+    assert all(count < 100 for count in wide)
+
+
+# Cells
+
+
+def without_times(result: dict[str, object]) -> dict[str, object]:
+    return {name: value for name, value in result.items() if name != "seconds"}
+
+
+@pytest.fixture(scope="module")
+def lines(base: Path) -> list[dict[str, object]]:
+    cells = (
+        Cell("long", "text", 30, 2, 2, 0, str(base), "cpu"),
+        Cell("long", "text", 12, 1, 1, 4, str(base), "cpu"),
+        Cell("book", "phonebook", 6, 2, 1, 0, str(base), "cpu"),
+        Cell("sampling", "phonebook", 4, 4, 25, 0, str(base), "cpu"),
+    )
+    return [{"cell": dict(cell.identity), "result": phase.run(cell)} for cell in cells]
+
+
+def test_a_cell_gives_the_same_again(lines, base: Path) -> None:
+    again = phase.run(Cell("long", "text", 12, 1, 1, 4, str(base), "cpu"))
+    assert without_times(again) == without_times(lines[1]["result"])
+
+
+def test_every_run_is_counted_and_fails_at_a_stubborn_token_or_not_at_all(lines) -> None:
+    runs = lines[0]["result"]["runs"]
+    assert [run["seed"] for run in runs] == [0, 1]
+    assert all(1 <= run["step"] <= run["steps"] <= phase.LONG_STEPS for run in runs)
+    for run in runs:
+        assert run["failure"] is None or run["stubborn"] <= run["failure"] <= run["tokens"]
+    assert sum(lines[0]["result"]["grid"]["tokens"]) == sum(run["tokens"] for run in runs)
+
+
+def test_a_book_is_read_at_every_stage(lines) -> None:
+    result = lines[2]["result"]
+    tally, stages = result["tally"], result["stages"]
+    assert len(stages) >= 2
+    assert tally["records"] == 6 * len(stages)
+    assert sum(tally["all"]) == tally["answer_tokens"] + tally["records"]  # and an end token each
+    assert sum(len(stage["pairs"]) + stage["exact"] for stage in stages) == tally["records"]
+
+
+def test_sampled_recalls_follow_the_product_of_p_and_nuclei_do_not_deviate(lines) -> None:
+    result = lines[3]["result"]
+    assert [(way["top_p"], way["end"]) for way in result["ways"]][-3:] == [(1.0, True), (0.95, True), (0.9, True)]
+    for way in result["ways"]:
+        for low, high, _, exact in way["records"]:
+            assert 0 <= low <= high <= 1
+            # Six standard deviations of 25 draws beyond the bounds.
+            assert low - 0.6 <= exact / 25 <= high + 0.6
+    assert result["nucleus"] == {"recalls": 100, "left_out": 0, "deviations": []}
+
+
+def test_the_table_counts_every_token_and_the_notes_answer_every_question(lines) -> None:
+    table = phase.table(lines)
+    tokens = sum(line["result"]["tally"]["answer_tokens"] + line["result"]["tally"]["records"] for line in lines)
+    assert [row[0] for row in table.rows][4:6] == ["0.4–0.5", "0.5–0.6"]
+    assert sum(int(row[4].replace(",", "")) for row in table.rows) == tokens
+    assert {row[3] for row in table.rows[5:] if row[1] != "0"} == {"100.00%"}
+    notes = "\n".join(table.notes)
+    assert "Counter-examples to p > 0.5: 0 of " in notes
+    assert "3 runs, " in notes
+    assert "Books, every failing record" in notes
+    assert "Sampling at temperature 1 at the end of training" in notes
+    assert "Top-p = 0.95 at the end of training" in notes
+    assert "100 sampled recalls, 0 not verbatim" in notes
+
+
+def test_a_counter_example_is_told_with_all_there_is_to_know(lines) -> None:
+    wrong = {
+        "key": "Ada Baker:", "position": 3, "p": 0.61234567, "expected_id": 5, "decoded_id": 6, "whole_record": True,
+        "tie": False, "expected": "7", "decoded": "8",
+    }  # fmt: skip
+    line = {**lines[2], "result": {**lines[2]["result"], "counter_examples": [wrong]}}
+    notes = phase.table([line]).notes
+    assert any(
+        note.startswith("Counter-examples to p > 0.5: 1 of") and ", 1 of them in records" in note for note in notes
+    )
+    assert (
+        "Counter-example (book, phonebook, rank 2, seed 0): 'Ada Baker:' at position 3: p = 0.6123457 for '7', "
+        "decoded '8'."
+    ) in notes
+
+
+def test_deviations_of_a_nucleus_are_told(lines) -> None:
+    nucleus = {"recalls": 100, "left_out": 1, "deviations": [{"key": "a", "lowest_p": 0.6, "wrong": 3}]}
+    line = {**lines[3], "result": {**lines[3]["result"], "nucleus": nucleus}}
+    notes = phase.table([line]).notes
+    assert any("100 sampled recalls, 3 not verbatim; 1 records left out" in note for note in notes)
+    assert "Not deterministic: 'a' with lowest p 0.6000, 3 recalls differ." in notes
+
+
+def test_every_plot_is_made_and_of_a_part_of_the_lines_those_it_allows(lines) -> None:
+    plots = {plot.name: plot for plot in phase.plots(lines)}
+    assert {"transition", "sampling", "mean-by-rank", "mean-by-length", "share-by-rank", "share-by-length"} <= set(
+        plots
+    )
+    by_length = plots["mean-by-length"]
+    assert isinstance(by_length, HeatMap)
+    assert (by_length.rows, by_length.columns) == (("12", "30"), ("25", "50"))
+    assert by_length.values[0][1] is None
+    curve = plots["transition"]
+    assert isinstance(curve, Plot)
+    assert all(point.y == 100 for point in curve.series[0].points if point.x > 50)
+    assert [plot.name for plot in phase.plots(lines[2:3])] == ["transition"]
+    assert phase.table(lines[2:3]).rows
+
+
+@pytest.mark.skipif(not installed(), reason="needs matplotlib")
+def test_every_plot_can_be_drawn(lines) -> None:
+    for plot in phase.plots(lines):
+        assert drawn(plot, "here").axes
+
+
+def test_the_default_run_is_large_enough() -> None:
+    cells = list(phase.cells(Request(), lambda cell: {}))
+    assert len({tuple(cell.identity.items()) for cell in cells}) == len(cells)
+    long = [cell for cell in cells if cell.part == "long"]
+    seeds = [cell.seed + run for cell in long for run in range(cell.repeats)]
+    assert len(set(seeds)) == len(seeds) >= 1.2 * 155
+    books = [cell for cell in cells if cell.part == "book"]
+    assert sum(cell.size * 10 * (len(phase.SHARES) + 1) for cell in books) > 100_000
+    assert sum(cell.size * cell.repeats for cell in cells if cell.part == "sampling") >= 10_000
+
+
+def test_options_are_followed() -> None:
+    asked = Request(lengths=(70,), ranks=(3,), records=(50,), seeds=2)
+    cells = list(phase.cells(asked, lambda cell: {}))
+    assert {(cell.size, cell.rank) for cell in cells if cell.part == "long"} == {(70, 3)}
+    assert [(cell.size, cell.rank, cell.seed) for cell in cells if cell.part == "book"] == [(50, 3, 0), (50, 3, 1)]
+    assert sum(cell.part == "sampling" for cell in cells) == 2 * len(phase.SAMPLED_KINDS)
