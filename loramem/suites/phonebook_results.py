@@ -271,5 +271,6 @@ def _curves(group: Group, tail: str) -> Plot:
         ),
         note=f"{group.setting}; of all cells the one whose methods differ most, first seed. Ordered: of all answer and "
         "end tokens those with p > 0.5 (loramem: p >= 0.6) when a training step last saw them, for the published "
-        "methods with dropout. Batches differ in size, and so do steps.",
+        "methods with dropout. Batches differ in size, and so do steps. Where loramem falls back, its training began "
+        "again at a third of the rate.",
     )
