@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from loramem_cli.main import run
 
 from .conftest import ROOT, numbers
