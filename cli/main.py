@@ -8,7 +8,30 @@ import click
 
 from loramem import errors
 
-from . import calibrate, capacity, explain, law, ls, put, recall, stats, suite, verify, write
+from . import (
+    backup,
+    calibrate,
+    capacity,
+    compact,
+    erase,
+    explain,
+    export,
+    gc,
+    history,
+    import_,
+    law,
+    ls,
+    put,
+    recall,
+    rename,
+    repair,
+    rm,
+    stats,
+    suite,
+    update,
+    verify,
+    write,
+)
 
 # First match wins, so subclasses stand before their bases. Documented in README.
 EXIT_CODES: tuple[tuple[type[Exception], int], ...] = (
@@ -34,7 +57,13 @@ def cli(verbose: bool) -> None:
     logging.basicConfig(level=logging.INFO if verbose else logging.ERROR, format="%(levelname)s %(name)s: %(message)s")
 
 
-for command in (write, put, recall, explain, ls, stats, verify, capacity, calibrate, law, suite):
+COMMANDS = (
+    *(write, put, recall, explain, ls, stats, history),
+    *(update, rename, rm, erase, compact, gc),
+    *(verify, repair, export, import_, backup),
+    *(capacity, calibrate, law, suite),
+)
+for command in COMMANDS:
     cli.add_command(command.command)
 
 

@@ -16,6 +16,7 @@ from loramem.tables import (
     StoredAdapter,
     StoredRecord,
     adapter_row,
+    is_sealed,
     now,
     record_row,
     seal,
@@ -85,6 +86,28 @@ def commit_records(index: Index, records: Iterable[StoredRecord], adapters: Iter
         index.seal_rows()
 
 
+def commit_repair(
+    index: Index, records: Iterable[StoredRecord], adapters: Sequence[StoredAdapter], lost: Iterable[Identity]
+) -> None:
+    """Put records that were written anew in the place of their rows, and remove rows that nothing can mend.
+
+    Args:
+        lost: Records to delete.
+    """
+    with index.db.atomic():
+        for table, name in (("adapters", "id"), ("versions", "id"), ("retired", "adapter"), ("writes", "id")):
+            for row in list(index.db.table(table).rows_where("row_sha256 is not null")):
+                if not is_sealed(row):
+                    index.db.execute(f"delete from {table} where {name} = ?", [row[name]])
+        for namespace, key in lost:
+            index.db.execute("delete from records where namespace = ? and key = ?", [namespace, key])
+        _add_adapters(index, adapters)
+        for record in records:
+            index.db.table("records").upsert(record_row(record), pk=("namespace", "key"))
+        _retire(index)
+        index.seal_rows()
+
+
 def commit_gc(index: Index, adapters: Iterable[str]) -> None:
     """Forget retired adapters, whose files go next."""
     with index.db.atomic():
@@ -104,6 +127,14 @@ def commit_oblivion(index: Index, records: Iterable[Identity]) -> None:
         # The cost of a single value, to the last bit of a float, would nearly tell which it was.
         index.db.execute("update outcomes set cost_bits = round(cost_bits)")
         index.set_meta(VACUUM_DUE, "yes")
+        index.seal_rows()
+
+
+def commit_export(index: Index, manifest_sha256: str) -> None:
+    """In a copy: forget the journal, and bind the index to another manifest."""
+    with index.db.atomic():
+        index.db.execute("delete from writes")
+        index.set_meta("manifest_sha256", manifest_sha256)
         index.seal_rows()
 
 

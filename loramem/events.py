@@ -17,6 +17,7 @@ NAMES = (
     "compacted",
     "forgotten",
     "collected",
+    "repaired",
     "vacuumed",
 )
 

@@ -43,9 +43,7 @@ class Shard:
 
     @property
     def request(self) -> dict[str, Any]:
-        """How it was asked to be written."""
-        asked = self.adapter.training.get("request", {"goal": "fast", "rank": None})
-        return {**asked, "settings": self.adapter.training["settings"]}
+        return request_of(self.adapter)
 
     @property
     def half_dead(self) -> bool:
@@ -55,6 +53,12 @@ class Shard:
     def small(self) -> bool:
         goal = GOALS[self.request["goal"]]
         return self.records * 2 < goal.shard_records and self.tokens * 2 < goal.shard_tokens
+
+
+def request_of(adapter: StoredAdapter) -> dict[str, Any]:
+    """How an adapter was asked to be written: goal, rank and settings."""
+    training = adapter.training
+    return {**training.get("request", {"goal": "fast", "rank": None}), "settings": training["settings"]}
 
 
 def shards(index: Index) -> list[Shard]:
@@ -115,7 +119,7 @@ def compact(
     adapters, records = list[StoredAdapter](), list[StoredRecord]()
     for group in groups:
         before = engine.index.written(shard.adapter.id for shard in group)
-        made, proved = _rewrite(engine, before, group[0].request, progress, executor)
+        made, proved = rewrite(engine, before, group[0].request, progress, executor)
         adapters += made
         records += proved
     commit_records(engine.index, records, adapters)
@@ -133,14 +137,17 @@ def compact(
     )
 
 
-def _rewrite(
+def rewrite(
     engine: Engine,
     before: Sequence[StoredRecord],
     request: dict[str, Any],
     progress: "ProgressCallback | None",
     executor: Executor | None,
 ) -> tuple[list[StoredAdapter], list[StoredRecord]]:
-    """Records in new adapters, published and not committed: their rows."""
+    """Records of one namespace in new adapters, published and not committed: the rows to commit.
+
+    Raises as `compact`.
+    """
     from loramem.transaction import stubborn
 
     transaction, settings = engine.transaction, WriterSettings(**request["settings"])

@@ -7,20 +7,26 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
+from loramem import bundle
 from loramem.boundary import Outcome
+from loramem.capacity import ANY_RANK, Basis, Plan, RankLimits, check_request
 from loramem.engine import Engine, ModelRequest
 from loramem.errors import KeyNotFound, StoreChanged
 from loramem.index import NAME as INDEX
 from loramem.index import Index
 from loramem.manifest import read_manifest
+from loramem.records import RecordLike, as_records
 from loramem.reports import Explanation, Recall, Stats, VerifyReport, Version
 from loramem.summary import history, quick_check, stats
 from loramem.tables import PendingWrite, StoredAdapter, StoredRecord
 
 if TYPE_CHECKING:
     from loramem.base_model import BaseModel
+
+
+OnConflict = Literal["error", "skip", "replace"]
 
 
 class Memory:
@@ -121,6 +127,39 @@ class Memory:
         with self._lock, self._index.snapshot():
             return stats(self.path, self._index, self.manifest)
 
+    # Plans
+
+    def plan(
+        self,
+        records: Mapping[str, str] | Iterable[RecordLike],
+        *,
+        namespace: str = "",
+        goal: str = "fast",
+        rank: int | None = None,
+        limits: RankLimits = ANY_RANK,
+        kind: str | None = None,
+        on_conflict: OnConflict = "error",
+    ) -> Plan:
+        """What `write` would do with these records, without training or changing anything.
+
+        Args:
+            limits: Ranks that adapters may have.
+            kind: Of data, whose memory law is asked; the calibrated one that costs most nearly as much if None.
+
+        Raises:
+            RecordError: A record cannot be written.
+            DoesNotFit: A value is too much for the highest rank allowed.
+        """
+        check_request(goal, rank, limits)
+        with self._lock:
+            encoded, _ = self._engine.transaction.admit(as_records(records, namespace), on_conflict)
+            return self._engine.transaction.plan(encoded, goal, rank, limits, kind)
+
+    def basis(self, kind: str | None = None) -> Basis:
+        """What plans for this store rest on: success boundary, pace, and the law of a kind of data."""
+        with self._lock:
+            return self._engine.transaction.basis(None, 0, kind, self._index.outcomes())
+
     def outcomes(self) -> list[Outcome]:
         """What the writes to this store came to at their first rank, oldest first."""
         with self._lock:
@@ -201,6 +240,25 @@ class Memory:
             from loramem.verification import full_check
 
             return full_check(self._engine)
+
+    def backup(self, target: str | Path) -> int:
+        """Copy the store, while it may be written to, as it was committed at one moment; returns the bytes.
+
+        Raises:
+            StoreError: There is something at ``target``.
+            IntegrityError: A file is not what was committed: damage is not copied.
+        """
+        with self._lock:
+            return bundle.backup(self.path, self._index, Path(target))
+
+    def export(self, target: str | Path) -> int:
+        """Write the store to a new directory, or to one file if ``target`` ends in .tar; returns the bytes.
+
+        The base model's folder on this machine and unfinished writes are left out. Whoever has it can read the keys,
+        and the values with the base model at hand. Raises as `backup`.
+        """
+        with self._lock:
+            return bundle.export(self.path, self._index, Path(target))
 
     def _find(self, key: str, namespace: str) -> StoredRecord:
         record = self._index.find(namespace, key)

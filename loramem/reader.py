@@ -70,6 +70,11 @@ class Reader:
 
     def try_decode(self, records: Sequence[StoredRecord]) -> list[tuple[StoredRecord, str | None]]:
         """Records of one adapter with what was decoded, None where it is not the committed value."""
+        decoded = self.decode_any(records)
+        return [(record, value if record.holds(value) else None) for record, value in decoded]
+
+    def decode_any(self, records: Sequence[StoredRecord]) -> list[tuple[StoredRecord, str]]:
+        """Records of one adapter with what was decoded, whether it is the committed value or not: for checks only."""
         self.activate(records[0].adapter)
         tokenizer = self.adapted.base.tokenizer
         ids = greedy_decode(
@@ -78,8 +83,7 @@ class Reader:
             max(record.answer_tokens for record in records) + 2,  # the end token, and one beyond: it must have ended
             self.template.end_id,
         )
-        values = [decode_answer(tokenizer, row) for row in ids]
-        return [(r, value if r.holds(value) else None) for r, value in zip(records, values, strict=True)]
+        return list(zip(records, (decode_answer(tokenizer, row) for row in ids), strict=True))
 
     def token_probabilities(self, record: StoredRecord, value: str) -> tuple[TokenProbability, ...]:
         """Every answer token and the end token of a decoded value, with the adapter and without it, batch of one."""

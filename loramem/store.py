@@ -9,10 +9,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from loramem import maintenance
-from loramem.capacity import ANY_RANK, Basis, Plan, RankLimits, check_request
+from loramem import bundle, maintenance
+from loramem.capacity import RankLimits, check_request
 from loramem.commits import commit_deletion, commit_records, end_write
 from loramem.creation import create_store
 from loramem.engine import ModelRequest
@@ -27,12 +27,14 @@ from loramem.events import tell
 from loramem.index import VACUUM_DUE
 from loramem.locks import write_lock
 from loramem.manifest import NAME as MANIFEST
-from loramem.memory import Memory
+from loramem.memory import Memory, OnConflict
 from loramem.records import Record, RecordLike, as_records
+from loramem.repair import repair
 from loramem.reports import (
     CompactReport,
     EraseReport,
     GcReport,
+    RepairReport,
     WriteReport,
 )
 from loramem.staging import GRACE_S, clean, collect
@@ -44,8 +46,6 @@ if TYPE_CHECKING:
     from loramem.prompts import EncodedRecord
     from loramem.settings import WriterSettings
     from loramem.writer import ProgressCallback
-
-OnConflict = Literal["error", "skip", "replace"]
 
 
 class MemoryStore(Memory):
@@ -102,39 +102,6 @@ class MemoryStore(Memory):
         super().__init__(path, request)
         if base is not None:
             self._engine.base = base
-
-    # Writing
-
-    def plan(
-        self,
-        records: Mapping[str, str] | Iterable[RecordLike],
-        *,
-        namespace: str = "",
-        goal: str = "fast",
-        rank: int | None = None,
-        limits: RankLimits = ANY_RANK,
-        kind: str | None = None,
-        on_conflict: OnConflict = "error",
-    ) -> Plan:
-        """What `write` would do with these records, without training or changing anything.
-
-        Args:
-            limits: Ranks that adapters may have.
-            kind: Of data, whose memory law is asked; the calibrated one that costs most nearly as much if None.
-
-        Raises:
-            RecordError: A record cannot be written.
-            DoesNotFit: A value is too much for the highest rank allowed.
-        """
-        check_request(goal, rank, limits)
-        with self._lock:
-            encoded, _ = self._engine.transaction.admit(as_records(records, namespace), on_conflict)
-            return self._engine.transaction.plan(encoded, goal, rank, limits, kind)
-
-    def basis(self, kind: str | None = None) -> Basis:
-        """What plans for this store rest on: success boundary, pace, and the law of a kind of data."""
-        with self._lock:
-            return self._engine.transaction.basis(None, 0, kind, self._index.outcomes())
 
     def write(
         self,
@@ -352,6 +319,37 @@ class MemoryStore(Memory):
                 if self._index.find(namespace, key) is None and not self._index.versions(namespace, key):
                     raise self._unknown(key, namespace)
             return maintenance.erase(self._engine, chosen, progress, executor)
+
+    def repair(
+        self,
+        *,
+        drop_lost: bool = False,
+        progress: "ProgressCallback | None" = None,
+        executor: "Executor | None" = None,
+    ) -> RepairReport:
+        """Write the records of damaged adapters and rows anew from the values that the index keeps, in one commit.
+
+        Args:
+            drop_lost: Delete the records whose value is neither kept nor recalled, which the report names.
+
+        Raises:
+            IntegrityError: index.db cannot be read as a database; restore a backup.
+            StubbornRecords: A record could not be certified again; nothing changed.
+            StoreLocked: Another process is writing.
+        """
+        with self._lock, self._writing(resuming=True):
+            return repair(self._engine, drop_lost=drop_lost, progress=progress, executor=executor)
+
+    @classmethod
+    def import_bundle(cls, source: str | Path, path: str | Path) -> "MemoryStore":
+        """A new store at ``path`` from what `export` wrote, every file, row and seal checked.
+
+        Raises:
+            BundleError: Not an export, a damaged one, or one of a newer format.
+            StoreError: There is something at ``path``.
+        """
+        bundle.import_bundle(Path(source), Path(path))
+        return cls(path, create=False)
 
     # Helpers
 
