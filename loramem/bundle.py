@@ -52,7 +52,7 @@ def export(store: Path, index: Index, target: Path) -> int:
     with _new(target) as partial:
         folder = partial.with_name(partial.name + ".files") if single else partial
         remove_directory(folder)
-        folder.mkdir(mode=0o700, exist_ok=True)
+        make_directory(folder)
         try:
             _copy(store, index, folder)
             _leave_behind(store, folder)
@@ -85,7 +85,7 @@ def import_bundle(source: Path, target: Path) -> None:
                 data = content(name)
                 if data is None or hashlib.sha256(data).hexdigest() != sha256:
                     raise BundleError(f"{source}: {name} is not what was exported. Export again.")
-                (partial / name).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+                make_directory((partial / name).parent)
                 write_synced(partial / name, data)
         index = Index.open(partial / INDEX)
         found = list(problems(partial, index))

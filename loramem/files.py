@@ -17,16 +17,17 @@ def write_synced(path: Path, content: bytes, mode: int = PRIVATE_FILE) -> None:
 
 def write_directory(path: Path, files: dict[str, bytes]) -> None:
     """Create a directory of synced files; after a crash it may hold a part of them."""
-    path.mkdir(mode=PRIVATE_FOLDER, parents=True, exist_ok=True)
+    make_directory(path)
     for name, content in files.items():
         _write(path / name, content)
     sync_directory(path)
 
 
 def make_directory(path: Path) -> None:
-    """Create a private directory, with its parents, durably."""
+    """Create a private directory, and whatever of its parents is missing, durably."""
     if not path.exists():
-        path.mkdir(mode=PRIVATE_FOLDER, parents=True)
+        make_directory(path.parent)
+        path.mkdir(mode=PRIVATE_FOLDER, exist_ok=True)
         sync_directory(path.parent)
 
 

@@ -17,16 +17,15 @@ from loramem.capacity import GOALS, RankLimits
 from loramem.commits import Identity, commit_deletion, commit_oblivion, commit_records
 from loramem.engine import Engine
 from loramem.events import tell
-from loramem.files import remove_directory
 from loramem.index import Index
 from loramem.records import Record
 from loramem.reports import CompactReport, EraseReport
 from loramem.settings import WriterSettings
-from loramem.staging import NAME as STAGING
 from loramem.staging import clean, collect
 from loramem.tables import StoredAdapter, StoredRecord
 
 if TYPE_CHECKING:
+    from loramem.transaction import Trained
     from loramem.writer import ProgressCallback
 
 
@@ -116,12 +115,12 @@ def compact(
         RecallError, IntegrityError: A value that the index does not keep did not come back; nothing changed.
     """
     started = time.monotonic()
-    adapters, records = list[StoredAdapter](), list[StoredRecord]()
-    for group in groups:
-        before = engine.index.written(shard.adapter.id for shard in group)
-        made, proved = rewrite(engine, before, group[0].request, progress, executor)
-        adapters += made
-        records += proved
+    written = [engine.index.written(shard.adapter.id for shard in group) for group in groups]
+    requests = [group[0].request for group in groups]
+    records, adapters = publish(
+        engine,
+        [rewrite(engine, *each, progress, executor) for each in zip(written, requests, strict=True)],
+    )
     commit_records(engine.index, records, adapters)
     tell("compacted", adapters=len(adapters), records=len(records))
     clean(engine.store, engine.index)
@@ -137,14 +136,23 @@ def compact(
     )
 
 
+@dataclass(frozen=True)
+class Rewritten:
+    """Records of one namespace, trained and proved again, staged."""
+
+    before: Sequence[StoredRecord]
+    request: dict[str, Any]
+    trained: "Trained"
+
+
 def rewrite(
     engine: Engine,
     before: Sequence[StoredRecord],
     request: dict[str, Any],
     progress: "ProgressCallback | None",
     executor: Executor | None,
-) -> tuple[list[StoredAdapter], list[StoredRecord]]:
-    """Records of one namespace in new adapters, published and not committed: the rows to commit.
+) -> Rewritten:
+    """Train records of one namespace into new adapters.
 
     Raises as `compact`.
     """
@@ -158,13 +166,21 @@ def rewrite(
     trained = transaction.train(encoded, plan, settings, progress, executor)
     if trained.given_up:
         raise stubborn(trained.given_up, settings.max_rank)
-    known = {(record.namespace, record.key): record for record in before}
-    rows = [
-        replace(known[entry.record.namespace, entry.record.key], adapter=one.shard.adapter, min_prob=min_prob)
-        for one in trained.written
-        for entry, min_prob in one.proved()
-    ]
-    return transaction.publish(trained.written, request), rows
+    return Rewritten(before, request, trained)
+
+
+def publish(engine: Engine, rewritten: Iterable[Rewritten]) -> tuple[list[StoredRecord], list[StoredAdapter]]:
+    """The rows to commit, after all is trained and its files are in place."""
+    adapters, records = list[StoredAdapter](), list[StoredRecord]()
+    for one in rewritten:
+        known = {(record.namespace, record.key): record for record in one.before}
+        adapters += engine.transaction.publish(one.trained.written, one.request)
+        records += [
+            replace(known[entry.record.namespace, entry.record.key], adapter=written.shard.adapter, min_prob=min_prob)
+            for written in one.trained.written
+            for entry, min_prob in written.proved()
+        ]
+    return records, adapters
 
 
 def erase(
@@ -192,7 +208,6 @@ def erase(
     rewritten = compact(engine, [[shard] for shard in shards(index) if shard.adapter.id in held], progress, executor)
     # No grace for readers, and every retired adapter: one from before a compaction holds the values as well.
     removed, _ = collect(engine.store, index, grace_s=0)
-    remove_directory(engine.store / STAGING)
     commit_oblivion(index, records)
     tell("forgotten", records=len(records))
     index.vacuum()

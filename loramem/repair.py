@@ -15,11 +15,11 @@ from loramem.engine import Engine
 from loramem.errors import IntegrityError, LoramemError
 from loramem.events import tell
 from loramem.index import Index
-from loramem.maintenance import request_of, rewrite
+from loramem.maintenance import publish, request_of, rewrite
 from loramem.reports import RepairReport
 from loramem.settings import WriterSettings
 from loramem.staging import clean
-from loramem.tables import StoredAdapter, StoredRecord, adapter_of, digest_of, is_sealed, record_of
+from loramem.tables import StoredRecord, adapter_of, digest_of, is_sealed, record_of
 
 if TYPE_CHECKING:
     from loramem.writer import ProgressCallback
@@ -61,14 +61,13 @@ def repair(
     started, index = time.monotonic(), engine.index
     _check_database(index)
     damage = assess(engine)
-    adapters, records = list[StoredAdapter](), list[StoredRecord]()
+    rewritten = []
     for adapter, group in damage.records.items():
         request = damage.requests.get(adapter, {"goal": "fast", "rank": None, "settings": asdict(WriterSettings())})
         for namespace in sorted({record.namespace for record in group}):
             mine = [record for record in group if record.namespace == namespace]
-            made, proved = rewrite(engine, mine, request, progress, executor)
-            adapters += made
-            records += proved
+            rewritten.append(rewrite(engine, mine, request, progress, executor))
+    records, adapters = publish(engine, rewritten)
     commit_repair(index, records, adapters, [(r.namespace, r.key) for r in damage.lost] if drop_lost else [])
     tell("repaired", records=len(records), lost=len(damage.lost), missing=damage.missing)
     clean(engine.store, index)

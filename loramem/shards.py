@@ -18,7 +18,7 @@ import torch
 from loramem.adapters import AdaptedModel, Placement, adapter_id, serialize
 from loramem.base_model import Fingerprint, load_base_model
 from loramem.errors import StubbornRecords
-from loramem.files import write_directory, write_synced
+from loramem.files import make_directory, write_directory, write_synced
 from loramem.prompts import EncodedRecord
 from loramem.recall import Proof, prove
 from loramem.settings import WriterSettings
@@ -143,7 +143,7 @@ def write_shard(job: ShardJob, adapted: AdaptedModel, progress: ProgressCallback
             log.info("%d stubborn records get an adapter of their own", len(stubborn))
         remaining = stubborn
     result = ShardResult(tuple(shards), tuple(remaining))
-    job.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    make_directory(job.folder)
     write_synced(job.folder / RESULT, result.to_json().encode())  # last: a job with a result is whole
     return result
 

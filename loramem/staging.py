@@ -20,9 +20,8 @@ GRACE_S = 3600.0
 
 
 def clean(store: Path, index: Index) -> None:
-    """Remove what was staged, adapters that were never committed, and those retired longer ago than the grace."""
+    """`collect` after a commit, which a file that cannot be removed does not undo."""
     try:
-        remove_directory(store / NAME)
         collect(store, index)
     except OSError as error:  # what was committed stays committed; the next write tries again
         log.warning("%s: files that are not needed could not be removed (%s)", store, error)
@@ -30,7 +29,9 @@ def clean(store: Path, index: Index) -> None:
 
 
 def collect(store: Path, index: Index, grace_s: float = GRACE_S) -> tuple[int, int]:
-    """Remove the files of adapters that no live record needs; returns how many adapters, and their bytes.
+    """Remove adapters that no live record needs, and what is staged for no journalled write.
+
+    Returns how many adapters went, and their bytes.
 
     The caller holds the store's lock, so that no commit is under way.
 
@@ -46,6 +47,8 @@ def collect(store: Path, index: Index, grace_s: float = GRACE_S) -> tuple[int, i
     freed = sum(map(size_bytes, orphans))
     for folder in orphans:
         remove_directory(folder)
+    if index.pending_write() is None:
+        remove_directory(store / NAME)
     tell("collected", adapters=len(orphans), bytes=freed)
     return len(orphans), freed
 
