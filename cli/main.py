@@ -1,6 +1,7 @@
 """Entry point: the command group, and exceptions as one line and an exit code."""
 
 import logging
+import sqlite3
 import sys
 from collections.abc import Sequence
 
@@ -81,6 +82,9 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:  # a full disk, a folder that may not be written
         click.echo(f"Error: {error}", err=True)
         return 1
+    except sqlite3.Error as error:
+        click.echo(f"Error: index.db cannot be read ({error}). Run loramem verify --quick.", err=True)
+        return 4
     except errors.LoramemError as error:
         click.echo(f"Error: {error}", err=True)
         return next(code for kind, code in EXIT_CODES if isinstance(error, kind))

@@ -4,6 +4,7 @@ The words name files, adapters and keys, never values.
 """
 
 import hashlib
+import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,13 +21,16 @@ def problems(store: Path, index: Index) -> Iterator[str]:
         read_manifest(store, index)
     except (IntegrityError, StoreFormatError, OSError) as error:
         yield str(error)
-    yield from index.damaged()
     try:
+        yield from index.damaged()
         adapters = {adapter.id: adapter for adapter in index.adapters()}
         records = list(index.records())
         index.pending_write()
     except IntegrityError as error:  # what cannot be read leaves nothing to compare with
         yield str(error)
+        return
+    except (sqlite3.DatabaseError, TypeError, ValueError) as error:
+        yield f"index.db cannot be read ({error})"
         return
     for record in records:
         if record.adapter not in adapters:

@@ -36,7 +36,11 @@ class Memory:
         self.path = path
         self._lock = threading.RLock()
         self._index = Index.open(path / INDEX)
-        self.manifest = read_manifest(path, self._index)
+        try:
+            self.manifest = read_manifest(path, self._index)
+        except BaseException:
+            self._index.close()
+            raise
         self._engine = Engine(path, self._index, self.manifest, request)
 
     def __enter__(self) -> Self:

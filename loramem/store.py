@@ -4,6 +4,7 @@ This module is the order of things that change a store: what is checked before w
 `loramem.memory` reads it. Torch is imported only once the base model is needed.
 """
 
+import sqlite3
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from loramem.creation import create_store
 from loramem.engine import ModelRequest
 from loramem.errors import (
     ConflictingRecord,
+    StoreError,
     StoreNotFound,
     StoreReadOnly,
     UnfinishedWrite,
@@ -381,6 +383,7 @@ class MemoryStore(Memory):
         Raises:
             StoreReadOnly, StoreLocked: See `write_lock`.
             UnfinishedWrite: A write is journalled, and this is not about it.
+            StoreError: SQLite could not write, such as on a full disk.
         """
         if self._index.read_only:
             raise StoreReadOnly(f"{self.path} cannot be written. Change its permissions, or copy it.")
@@ -394,9 +397,14 @@ class MemoryStore(Memory):
                     write_id=pending.id,
                     records=len(pending.records),
                 )
-            yield
-            if not self.manifest.keep_values:
-                self._index.empty_log()  # the journal held values while it was needed
+            try:
+                yield
+                if not self.manifest.keep_values:
+                    self._index.empty_log()  # the journal held values while it was needed
+            except sqlite3.OperationalError as error:
+                raise StoreError(
+                    f"{self.path}: the index could not be written ({error}). No change is half done."
+                ) from None
 
     def _require_pending(self) -> PendingWrite:
         pending = self._index.pending_write()
