@@ -137,7 +137,7 @@ def open_store(
     device: str,
     *,
     create: bool = False,
-    keep_values: bool = True,
+    keep_values: bool | None = None,
     wait_s: float = 0.0,
 ) -> "MemoryStore":
     """The store that the options name."""

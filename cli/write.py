@@ -80,8 +80,9 @@ def command(
         records = read_records(
             source, format=format_, key_field=key_field, value_field=value_field, namespace=namespace
         )
+        keep_values = False if no_values else None  # unless said, as the store does
         with (
-            options.open_store(store, model, device, create=True, keep_values=not no_values, wait_s=wait_s) as opened,
+            options.open_store(store, model, device, create=True, keep_values=keep_values, wait_s=wait_s) as opened,
             options.pool(workers) as pool,
             write_bar() as progress,
         ):

@@ -4,7 +4,7 @@ Torch is imported only once the base model is needed.
 """
 
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -227,13 +227,14 @@ class Memory:
             prompt_ids = self.manifest.template().prompt_ids(self._engine.base.tokenizer, key)
             return self._engine.adapted.model, prompt_ids
 
-    def verify(self, *, quick: bool = False) -> VerifyReport:
+    def verify(self, *, quick: bool = False, progress: Callable[[int, int], None] | None = None) -> VerifyReport:
         """Check every file and row against its sha256, then decode every record from its adapter.
 
         The base model's weights are hashed again too. Damage does not raise: the report lists it.
 
         Args:
             quick: Structure and hashes alone: nothing is decoded, the base model is not loaded.
+            progress: Told how many records of how many were decoded, after every batch.
 
         Raises:
             OtherBaseModel: The base model given is not the store's at all.
@@ -243,7 +244,7 @@ class Memory:
                 return quick_check(self.path, self._index)
             from loramem.verification import full_check
 
-            return full_check(self._engine)
+            return full_check(self._engine, progress)
 
     def backup(self, target: str | Path) -> int:
         """Copy the store, while it may be written to, as it was committed at one moment; returns the bytes.

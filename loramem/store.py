@@ -62,14 +62,16 @@ class MemoryStore(Memory):
         dtype: Of the base model: "float32", "bfloat16", "float16"; "auto" keeps the store's, or for a new store
             float32 on CPU and bfloat16 on CUDA.
         create: Make the store if there is none.
-        keep_values: Of a new store: whether the index keeps values beside the adapters, to rewrite and repair them.
-            If False it keeps salted digests alone, and rewriting recalls the values from the weights.
+        keep_values: Whether the index keeps values beside the adapters, to rewrite and repair them. If False it keeps
+            salted digests alone, and rewriting recalls the values from the weights. Decided when a store is made
+            (True unless said); of an existing one it must be what that store does.
         wait_s: Seconds that a change waits for another process to end its own.
 
     Raises:
         StoreNotFound: No store there and ``create`` is False.
         StoreFormatError: The folder is something else, or a newer format.
         StoreReadOnly: It cannot be written, and was not closed where it could.
+        StoreError: ``keep_values`` is not what the store does.
         IntegrityError: store.json or index.db is not what was committed.
 
     A store is a context manager and may be shared between threads; calls that need the model take turns. Namespaces
@@ -92,7 +94,7 @@ class MemoryStore(Memory):
         device: str = "auto",
         dtype: str = "auto",
         create: bool = True,
-        keep_values: bool = True,
+        keep_values: bool | None = None,
         wait_s: float = 0.0,
     ) -> None:
         self.wait_s = wait_s
@@ -100,8 +102,14 @@ class MemoryStore(Memory):
         if not (path / MANIFEST).exists():
             if not create:
                 raise StoreNotFound(f"There is no store at {path}. Write records first, or name it with --store.")
-            base = create_store(path, request, keep_values=keep_values)
+            base = create_store(path, request, keep_values=keep_values is not False)
         super().__init__(path, request)
+        if keep_values not in (None, self.manifest.keep_values):
+            self.close()
+            raise StoreError(
+                f"{path} was made with keep_values={self.manifest.keep_values}, which cannot be changed. Write a new "
+                "store."
+            )
         if base is not None:
             self._engine.base = base
 

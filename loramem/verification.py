@@ -1,6 +1,7 @@
 """The full check: every file and row against its sha256, every record decoded from its adapter."""
 
 import time
+from collections.abc import Callable
 
 from loramem.base_model import fingerprint
 from loramem.checks import problems
@@ -10,23 +11,28 @@ from loramem.reader import decode_batches
 from loramem.reports import VerifyReport
 
 
-def full_check(engine: Engine) -> VerifyReport:
+def full_check(engine: Engine, progress: Callable[[int, int], None] | None = None) -> VerifyReport:
     """Damage does not raise: the report lists it.
+
+    Args:
+        progress: Told how many records of how many were decoded, after every batch.
 
     Raises:
         OtherBaseModel: The base model given is not the store's at all.
     """
     started, index = time.monotonic(), engine.index
-    damaged = list(problems(engine.store, index))
-    try:
-        records = list(index.records())
-    except IntegrityError:  # among the problems; rows that cannot be read leave nothing to decode by
-        return VerifyReport(index.count(), 0, (), tuple(damaged), time.monotonic() - started)
+    with index.snapshot():
+        damaged = list(problems(engine.store, index))
+        try:
+            records = list(index.records())
+        except IntegrityError:  # among the problems; rows that cannot be read leave nothing to decode by
+            return VerifyReport(index.count(), 0, (), tuple(damaged), time.monotonic() - started)
     try:
         fingerprint(engine.base.folder, rehash=True).check(engine.manifest.fingerprint, engine.base.id)
     except OtherBaseModel as error:
         damaged.append(str(error))
     failed: list[str] = []
+    done = 0
     for batch in decode_batches(records):
         try:
             decoded = engine.reader.try_decode(batch)
@@ -35,6 +41,9 @@ def full_check(engine: Engine) -> VerifyReport:
             failed += [record.key for record in batch]
             if not any(error.what in problem for problem in damaged):
                 damaged.append(str(error))
+        done += len(batch)
+        if progress is not None:
+            progress(done, len(records))
     return VerifyReport(
         records=len(records),
         exact=len(records) - len(failed),

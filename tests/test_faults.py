@@ -93,6 +93,44 @@ def test_whichever_file_operation_fails_the_committed_state_is_readable(
             return
 
 
+@contextmanager
+def mounted(folder: Path, size: str) -> Iterator[Path]:
+    """A small file system of its own."""
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+    if os.geteuid() != 0 or subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("only root can mount")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def test_a_full_disk_leaves_what_was_committed_readable(base: Path, tmp_path: Path) -> None:
+    expected: dict[str, str] = {}
+    with mounted(tmp_path / "disk", "1200k") as disk, MemoryStore(disk / "memory", str(base)) as store:
+        with pytest.raises((OSError, LoramemError)):
+            for number in range(100):
+                store.write({f"key {number}": f"{number}"})
+                expected[f"key {number}"] = f"{number}"
+        assert {recall.key: recall.value for recall in store.recall_many()} == expected
+        with MemoryStore(store.path, create=False) as again:
+            assert {recall.key: recall.value for recall in again.recall_many()} == expected
+            assert again.verify(quick=True).ok
+    assert len(expected) > 1
+
+
+def test_a_store_on_a_read_only_medium_is_read(written: Path, tmp_path: Path) -> None:
+    with mounted(tmp_path / "disk", "4m") as disk:
+        path = shutil.copytree(written, disk / "memory")
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        with MemoryStore(path, create=False) as store:
+            assert {recall.key: recall.value for recall in store.recall_many()} == {**numbers(3), "a": "1"}
+            assert store.verify(quick=True).ok
+            with pytest.raises(LoramemError, match="cannot be written"):
+                store.delete("a")
+
+
 def test_flipped_bits_and_lost_rows_are_reported_by_the_quick_check(written: Path, tmp_path: Path) -> None:
     path = shutil.copytree(written, tmp_path / "memory")
     with MemoryStore(path, create=False) as store:

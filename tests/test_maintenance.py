@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from loramem import KeyNotFound, MemoryStore, Record
-from loramem.errors import StoreChanged, StubbornRecords
+from loramem.errors import StoreChanged, StoreError, StubbornRecords
 
 from .conftest import numbers
 
@@ -202,4 +202,6 @@ def test_a_store_without_values_keeps_none_and_is_compacted_from_its_weights(bas
         assert store.verify().ok
     with MemoryStore(tmp_path / "memory", create=False) as store:
         assert not store.manifest.keep_values
+        with pytest.raises(StoreError, match="keep_values"):
+            MemoryStore(store.path, create=False, keep_values=True)
         assert store.recall("key 1") == FIRST["key 1"]
