@@ -4,8 +4,6 @@ from pathlib import Path
 
 import click
 
-from loramem.staging import GRACE_S
-
 from . import options
 from .output import note, print_json
 
@@ -15,7 +13,7 @@ from .output import note, print_json
     "--grace",
     "grace_s",
     type=click.FloatRange(min=0),
-    default=GRACE_S,
+    default=3600.0,
     show_default=True,
     metavar="SECONDS",
     help="Keep adapters that were retired less than so long ago, for readers that began before.",

@@ -285,3 +285,10 @@ def test_a_store_that_cannot_be_made_is_one_line(base: Path, tmp_path: Path, cap
     code, error = mistake(["put", "k", "v", "--store", str(tmp_path / "file" / "m"), "--model", str(base)], capsys)
     assert code == 1
     assert error.startswith("Error: ")
+
+
+def test_the_grace_of_gc_is_the_library_s() -> None:
+    from loramem.staging import GRACE_S
+    from loramem_cli.gc import command
+
+    assert [option.default for option in command.params if option.name == "grace_s"] == [GRACE_S]
