@@ -1,6 +1,7 @@
 """loramem ls: what the store holds, without decoding."""
 
 from dataclasses import asdict
+from datetime import datetime
 from pathlib import Path
 
 import click
@@ -12,16 +13,28 @@ from .output import print_json, print_table
 @click.command("ls")
 @click.option("--adapter", metavar="ID", help="Records of one adapter only.")
 @click.option("--namespace", help="Records of one namespace only.")
+@click.option("--since", type=click.DateTime(), help="Written at this local time or later.")
+@click.option("--until", type=click.DateTime(), help="Written before this local time.")
+@click.option("--meta", multiple=True, metavar="NAME=VALUE", help="With this metadata; may be repeated.")
 @options.store_options
 def command(
-    adapter: str | None, namespace: str | None, store: Path, model: str | None, device: str, as_json: bool
+    adapter: str | None,
+    namespace: str | None,
+    since: datetime | None,
+    until: datetime | None,
+    meta: tuple[str, ...],
+    store: Path,
+    model: str | None,
+    device: str,
+    as_json: bool,
 ) -> None:
     """List the records of the store (./memory unless named) with certificate and adapter.
 
     Values are not shown: recall decodes them. With --json, one object a line.
     """
     with options.open_store(store, model, device) as opened:
-        records = list(opened.records(namespace, adapter))
+        wanted = options.named_values(meta)
+        records = list(opened.records(namespace, adapter, since=since, until=until, metadata=wanted))
     if as_json:
         for record in records:
             shown = asdict(record)

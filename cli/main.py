@@ -1,6 +1,7 @@
 """Entry point: the command group, and exceptions as one line and an exit code."""
 
 import logging
+import sqlite3
 import sys
 from collections.abc import Sequence
 
@@ -8,7 +9,30 @@ import click
 
 from loramem import errors
 
-from . import calibrate, capacity, explain, law, ls, put, recall, stats, suite, verify, write
+from . import (
+    backup,
+    calibrate,
+    capacity,
+    compact,
+    erase,
+    explain,
+    export,
+    gc,
+    history,
+    import_,
+    law,
+    ls,
+    put,
+    recall,
+    rename,
+    repair,
+    rm,
+    stats,
+    suite,
+    update,
+    verify,
+    write,
+)
 
 # First match wins, so subclasses stand before their bases. Documented in README.
 EXIT_CODES: tuple[tuple[type[Exception], int], ...] = (
@@ -34,7 +58,13 @@ def cli(verbose: bool) -> None:
     logging.basicConfig(level=logging.INFO if verbose else logging.ERROR, format="%(levelname)s %(name)s: %(message)s")
 
 
-for command in (write, put, recall, explain, ls, stats, verify, capacity, calibrate, law, suite):
+COMMANDS = (
+    *(write, put, recall, explain, ls, stats, history),
+    *(update, rename, rm, erase, compact, gc),
+    *(verify, repair, export, import_, backup),
+    *(capacity, calibrate, law, suite),
+)
+for command in COMMANDS:
     cli.add_command(command.command)
 
 
@@ -52,6 +82,9 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:  # a full disk, a folder that may not be written
         click.echo(f"Error: {error}", err=True)
         return 1
+    except sqlite3.Error as error:
+        click.echo(f"Error: index.db cannot be read ({error}). Run loramem verify --quick.", err=True)
+        return 4
     except errors.LoramemError as error:
         click.echo(f"Error: {error}", err=True)
         return next(code for kind, code in EXIT_CODES if isinstance(error, kind))

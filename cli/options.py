@@ -1,12 +1,15 @@
 """Options that several commands share."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 if TYPE_CHECKING:
+    from concurrent.futures import Executor
+
     from transformers import PreTrainedModel
 
     from loramem import MemoryStore
@@ -51,6 +54,17 @@ _RUNS = click.option(
     type=click.Path(path_type=Path, dir_okay=False),
     help="File of calibration runs (JSON lines); one in your cache folder unless given.",
 )
+_WAIT = click.option(
+    "--wait",
+    "wait_s",
+    type=click.FloatRange(min=0),
+    default=0.0,
+    metavar="SECONDS",
+    help="Wait so long for another process that is writing; by default not at all.",
+)
+_WORKERS = click.option(
+    "--workers", type=click.IntRange(1), help="Write shards in this many processes, which share the cores."
+)
 _JSON = click.option("--json", "as_json", is_flag=True, help="JSON on stdout.")
 
 
@@ -74,8 +88,18 @@ def json_option(command: Command) -> Command:
     return _JSON(command)
 
 
+def change_options(command: Command) -> Command:
+    """--store, --model, --device, --json and --wait, of commands that change the store."""
+    return store_options(_WAIT(command))
+
+
 def namespace_option(command: Command) -> Command:
     return _NAMESPACE(command)
+
+
+def workers_option(command: Command) -> Command:
+    """--workers alone."""
+    return _WORKERS(command)
 
 
 def runs_option(command: Command) -> Command:
@@ -107,11 +131,40 @@ def input_options(command: Command) -> Command:
     return command
 
 
-def open_store(store: Path, model: str | None, device: str, *, create: bool = False) -> "MemoryStore":
+def open_store(
+    store: Path,
+    model: str | None,
+    device: str,
+    *,
+    create: bool = False,
+    keep_values: bool | None = None,
+    wait_s: float = 0.0,
+) -> "MemoryStore":
     """The store that the options name."""
     from loramem import MemoryStore
 
-    return MemoryStore(store, model, device=device, create=create)
+    return MemoryStore(store, model, device=device, create=create, keep_values=keep_values, wait_s=wait_s)
+
+
+def named_values(given: Sequence[str]) -> dict[str, str]:
+    """NAME=VALUE options by name."""
+    pairs = [text.partition("=") for text in given]
+    for text, (name, equals, _) in zip(given, pairs, strict=True):
+        if not name or not equals:
+            raise click.UsageError(f"--meta takes NAME=VALUE, not {text!r}.")
+    return {name: value for name, _, value in pairs}
+
+
+@contextmanager
+def pool(workers: int | None) -> "Iterator[Executor | None]":
+    """An executor of so many processes; None for this process alone."""
+    if workers is None:
+        yield None
+        return
+    from loramem.jobs import process_pool
+
+    with process_pool(workers) as pool:
+        yield pool
 
 
 def placement(model: "PreTrainedModel", modules: str | None, layers: str | None) -> "Placement":

@@ -12,7 +12,7 @@ from .progress import write_bar
 @click.command("put")
 @click.argument("key")
 @click.argument("value")
-@options.store_options
+@options.change_options
 @options.namespace_option
 @options.goal_options
 def command(
@@ -25,12 +25,13 @@ def command(
     namespace: str,
     goal: str,
     rank: int | None,
+    wait_s: float,
 ) -> None:
     """Write one record into the store (./memory unless named)."""
     from loramem import Record
 
     record = Record(key, value, namespace)
-    with options.open_store(store, model, device, create=True) as opened, write_bar() as progress:
+    with options.open_store(store, model, device, create=True, wait_s=wait_s) as opened, write_bar() as progress:
         report = opened.write([record], goal=goal, rank=rank, progress=progress)
     if as_json:
         print_json(report)

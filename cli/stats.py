@@ -20,7 +20,10 @@ def command(store: Path, model: str | None, device: str, as_json: bool) -> None:
     print_facts(
         [
             ("base model", stats.base_model),
+            ("memory law", stats.law or "not calibrated"),
+            ("namespaces", stats.namespaces),
             ("records", stats.records),
+            ("tombstones", stats.tombstones),
             ("answer tokens", stats.answer_tokens),
             ("adapters", stats.adapters),
             ("ranks", ", ".join(map(str, stats.ranks)) or "-"),
@@ -28,8 +31,11 @@ def command(store: Path, model: str | None, device: str, as_json: bool) -> None:
             ("bits per parameter", f"{stats.bits_per_parameter:.3f}"),
             ("lowest p", "-" if stats.min_prob is None else f"{stats.min_prob:.3f}"),
             ("disk", f"{stats.size_bytes:,} bytes"),
+            ("retired", f"{stats.retired_adapters} adapters, {stats.retired_bytes:,} bytes"),
         ]
     )
+    if stats.advice:
+        note(f"{stats.advice} (loramem compact)")
     if stats.unfinished_records:
         note(
             f"A write of {stats.unfinished_records} records is unfinished: loramem write --resume, or --discard. "

@@ -1,10 +1,8 @@
 """loramem write: records of a file into adapters."""
 
 import sys
-from collections.abc import Iterator
-from concurrent.futures import Executor
-from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -12,15 +10,26 @@ from . import options
 from .output import note, print_facts, print_json
 from .progress import write_bar
 
+if TYPE_CHECKING:
+    from loramem.memory import OnConflict
+
 
 @click.command("write")
 @click.argument("file", type=click.Path(path_type=Path, allow_dash=True), required=False)
-@options.store_options
+@options.change_options
 @options.input_options
 @options.namespace_option
 @options.goal_options
+@click.option(
+    "--on-conflict",
+    type=click.Choice(["error", "skip", "replace"]),
+    default="error",
+    show_default=True,
+    help="What becomes of a record whose key is there with another value.",
+)
+@click.option("--no-values", is_flag=True, help="A new store keeps salted digests only, not the values.")
 @click.option("--seed", default=0, show_default=True, help="Same seed and input, same bytes on one machine.")
-@click.option("--workers", type=click.IntRange(1), help="Write shards in this many processes, which share the cores.")
+@options.workers_option
 @click.option("--partial", is_flag=True, help="Commit the certified records even if others could not be.")
 @click.option("--resume", is_flag=True, help="Run an interrupted write again; takes no FILE.")
 @click.option("--discard", is_flag=True, help="Forget an interrupted write; takes no FILE.")
@@ -36,11 +45,14 @@ def command(
     namespace: str,
     goal: str,
     rank: int | None,
+    on_conflict: "OnConflict",
+    no_values: bool,
     seed: int,
     workers: int | None,
     partial: bool,
     resume: bool,
     discard: bool,
+    wait_s: float,
 ) -> None:
     """Write the records of FILE (JSONL, JSON, CSV or TSV; - for stdin) and prove that each is recalled.
 
@@ -49,7 +61,7 @@ def command(
     if (file is not None) + resume + discard != 1:
         raise click.UsageError("Give a FILE (- for stdin), or --resume, or --discard.")
     if discard:
-        with options.open_store(store, model, device) as opened:
+        with options.open_store(store, model, device, wait_s=wait_s) as opened:
             count = opened.discard()
         print_json({"discarded": count}) if as_json else note(f"Discarded an interrupted write of {count} records.")
         return
@@ -57,20 +69,26 @@ def command(
     from loramem import WriterSettings, read_records
 
     if file is None:
-        with options.open_store(store, model, device) as opened, _pool(workers) as pool, write_bar() as progress:
+        with (
+            options.open_store(store, model, device, wait_s=wait_s) as opened,
+            options.pool(workers) as pool,
+            write_bar() as progress,
+        ):
             report = opened.resume(progress, pool)
     else:
         source = sys.stdin.buffer if str(file) == "-" else file
         records = read_records(
             source, format=format_, key_field=key_field, value_field=value_field, namespace=namespace
         )
+        keep_values = False if no_values else None  # unless said, as the store does
         with (
-            options.open_store(store, model, device, create=True) as opened,
-            _pool(workers) as pool,
+            options.open_store(store, model, device, create=True, keep_values=keep_values, wait_s=wait_s) as opened,
+            options.pool(workers) as pool,
             write_bar() as progress,
         ):
             report = opened.write(
                 records,
+                on_conflict=on_conflict,
                 goal=goal,
                 rank=rank,
                 partial=partial,
@@ -82,7 +100,8 @@ def command(
         print_json(report)
         return
     if report.skipped:
-        note(f"{report.skipped} records were in the store already and were skipped.")
+        kept = " or keep another value there" if on_conflict == "skip" else ""
+        note(f"{report.skipped} records were in the store already{kept} and were skipped.")
     print_facts(
         [
             ("written", f"{report.written} records, every one decoded exactly from the adapter as saved"),
@@ -97,14 +116,3 @@ def command(
     if report.failed:
         note(f"{len(report.failed)} records could not be certified: {', '.join(map(repr, report.failed))}")
         click.get_current_context().exit(5)
-
-
-@contextmanager
-def _pool(workers: int | None) -> "Iterator[Executor | None]":
-    if workers is None:
-        yield None
-        return
-    from loramem.jobs import process_pool
-
-    with process_pool(workers) as pool:
-        yield pool

@@ -22,7 +22,10 @@
     ├── StoreError
     │   ├── StoreNotFound             there is no store at this path
     │   ├── StoreFormatError          not a store, or one of a newer format
-    │   └── StoreLocked               another process is writing
+    │   ├── StoreLocked               another process is writing
+    │   ├── StoreReadOnly             the store's folder cannot be written
+    │   ├── StoreChanged              a record was replaced or deleted while it was being read
+    │   └── BundleError               not an export of a store, or a damaged one
     ├── LawError (ValueError)         a number of the memory law makes no sense
     │   ├── DegeneratePoints          the measured runs determine no law
     │   └── OutOfReach                no rank or length gives this loss reduction
@@ -199,7 +202,27 @@ class StoreFormatError(StoreError):
 
 
 class StoreLocked(StoreError):
-    """Another process is writing to the store."""
+    """Another process is writing to the store. Attributes ``pid``, ``host``, ``since``: who, None if unknown."""
+
+    def __init__(self, message: str, *, pid: int | None, host: str | None, since: str | None) -> None:
+        super().__init__(message)
+        self.pid, self.host, self.since = pid, host, since
+
+
+class StoreReadOnly(StoreError):
+    """The store's folder cannot be written, so that it can only be read."""
+
+
+class StoreChanged(StoreError):
+    """A record was replaced or deleted, and its adapter removed, while it was being read. Attribute ``key``."""
+
+    def __init__(self, message: str, *, key: str) -> None:
+        super().__init__(message)
+        self.key = key
+
+
+class BundleError(StoreError):
+    """The file or folder is not an export of a store, or not what was exported."""
 
 
 class IntegrityError(LoramemError):

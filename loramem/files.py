@@ -1,33 +1,70 @@
 """Durable files: written beside, synced, renamed."""
 
 import os
+import shutil
 from pathlib import Path
 
+PRIVATE_FILE, PRIVATE_FOLDER = 0o600, 0o700
 
-def write_synced(path: Path, content: bytes, mode: int = 0o600) -> None:
+
+def write_synced(path: Path, content: bytes, mode: int = PRIVATE_FILE) -> None:
     """Replace a file so that after a crash it holds the old content or the new, never a part."""
     partial = path.with_name(path.name + ".partial")
-    descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+    _write(partial, content, mode)
     partial.replace(path)
     sync_directory(path.parent)
 
 
 def write_directory(path: Path, files: dict[str, bytes]) -> None:
-    """Create a directory of synced files."""
-    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    """Create a directory of synced files; after a crash it may hold a part of them."""
+    make_directory(path)
     for name, content in files.items():
-        write_synced(path / name, content)
+        _write(path / name, content)
+    sync_directory(path)
 
 
-def move_synced(source: Path, target: Path) -> None:
-    """Rename a directory durably; a target that exists already is left alone (same content, same name)."""
-    if not target.exists():
-        source.rename(target)
-        sync_directory(target.parent)
+def make_directory(path: Path) -> None:
+    """Create a private directory, and whatever of its parents is missing, durably."""
+    if not path.exists():
+        make_directory(path.parent)
+        path.mkdir(mode=PRIVATE_FOLDER, exist_ok=True)
+        sync_directory(path.parent)
+
+
+def publish_directory(source: Path, target: Path) -> None:
+    """Rename a directory of synced files durably.
+
+    A target of the same content is left alone; another one was damaged, and goes where the source came from.
+    """
+    if target.exists():
+        if _contents(source) == _contents(target):
+            return
+        target.rename(source.with_name(source.name + ".damaged"))
+    source.rename(target)
+    sync_directory(target.parent)
+
+
+def remove_directory(path: Path) -> None:
+    """Remove a directory and all in it, durably; one that is gone already is none to remove."""
+    if path.exists():
+        shutil.rmtree(path)
+        sync_directory(path.parent)
+
+
+def copy_synced(source: Path, target: Path) -> None:
+    """Copy a file durably, readable by its owner alone."""
+    _write(target, source.read_bytes())
+
+
+def size_bytes(folder: Path) -> int:
+    """Of all files in a folder; one that goes in the meantime counts nothing."""
+    total = 0
+    for path in folder.rglob("*"):
+        try:
+            total += path.stat().st_size if path.is_file() else 0
+        except FileNotFoundError:
+            continue
+    return total
 
 
 def sync_directory(path: Path) -> None:
@@ -37,3 +74,15 @@ def sync_directory(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _write(path: Path, content: bytes, mode: int = PRIVATE_FILE) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}

@@ -1,198 +1,63 @@
-"""The SQLite index: which record is in which adapter, and the journal of writes.
+"""The SQLite index of a store: which record is in which adapter, and the journal of writes.
 
-One transaction is one commit. SQLite does not checksum content, so every row carries its own sha256 and ``meta``
-one digest over all rows; both are renewed in the same transaction.
+Only reading and the journal are here; `loramem.commits` holds what changes records, each change one transaction.
 """
 
 import difflib
 import hashlib
 import json
-import secrets
+import os
 import sqlite3
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from datetime import UTC, datetime
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from sqlite_utils import Database, Migrations
+from sqlite_utils import Database
 from sqlite_utils.db import NotFoundError
 
 from loramem.boundary import Outcome
-from loramem.errors import IntegrityError
+from loramem.errors import IntegrityError, StoreLocked, StoreReadOnly
 from loramem.records import Record
+from loramem.tables import (
+    MIGRATIONS,
+    PENDING,
+    SEALED,
+    PendingWrite,
+    StoredAdapter,
+    StoredRecord,
+    StoredVersion,
+    adapter_of,
+    is_sealed,
+    now,
+    record_of,
+    seal,
+    version_of,
+)
 
-MIGRATIONS = Migrations("loramem")
-PENDING, COMMITTED, FAILED, DISCARDED = "pending", "committed", "failed", "discarded"
-
-
-@MIGRATIONS()
-def format_1(db: Database) -> None:
-    db.table("records").create(
-        {
-            "namespace": str,
-            "key": str,
-            "value": str,
-            "salt": str,
-            "digest": str,
-            "metadata": str,
-            "prompt_sha256": str,
-            "answer_tokens": int,
-            "adapter": str,
-            "min_prob": float,
-            "written_at": str,
-            "row_sha256": str,
-        },
-        pk=("namespace", "key"),
-        not_null={"salt", "digest", "adapter", "answer_tokens", "row_sha256"},
-    )
-    db.table("records").create_index(["adapter"])
-    db.table("records").create_index(["namespace", "prompt_sha256"], unique=True)
-    db.table("adapters").create(
-        {
-            "id": str,
-            "namespace": str,
-            "rank": int,
-            "parameters": int,
-            "size_bytes": int,
-            "files": str,
-            "placement": str,
-            "training": str,
-            "proof": str,
-            "created_at": str,
-            "row_sha256": str,
-        },
-        pk="id",
-    )
-    db.table("writes").create(
-        {"id": int, "state": str, "started_at": str, "ended_at": str, "count": int, "records": str, "request": str},
-        pk="id",
-    )
-    db.table("meta").create({"name": str, "value": str}, pk="name")
-
-
-@MIGRATIONS()
-def format_1_outcomes(db: Database) -> None:
-    """What writes came to, for the success boundary: knowledge, not content, so no digest covers it."""
-    db.table("outcomes").create(
-        {
-            "id": int,
-            "kind": str,
-            "rank": int,
-            "length": int,
-            "parameters": int,
-            "cost_bits": float,
-            "certified": int,
-            "visits": float,
-            "noted_at": str,
-        },
-        pk="id",
-    )
-
-
-@dataclass(frozen=True)
-class StoredRecord:
-    """A committed record as the index knows it."""
-
-    namespace: str
-    key: str
-    value: str | None
-    """None when the store keeps digests only."""
-    salt: str
-    digest: str
-    metadata: dict[str, Any]
-    prompt_sha256: str
-    answer_tokens: int
-    """ℓ, the end token not counted."""
-    adapter: str
-    min_prob: float
-    """The record's certificate: lowest teacher-forced probability, proved when it was written."""
-    written_at: str
-
-    def holds(self, value: str) -> bool:
-        """Whether ``value`` is the committed one, by its salted digest."""
-        return secrets.compare_digest(self.digest, digest_of(self.salt, self.namespace, self.key, value))
-
-
-@dataclass(frozen=True)
-class StoredAdapter:
-    """A committed adapter as the index knows it."""
-
-    id: str
-    namespace: str
-    rank: int
-    parameters: int
-    size_bytes: int
-    files: dict[str, str]
-    """File name -> sha256."""
-    placement: dict[str, Any]
-    training: dict[str, Any]
-    proof: dict[str, Any]
-    created_at: str
-
-
-@dataclass(frozen=True)
-class PendingWrite:
-    """A journalled write that has not been committed."""
-
-    id: int
-    started_at: str
-    records: list[Record]
-    request: dict[str, Any]
-
-
-def digest_of(salt: str, namespace: str, key: str, value: str) -> str:
-    """Salted SHA-256 of a record; it binds the value to its key."""
-    return hashlib.sha256(json.dumps([salt, namespace, key, value]).encode()).hexdigest()
-
-
-def stored_record(
-    record: Record, prompt_ids: Sequence[int], answer_tokens: int, adapter: str, min_prob: float
-) -> StoredRecord:
-    """The index row of a record that has just been proved."""
-    salt = secrets.token_hex(16)
-    return StoredRecord(
-        namespace=record.namespace,
-        key=record.key,
-        value=record.value,
-        salt=salt,
-        digest=digest_of(salt, record.namespace, record.key, record.value),
-        metadata=dict(record.metadata),
-        prompt_sha256=prompt_digest(prompt_ids),
-        answer_tokens=answer_tokens,
-        adapter=adapter,
-        min_prob=min_prob,
-        written_at=now(),
-    )
-
-
-def prompt_digest(prompt_ids: Sequence[int]) -> str:
-    return hashlib.sha256(json.dumps(list(prompt_ids)).encode()).hexdigest()
-
-
-def now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
+NAME = "index.db"
+VACUUM_DUE = "vacuum_due"  # in meta: records were erased and the file may still hold them
+BUSY_S = 30.0  # a commit takes milliseconds; longer means that something else holds the database
 
 
 class Index:
     """The database of one store. Not thread-safe by itself: the store holds a lock around it."""
 
     def __init__(self, path: Path) -> None:
-        path.touch(mode=0o600)  # SQLite gives its side files the mode of the database
-        connection = sqlite3.connect(path, check_same_thread=False, timeout=30)
-        connection.execute("PRAGMA journal_mode=WAL")
-        connection.execute("PRAGMA synchronous=FULL")
-        connection.execute("PRAGMA secure_delete=ON")
+        self.path = path
+        self.read_only = path.exists() and not os.access(path.parent, os.W_OK)
+        connection = _read_only_connection(path) if self.read_only else _connection(path)
         self.db = Database(connection)
         if MIGRATIONS.pending(self.db):
             MIGRATIONS.apply(self.db)
 
     @classmethod
     def open(cls, path: Path) -> "Index":
-        """The index of an existing store.
+        """The index of an existing store, for reading alone if its folder cannot be written.
 
         Raises:
             IntegrityError: It is missing, or not a database that SQLite can read.
+            StoreReadOnly: It cannot be written, and a commit in its write-ahead log has not reached it.
         """
         if not path.exists():
             raise IntegrityError(f"{path} is missing. Restore it from a backup.", what=path.name)
@@ -204,11 +69,15 @@ class Index:
     def close(self) -> None:
         self.db.close()
 
+    def snapshot(self) -> AbstractContextManager[Database]:
+        """Within this context every query sees the same committed state; outside, each sees the newest."""
+        return self.db.atomic()
+
     # Reading
 
     def find(self, namespace: str, key: str) -> StoredRecord | None:
         try:
-            return _record(self.db.table("records").get((namespace, key)))
+            return record_of(self.db.table("records").get((namespace, key)))
         except NotFoundError:
             return None
 
@@ -219,17 +88,48 @@ class Index:
         )
         return next((row["key"] for row in rows), None)
 
-    def records(self, namespace: str | None = None, adapter: str | None = None) -> Iterator[StoredRecord]:
-        """Committed records by adapter, in the order they were written."""
-        wanted = {"namespace": namespace, "adapter": adapter}
-        conditions = {name: value for name, value in wanted.items() if value is not None}
-        where = " and ".join(f"{name} = :{name}" for name in conditions) or None
-        for row in self.db.table("records").rows_where(where, conditions, order_by="adapter, rowid"):
-            yield _record(row)
+    def records(
+        self,
+        namespace: str | None = None,
+        adapter: str | None = None,
+        *,
+        since: str | None = None,
+        until: str | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> Iterator[StoredRecord]:
+        """Committed records by adapter, in the order they were written.
+
+        Args:
+            since: Written at this time or later (UTC, ISO 8601 to the second).
+            until: Written before this time.
+            metadata: Names and values that a record's metadata must have.
+        """
+        wanted = {
+            "namespace = :namespace": namespace,
+            "adapter = :adapter": adapter,
+            "written_at >= :since": since,
+            "written_at < :until": until,
+        }
+        conditions = [condition for condition, value in wanted.items() if value is not None]
+        values = {"namespace": namespace, "adapter": adapter, "since": since, "until": until}
+        where = " and ".join(conditions) or None
+        for row in self.db.table("records").rows_where(where, values, order_by="adapter, rowid"):
+            record = record_of(row)
+            if not metadata or record.has(metadata):
+                yield record
+
+    def written(self, adapters: Iterable[str]) -> list[StoredRecord]:
+        """Live records of some adapters, in the order they were written."""
+        wanted = set(adapters)
+        rows = self.db.table("records").rows_where(order_by="rowid")
+        return [record_of(row) for row in rows if row["adapter"] in wanted]
 
     def keys(self, namespace: str) -> Iterator[str]:
         for row in self.db.query("select key from records where namespace = ? order by rowid", [namespace]):
             yield row["key"]
+
+    def namespaces(self) -> list[str]:
+        return [row["namespace"] for row in self.db.query("select distinct namespace from records order by namespace")]
 
     def close_keys(self, namespace: str, key: str) -> list[str]:
         """Up to three similar keys."""
@@ -240,15 +140,66 @@ class Index:
             return int(self.db.table("records").count)
         return int(self.db.table("records").count_where("namespace = ?", [namespace]))
 
+    def versions(self, namespace: str, key: str) -> dict[int, StoredVersion]:
+        """What the key was before, oldest first, also under the names it had; by row id."""
+        names, found = {key}, dict[int, dict[str, Any]]()
+        while names:
+            name = names.pop()
+            for row in self.db.table("versions").rows_where(
+                "namespace = ? and (key = ? or successor = ?)", [namespace, name, name]
+            ):
+                if row["id"] not in found and row["key"] != name:
+                    names.add(row["key"])
+                found[row["id"]] = row
+        return {number: version_of(found[number]) for number in sorted(found)}
+
     def adapter(self, adapter: str) -> StoredAdapter | None:
+        """An adapter, retired or not."""
         try:
-            return _adapter(self.db.table("adapters").get(adapter))
+            return adapter_of(self.db.table("adapters").get(adapter))
         except NotFoundError:
             return None
 
     def adapters(self) -> Iterator[StoredAdapter]:
-        for row in self.db.table("adapters").rows_where(order_by="rowid"):
-            yield _adapter(row)
+        """Those that hold live records, oldest first."""
+        where = "id not in (select adapter from retired)"
+        for row in self.db.table("adapters").rows_where(where, order_by="rowid"):
+            yield adapter_of(row)
+
+    def retired(self) -> dict[str, str]:
+        """Adapters that no live record needs, whose files are still there: id -> when that came (UTC, ISO 8601)."""
+        return {row["adapter"]: row["retired_at"] for row in self.db.table("retired").rows}
+
+    def tombstones(self) -> dict[str, int]:
+        """How many records ended in each adapter that is still there, if any: id -> count."""
+        query = "select adapter, count(*) as dead from versions where adapter in (select id from adapters) group by 1"
+        return {row["adapter"]: row["dead"] for row in self.db.query(query)}
+
+    # The file
+
+    def vacuum(self) -> None:
+        """Rewrite the database without what was deleted from it, and empty its write-ahead log.
+
+        Raises:
+            StoreLocked: Another process kept reading for 30 s.
+        """
+        self.db.execute("PRAGMA temp_store=MEMORY")  # no copy of the rows in a folder of temporary files
+        self.db.execute("VACUUM")
+        if not self.empty_log():
+            raise StoreLocked(
+                f"Another process keeps reading {self.path}, so that its log still holds what was erased. End it and "
+                "erase again.",
+                pid=None,
+                host=None,
+                since=None,
+            )
+        with self.db.atomic():
+            self.set_meta(VACUUM_DUE, "")
+
+    def empty_log(self) -> bool:
+        """Move every commit from the write-ahead log into the database; False if a reader was in the way."""
+        (busy, *_) = self.db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+        return not busy
 
     # The journal
 
@@ -258,28 +209,32 @@ class Index:
             {"key": r.key, "value": r.value, "namespace": r.namespace, "metadata": dict(r.metadata)} for r in records
         ]
         with self.db.atomic():
-            table = self.db.table("writes").insert(
-                {
-                    "state": PENDING,
-                    "started_at": now(),
-                    "count": len(rows),
-                    "records": json.dumps(rows),
-                    "request": json.dumps(request),
-                }
-            )
-        return int(str(table.last_pk))
+            number = self.next_id("writes")
+            row = {
+                "id": number,
+                "state": PENDING,
+                "started_at": now(),
+                "ended_at": None,
+                "count": len(rows),
+                "records": json.dumps(rows),
+                "request": json.dumps(request),
+            }
+            self.db.table("writes").insert(seal(row))
+            self.seal_rows()
+        return number
 
     def pending_write(self) -> PendingWrite | None:
+        """The write that was journalled and neither committed nor given up.
+
+        Raises:
+            IntegrityError: Its row is not what was journalled.
+        """
         for row in self.db.table("writes").rows_where("state = ?", [PENDING], order_by="id"):
+            if row["row_sha256"] is not None and not is_sealed(row):
+                raise IntegrityError(f"{self.path}: the journal of write {row['id']} is damaged.", what="writes")
             records = [Record(**entry) for entry in json.loads(row["records"])]
             return PendingWrite(row["id"], row["started_at"], records, json.loads(row["request"]))
         return None
-
-    def end_write(self, write_id: int, state: str, learnt: Iterable[Outcome] = ()) -> None:
-        """Close a journalled write and forget its values, but not what it taught."""
-        with self.db.atomic():
-            self._end_write(write_id, state)
-            self._note_outcomes(learnt)
 
     def outcomes(self) -> list[Outcome]:
         """Of the writes to this store, oldest first."""
@@ -287,35 +242,15 @@ class Index:
         kept = ({name: value for name, value in row.items() if name not in ("id", "noted_at")} for row in rows)
         return [Outcome(**{**fields, "certified": bool(fields["certified"])}) for fields in kept]
 
-    def _note_outcomes(self, learnt: Iterable[Outcome]) -> None:
-        self.db.table("outcomes").insert_all({**vars(outcome), "noted_at": now()} for outcome in learnt)
-
-    def commit(
-        self,
-        write_id: int,
-        adapters: Iterable[StoredAdapter],
-        records: Iterable[StoredRecord],
-        learnt: Iterable[Outcome] = (),
-    ) -> None:
-        """Make adapters and records visible, all or nothing."""
-        with self.db.atomic():
-            for adapter in adapters:
-                self.db.table("adapters").upsert(_seal(_adapter_row(adapter)), pk="id")
-            self.db.table("records").insert_all(_seal(_record_row(record)) for record in records)
-            self._end_write(write_id, COMMITTED)
-            self._note_outcomes(learnt)
-            self.set_meta("rows_sha256", self.rows_digest())
-
-    def _end_write(self, write_id: int, state: str) -> None:
-        self.db.table("writes").update(write_id, {"state": state, "ended_at": now(), "records": None})
-
     # Integrity
 
-    def seal(self, manifest_sha256: str) -> None:
-        """Finish a new, empty index: bind it to its manifest."""
-        with self.db.atomic():
-            self.set_meta("manifest_sha256", manifest_sha256)
-            self.set_meta("rows_sha256", self.rows_digest())
+    def next_id(self, table: str) -> int:
+        """For a row whose seal covers its id, inside a transaction."""
+        return int(next(self.db.query(f"select coalesce(max(id), 0) + 1 as id from {table}"))["id"])
+
+    def seal_rows(self) -> None:
+        """Renew the digest over all rows, inside the transaction that changed some."""
+        self.set_meta("rows_sha256", self.rows_digest())
 
     def meta(self, name: str) -> str | None:
         try:
@@ -330,61 +265,47 @@ class Index:
     def rows_digest(self) -> str:
         """One digest over the seals of all rows: a lost row shows."""
         digest = hashlib.sha256()
-        for table, order in (("adapters", "id"), ("records", "namespace, key")):
-            for row in self.db.query(f"select row_sha256 from {table} order by {order}"):
-                digest.update(f"{table}:{row['row_sha256']}\n".encode())
+        for table, order in SEALED:
+            seals = f"select row_sha256 from {table} where row_sha256 is not null order by {order}"
+            for (row_sha256,) in self.db.conn.execute(seals):
+                digest.update(f"{table}:{row_sha256}\n".encode())
         return digest.hexdigest()
 
     def damaged(self) -> Iterator[str]:
-        """What in the index is not as committed, in words; nothing if all is well."""
+        """What in the index is not as committed, in words; nothing if all is well. A key is named, never a value."""
         for row in self.db.query("pragma integrity_check"):
             if row["integrity_check"] != "ok":
                 yield f"index.db: {row['integrity_check']}"
-        for table, name in (("adapters", "id"), ("records", "key")):
-            for row in self.db.table(table).rows:
-                if _seal({k: v for k, v in row.items() if k != "row_sha256"})["row_sha256"] != row["row_sha256"]:
-                    yield f"index row of {table} {row[name]!r}"
-        committed = self.meta("rows_sha256")
-        if committed is not None and committed != self.rows_digest():
+        for table, order in SEALED:
+            names = [name.strip() for name in order.split(",")]
+            for row in self.db.table(table).rows_where("row_sha256 is not null"):
+                if not is_sealed(row):
+                    yield f"index row of {table} {', '.join(repr(row[name]) for name in names)}"
+        if self.meta("rows_sha256") != self.rows_digest():
             yield "index.db: rows were lost, added or replaced"
 
 
-def _seal(row: dict[str, Any]) -> dict[str, Any]:
-    """The row with its own sha256."""
-    content = json.dumps(row, sort_keys=True, ensure_ascii=True)
-    return {**row, "row_sha256": hashlib.sha256(content.encode()).hexdigest()}
+def _connection(path: Path) -> sqlite3.Connection:
+    path.touch(mode=0o600)  # SQLite gives its side files the mode of the database
+    connection = sqlite3.connect(path, check_same_thread=False, timeout=BUSY_S)
+    connection.execute("PRAGMA journal_mode=WAL")
+    connection.execute("PRAGMA synchronous=FULL")
+    connection.execute("PRAGMA secure_delete=ON")
+    return connection
 
 
-def _record_row(record: StoredRecord) -> dict[str, Any]:
-    return {**vars(record), "metadata": json.dumps(record.metadata, sort_keys=True)}
-
-
-def _record(row: dict[str, Any]) -> StoredRecord:
-    fields = {name: value for name, value in row.items() if name != "row_sha256"}
-    return StoredRecord(**{**fields, "metadata": _column(row, "metadata")})
-
-
-def _column(row: dict[str, Any], name: str) -> Any:
-    """A JSON column of a row.
-
-    Raises:
-        IntegrityError: It is not JSON any more.
-    """
-    try:
-        return json.loads(row[name])
-    except (ValueError, TypeError):
-        raise IntegrityError(
-            f"index.db: column {name!r} of a row is not what was committed. Run loramem verify.", what="index.db"
-        ) from None
-
-
-JSON_COLUMNS = ("files", "placement", "training", "proof")
-
-
-def _adapter_row(adapter: StoredAdapter) -> dict[str, Any]:
-    return {**vars(adapter), **{name: json.dumps(vars(adapter)[name], sort_keys=True) for name in JSON_COLUMNS}}
-
-
-def _adapter(row: dict[str, Any]) -> StoredAdapter:
-    fields = {name: value for name, value in row.items() if name != "row_sha256"}
-    return StoredAdapter(**{**fields, **{name: _column(row, name) for name in JSON_COLUMNS}})
+def _read_only_connection(path: Path) -> sqlite3.Connection:
+    """The database as it lies there. SQLite cannot read a write-ahead log without writing beside it."""
+    log = path.with_name(path.name + "-wal")
+    if log.exists() and log.stat().st_size:
+        raise StoreReadOnly(
+            f"{path.parent} cannot be written, and {log.name} holds commits that {path.name} does not. Open the store "
+            "once where it can be written, then copy it again."
+        )
+    source = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro&immutable=1", uri=True, check_same_thread=False)
+    if not MIGRATIONS.pending(Database(source)):
+        return source
+    memory = sqlite3.connect(":memory:", check_same_thread=False)  # an older format is brought up to date beside it
+    source.backup(memory)
+    source.close()
+    return memory

@@ -11,9 +11,13 @@ from loramem.files import write_synced
 from loramem.index import Index
 
 if TYPE_CHECKING:
+    from loramem.adapters import Placement
     from loramem.base_model import BaseModel
+    from loramem.prompts import PromptTemplate
 
 FORMAT = 1
+NEEDS = "0.1.0"
+"""The first version of loramem that reads this format; what an older one tells its user to get."""
 NAME = "store.json"
 
 
@@ -34,9 +38,12 @@ class Manifest:
     """Fields of `loramem.adapters.Placement`."""
     train_threshold: float
     certify_threshold: float
+    keep_values: bool = True
+    """Whether the index holds the values, or only salted digests of them."""
 
     def to_bytes(self) -> bytes:
-        return (json.dumps({"format": FORMAT, **asdict(self)}, indent=2, sort_keys=True) + "\n").encode()
+        fields = {"format": FORMAT, "needs": NEEDS, **asdict(self)}
+        return (json.dumps(fields, indent=2, sort_keys=True) + "\n").encode()
 
     @property
     def sha256(self) -> str:
@@ -45,8 +52,23 @@ class Manifest:
     def save(self, store: Path) -> None:
         write_synced(store / NAME, self.to_bytes())
 
+    def template(self) -> "PromptTemplate":
+        """How keys become prompts."""
+        from loramem.prompts import PromptTemplate
+
+        stored = self.prompt
+        return PromptTemplate(
+            tuple(stored["prefix_ids"]), tuple(stored["suffix_ids"]), stored["end_id"], stored["kind"]
+        )
+
+    def placed(self) -> "Placement":
+        """Where the store's adapters sit."""
+        from loramem.adapters import Placement
+
+        return Placement(tuple(self.placement["modules"]), tuple(self.placement["layers"]))
+
     @classmethod
-    def of(cls, base: "BaseModel") -> "Manifest":
+    def of(cls, base: "BaseModel", *, keep_values: bool = True) -> "Manifest":
         """The manifest of a new store for a loaded base model."""
         from loramem.adapters import Placement
         from loramem.settings import WriterSettings
@@ -67,6 +89,7 @@ class Manifest:
             placement={"modules": list(placement.modules), "layers": list(placement.layers)},
             train_threshold=WriterSettings.train_threshold,
             certify_threshold=WriterSettings.certify_threshold,
+            keep_values=keep_values,
         )
 
     @classmethod
@@ -78,12 +101,14 @@ class Manifest:
         """
         try:
             fields = json.loads(content)
-            found = fields.pop("format")
+            found, needs = fields.pop("format"), fields.pop("needs", None)
         except (ValueError, KeyError, AttributeError, TypeError):
             raise StoreFormatError(f"{store / NAME} is damaged: it is not a loramem manifest.") from None
         if found != FORMAT:
+            version = f" to {needs} or later" if needs else ""
             raise StoreFormatError(
-                f"{store} has store format {found}; this version of loramem reads format {FORMAT}. Upgrade loramem."
+                f"{store} has store format {found}; this version of loramem reads format {FORMAT}. Upgrade "
+                f"loramem{version}."
             )
         try:
             return cls(**fields)

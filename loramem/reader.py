@@ -1,16 +1,20 @@
 """Values from the weights: the right adapter from disk, decoded, compared with the committed digest."""
 
-import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from loramem.adapters import AdaptedModel
-from loramem.errors import IntegrityError, RecallError
-from loramem.index import Index, StoredAdapter, StoredRecord
+from loramem.checks import file_problems
+from loramem.errors import IntegrityError, RecallError, StoreChanged
+from loramem.index import Index
 from loramem.prompts import PromptTemplate, decode_answer
 from loramem.recall import DECODE_RECORDS, DECODE_TOKENS, answer_probabilities, greedy_decode
 from loramem.reports import Recall, TokenProbability
+from loramem.staging import ADAPTERS
+from loramem.tables import StoredRecord
 
 
 class Reader:
@@ -36,19 +40,48 @@ class Reader:
                 )
             yield Recall(record.key, value, record.min_prob, record.adapter)
 
+    def decode_current(self, records: Sequence[StoredRecord]) -> Iterator[Recall]:
+        """`decode`; where the adapter is gone, since another process compacted, from the one that holds them now.
+
+        Raises as `decode`.
+
+        Raises:
+            StoreChanged: A record was replaced or deleted in the meantime, and its adapter removed.
+        """
+        try:
+            decoded = list(self.decode(records))
+        except IntegrityError:
+            current = [self._current(record) for record in records]
+            if all(now.adapter == before.adapter for now, before in zip(current, records, strict=True)):
+                raise
+            decoded = [recall for batch in decode_batches(current) for recall in self.decode(batch)]
+        yield from decoded
+
+    def values(self, records: Sequence[StoredRecord]) -> dict[tuple[str, str], str]:
+        """Values by namespace and key: as the index keeps them where their digest agrees, else from the weights.
+
+        Raises as `decode`.
+        """
+        kept = {(r.namespace, r.key): r.value for r in records if r.value is not None and r.holds(r.value)}
+        missing = [record for record in records if (record.namespace, record.key) not in kept]
+        for batch in decode_batches(missing):
+            for record, recall in zip(batch, self.decode(batch), strict=True):
+                kept[record.namespace, record.key] = recall.value
+        return kept
+
     def try_decode(self, records: Sequence[StoredRecord]) -> list[tuple[StoredRecord, str | None]]:
         """Records of one adapter with what was decoded, None where it is not the committed value."""
+        decoded = self.decode_any(records)
+        return [(record, value if record.holds(value) else None) for record, value in decoded]
+
+    def decode_any(self, records: Sequence[StoredRecord]) -> list[tuple[StoredRecord, str]]:
+        """Records of one adapter with what was decoded, whether it is the committed value or not: for checks only."""
         tokenizer = self.adapted.base.tokenizer
+        prompts = [self.template.prompt_ids(tokenizer, record.key) for record in records]
+        most = max(record.answer_tokens for record in records) + 2  # the end token, and one beyond: it must have ended
         with self._active(records[0].adapter):
-            ids = greedy_decode(
-                self.adapted.model,
-                [self.template.prompt_ids(tokenizer, record.key) for record in records],
-                max(record.answer_tokens for record in records)
-                + 2,  # the end token, and one beyond: it must have ended
-                self.template.end_id,
-            )
-        values = [decode_answer(tokenizer, row) for row in ids]
-        return [(r, value if r.holds(value) else None) for r, value in zip(records, values, strict=True)]
+            ids = greedy_decode(self.adapted.model, prompts, most, self.template.end_id)
+        return list(zip(records, (decode_answer(tokenizer, row) for row in ids), strict=True))
 
     def token_probabilities(self, record: StoredRecord, value: str) -> tuple[TokenProbability, ...]:
         """Every answer token and the end token of a decoded value, with the adapter and without it, batch of one."""
@@ -80,12 +113,29 @@ class Reader:
         Raises:
             IntegrityError: No such adapter, or its files are not what was committed.
         """
+        if not self.adapted.is_loaded(adapter):
+            self._check(adapter)
+        try:
+            self.adapted.load(adapter, self.store / ADAPTERS / adapter)
+        except (OSError, ValueError, SafetensorError):
+            self._check(adapter)  # gone between the check and now
+            raise
+
+    def _check(self, adapter: str) -> None:
         row = self.index.adapter(adapter)
         if row is None:
             raise IntegrityError(f"The index has no adapter {adapter!r}.", what=adapter)
-        if not self.adapted.is_loaded(adapter) and (problems := file_problems(self.store, row)):
+        if problems := file_problems(self.store, row):
             raise IntegrityError(f"{problems[0]}. Values from it are not returned.", what=adapter)
-        self.adapted.load(adapter, self.store / "adapters" / adapter)
+
+    def _current(self, record: StoredRecord) -> StoredRecord:
+        current = self.index.find(record.namespace, record.key)
+        if current is None or current.digest != record.digest:
+            raise StoreChanged(
+                f"The record {record.key!r} was replaced or deleted while it was being read. Read again.",
+                key=record.key,
+            )
+        return current
 
 
 def decode_batches(records: Iterable[StoredRecord]) -> Iterator[list[StoredRecord]]:
@@ -101,18 +151,3 @@ def decode_batches(records: Iterable[StoredRecord]) -> Iterator[list[StoredRecor
         batch.append(record)
     if batch:
         yield batch
-
-
-def file_problems(store: Path, adapter: StoredAdapter) -> list[str]:
-    """What of an adapter's files is not as committed, in words."""
-    problems = []
-    for name, expected in adapter.files.items():
-        path = store / "adapters" / adapter.id / name
-        try:
-            found = hashlib.sha256(path.read_bytes()).hexdigest()
-        except OSError as error:
-            problems.append(f"Adapter {adapter.id}: {name} cannot be read ({error.strerror})")
-            continue
-        if found != expected:
-            problems.append(f"Adapter {adapter.id}: {name} is not what was committed (sha256 differs)")
-    return problems

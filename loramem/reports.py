@@ -78,12 +78,87 @@ class Explanation:
 
 
 @dataclass(frozen=True)
+class Version:
+    """A record as it is or once was; values are not part of it."""
+
+    namespace: str
+    key: str
+    written_at: str
+    """UTC, ISO 8601."""
+    ended_at: str | None
+    """None for the record that is recalled now."""
+    ended_by: str | None
+    """"replaced", "deleted" or "renamed"."""
+    successor: str | None
+    """The new key, if it was renamed."""
+    adapter: str
+    answer_tokens: int
+    min_prob: float
+    in_weights: bool
+    """Whether a file of the store still holds the value in an adapter."""
+
+
+@dataclass(frozen=True)
+class CompactReport:
+    """What `MemoryStore.compact` did."""
+
+    records: int
+    """Live records that were written anew."""
+    adapters_before: int
+    """Adapters that were taken apart."""
+    adapters_after: int
+    """Those that hold their live records now."""
+    parameters_before: int
+    parameters_after: int
+    min_prob: float | None
+    """Lowest probability of any answer or end token of these records; None if none was written."""
+    elapsed_s: float
+
+
+@dataclass(frozen=True)
+class GcReport:
+    """What `MemoryStore.gc` removed."""
+
+    adapters: int
+    freed_bytes: int
+    kept: int
+    """Adapters that no live record needs, kept for readers until the grace is over."""
+
+
+@dataclass(frozen=True)
+class EraseReport:
+    """What `MemoryStore.erase` did."""
+
+    keys: int
+    records: int
+    """Live records that shared an adapter with them, and were written anew."""
+    adapters: int
+    """Adapters that were removed."""
+    elapsed_s: float
+
+
+@dataclass(frozen=True)
+class RepairReport:
+    """What `MemoryStore.repair` did."""
+
+    repaired: int
+    """Records that were written anew because their adapter or row was damaged."""
+    adapters: int
+    """Adapters that were damaged."""
+    lost: tuple[str, ...]
+    """Keys whose value is neither kept nor recalled: they stay in the index and raise an error when recalled."""
+    missing: int
+    """Records that adapters were written with and that the index has no row for."""
+    elapsed_s: float
+
+
+@dataclass(frozen=True)
 class VerifyReport:
     """What `MemoryStore.verify` found."""
 
     records: int
-    exact: int
-    """Records whose decoded value is the committed one."""
+    exact: int | None
+    """Records whose decoded value is the committed one; None if none was decoded (``quick``)."""
     failed: tuple[str, ...]
     """Keys whose value did not come back."""
     damaged: tuple[str, ...]
@@ -100,7 +175,12 @@ class Stats:
     """Counts and sizes of a store."""
 
     base_model: str
+    law: str | None
+    """Kinds of data for which a memory law of the base model is known, joined by commas."""
+    namespaces: int
     records: int
+    tombstones: int
+    """Records that were replaced, deleted or renamed, and that an adapter's weights still hold."""
     adapters: int
     ranks: list[int]
     parameters: int
@@ -110,5 +190,11 @@ class Stats:
     """Cost of the values over adapter parameters: an estimate, since shared format is counted per record."""
     min_prob: float | None
     size_bytes: int
+    """All files of the store."""
+    retired_adapters: int
+    retired_bytes: int
+    """Of adapters that no live record needs, which `gc` removes after its grace."""
+    advice: str | None
+    """What compaction would do for the store, if it pays."""
     unfinished_records: int
     """Records of an interrupted write that waits to be resumed or discarded."""

@@ -7,7 +7,7 @@ it made under a hash of its arguments, so that running it again finds it done.
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -18,17 +18,17 @@ import torch
 from loramem.adapters import AdaptedModel, Placement, adapter_id, serialize
 from loramem.base_model import Fingerprint, load_base_model
 from loramem.errors import StubbornRecords
-from loramem.files import write_directory, write_synced
-from loramem.index import StoredAdapter, now
+from loramem.files import make_directory, write_directory, write_synced
 from loramem.prompts import EncodedRecord
 from loramem.recall import Proof, prove
 from loramem.settings import WriterSettings
+from loramem.staging import RESULT
+from loramem.tables import StoredAdapter, now
 from loramem.writer import ProgressCallback, Training, train_adapter
 
 log = logging.getLogger(__name__)
 
 UNSAVED = "unsaved"  # name of the adapter being trained, inside the model only
-RESULT = "result.json"
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ def write_shard(job: ShardJob, adapted: AdaptedModel, progress: ProgressCallback
             log.info("%d stubborn records get an adapter of their own", len(stubborn))
         remaining = stubborn
     result = ShardResult(tuple(shards), tuple(remaining))
-    job.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    make_directory(job.folder)
     write_synced(job.folder / RESULT, result.to_json().encode())  # last: a job with a result is whole
     return result
 
@@ -180,8 +180,13 @@ def _save_and_prove(job: ShardJob, adapted: AdaptedModel, indices: Sequence[int]
     return Shard(adapter, tuple(indices), training, proof)
 
 
-def stored_adapter(job: ShardJob, shard: Shard, folder: Path, cost_bits: float) -> StoredAdapter:
-    """The index row of a proved shard whose files lie in ``folder``."""
+def stored_adapter(job: ShardJob, shard: Shard, cost_bits: float, request: Mapping[str, Any]) -> StoredAdapter:
+    """The index row of a proved shard that is staged.
+
+    Args:
+        request: How the write was asked for, to rewrite the shard alike: "goal" and "rank".
+    """
+    folder = job.folder / shard.adapter
     files = {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
     training: dict[str, Any] = {name: value for name, value in asdict(shard.training).items() if name != "stubborn"}
     return StoredAdapter(
@@ -192,7 +197,7 @@ def stored_adapter(job: ShardJob, shard: Shard, folder: Path, cost_bits: float) 
         size_bytes=sum(map(len, files.values())),
         files={name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
         placement=asdict(job.placement),
-        training={**training, "settings": asdict(job.settings), "cost_bits": cost_bits},
-        proof={**shard.proof.conditions, "min_prob": shard.proof.min_prob},
+        training={**training, "settings": asdict(job.settings), "cost_bits": cost_bits, "request": dict(request)},
+        proof={**shard.proof.conditions, "min_prob": shard.proof.min_prob, "records": len(shard.indices)},
         created_at=now(),
     )

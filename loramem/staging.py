@@ -1,22 +1,66 @@
-"""The folder of unfinished writes, and what of a store's files no committed row needs."""
+"""Files that no committed row needs: staged shards, adapters of a commit that did not come, retired adapters."""
 
-import shutil
+import json
+import logging
+from contextlib import suppress
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+from loramem.commits import commit_gc
+from loramem.events import tell
+from loramem.files import remove_directory, size_bytes
 from loramem.index import Index
 
-NAME = "staging"
+log = logging.getLogger(__name__)
+
+NAME, ADAPTERS = "staging", "adapters"
+RESULT = "result.json"
+GRACE_S = 3600.0
+"""Readers that began before an adapter was retired may go on reading it for so long."""
 
 
-def clean(store: Path, index: Index, *, keep_staged: bool = False) -> None:
-    """Remove what no committed row needs: adapters of a write that never committed, and what was staged.
+def clean(store: Path, index: Index) -> None:
+    """`collect` after a commit, which a file that cannot be removed does not undo."""
+    try:
+        collect(store, index)
+    except OSError as error:  # what was committed stays committed; the next write tries again
+        log.warning("%s: files that are not needed could not be removed (%s)", store, error)
+    tell("cleaned")
+
+
+def collect(store: Path, index: Index, grace_s: float = GRACE_S) -> tuple[int, int]:
+    """Remove adapters that no live record needs, and what is staged for no journalled write.
+
+    Returns how many adapters went, and their bytes.
+
+    The caller holds the store's lock, so that no commit is under way.
 
     Args:
-        keep_staged: Leave staged shards for a write that goes on.
+        grace_s: Keep those that were retired less than so many seconds ago.
     """
-    if not keep_staged:
-        shutil.rmtree(store / NAME, ignore_errors=True)
-    committed = {adapter.id for adapter in index.adapters()}
-    for folder in (store / "adapters").glob("*"):
-        if folder.name not in committed:
-            shutil.rmtree(folder, ignore_errors=True)
+    latest = (datetime.now(UTC) - timedelta(seconds=grace_s)).isoformat(timespec="seconds")
+    gone = [adapter for adapter, since in index.retired().items() if since <= latest]
+    if gone:
+        commit_gc(index, gone)  # first: a row without files would be damage, files without a row are not
+    known = {row["id"] for row in index.db.query("select id from adapters")}
+    orphans = [folder for folder in (store / ADAPTERS).glob("*") if folder.name not in known]
+    freed = sum(map(size_bytes, orphans))
+    for folder in orphans:
+        remove_directory(folder)
+    if index.pending_write() is None:
+        remove_directory(store / NAME)
+    tell("collected", adapters=len(orphans), bytes=freed)
+    return len(orphans), freed
+
+
+def take_back(store: Path, index: Index) -> None:
+    """Give staged jobs back the adapters that were published for a commit that did not come.
+
+    Without it a write killed between the two would train again what it had proved.
+    """
+    for result in (store / NAME).glob(f"*/{RESULT}"):
+        with suppress(ValueError, KeyError, TypeError):
+            for shard in json.loads(result.read_text())["shards"]:
+                published, staged = store / ADAPTERS / shard["adapter"], result.parent / shard["adapter"]
+                if published.exists() and not staged.exists() and index.adapter(shard["adapter"]) is None:
+                    published.rename(staged)

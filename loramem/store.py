@@ -1,53 +1,56 @@
 """MemoryStore: a folder of adapters and an index, written and read as one.
 
-This module is the order of things: what is checked before what, and what a reader may believe. Torch is imported only
-once the base model is needed.
+This module is the order of things that change a store: what is checked before what, under which lock.
+`loramem.memory` reads it. Torch is imported only once the base model is needed.
 """
 
-import threading
+import sqlite3
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
-from functools import cached_property
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from filelock import FileLock, Timeout
-
-from loramem import embedded
-from loramem.boundary import Outcome
-from loramem.capacity import ANY_RANK, Basis, Plan, RankLimits, check_request
+from loramem import bundle, maintenance
+from loramem.capacity import RankLimits, check_request
+from loramem.commits import commit_deletion, commit_records, end_write
+from loramem.creation import create_store
+from loramem.engine import ModelRequest
 from loramem.errors import (
-    IntegrityError,
-    KeyNotFound,
-    OtherBaseModel,
-    StoreFormatError,
-    StoreLocked,
+    ConflictingRecord,
+    StoreError,
     StoreNotFound,
+    StoreReadOnly,
     UnfinishedWrite,
     WriteError,
 )
-from loramem.index import DISCARDED, Index, PendingWrite, StoredAdapter, StoredRecord
+from loramem.events import tell
+from loramem.index import VACUUM_DUE
+from loramem.locks import write_lock
 from loramem.manifest import NAME as MANIFEST
-from loramem.manifest import Manifest, read_manifest
-from loramem.records import RecordLike, as_records
-from loramem.reports import Explanation, Recall, Stats, VerifyReport, WriteReport
-from loramem.staging import clean
+from loramem.memory import Memory, OnConflict
+from loramem.records import Record, RecordLike, as_records
+from loramem.repair import repair
+from loramem.reports import (
+    CompactReport,
+    EraseReport,
+    GcReport,
+    RepairReport,
+    WriteReport,
+)
+from loramem.staging import GRACE_S, clean, collect
+from loramem.tables import DISCARDED, RENAMED, PendingWrite
 
 if TYPE_CHECKING:
     from concurrent.futures import Executor
 
-    from loramem.adapters import AdaptedModel
-    from loramem.base_model import BaseModel
-    from loramem.prompts import PromptTemplate
-    from loramem.reader import Reader
+    from loramem.prompts import EncodedRecord
     from loramem.settings import WriterSettings
-    from loramem.transaction import Transaction
     from loramem.writer import ProgressCallback
 
 
-class MemoryStore:
+class MemoryStore(Memory):
     """Key-value facts in LoRA adapters of one frozen base model.
 
     Args:
@@ -59,13 +62,20 @@ class MemoryStore:
         dtype: Of the base model: "float32", "bfloat16", "float16"; "auto" keeps the store's, or for a new store
             float32 on CPU and bfloat16 on CUDA.
         create: Make the store if there is none.
+        keep_values: Whether the index keeps values beside the adapters, to rewrite and repair them. If False it keeps
+            salted digests alone, and rewriting recalls the values from the weights. Decided when a store is made
+            (True unless said); of an existing one it must be what that store does.
+        wait_s: Seconds that a change waits for another process to end its own.
 
     Raises:
         StoreNotFound: No store there and ``create`` is False.
         StoreFormatError: The folder is something else, or a newer format.
+        StoreReadOnly: It cannot be written, and was not closed where it could.
+        StoreError: ``keep_values`` is not what the store does.
         IntegrityError: store.json or index.db is not what was committed.
 
-    A store is a context manager and may be shared between threads; calls that need the model take turns.
+    A store is a context manager and may be shared between threads; calls that need the model take turns. Namespaces
+    are separate recall spaces: the same key may be in each.
 
     Example:
         >>> import tempfile
@@ -84,121 +94,31 @@ class MemoryStore:
         device: str = "auto",
         dtype: str = "auto",
         create: bool = True,
+        keep_values: bool | None = None,
+        wait_s: float = 0.0,
     ) -> None:
-        self.path = Path(path)
-        self._model_name, self._revision, self._device, self._dtype = base_model, revision, device, dtype
-        self._lock = threading.RLock()
-        if not (self.path / MANIFEST).exists():
+        self.wait_s = wait_s
+        path, request, base = Path(path), ModelRequest(base_model, revision, device, dtype), None
+        if not (path / MANIFEST).exists():
             if not create:
-                raise StoreNotFound(f"There is no store at {self.path}. Write records first, or name it with --store.")
-            self._create()
-        self._index = Index.open(self.path / "index.db")
-        self.manifest = read_manifest(self.path, self._index)
-
-    def __enter__(self) -> "MemoryStore":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Close the index; the store object is not used afterwards."""
-        with self._lock:
-            self._index.close()
-
-    # What is in the store
-
-    def __len__(self) -> int:
-        with self._lock:
-            return self._index.count()
-
-    def __contains__(self, key: object) -> bool:
-        with self._lock:
-            return isinstance(key, str) and self._index.find("", key) is not None
-
-    def keys(self, namespace: str = "") -> Iterator[str]:
-        """Keys of a namespace in the order they were written."""
-        with self._lock:
-            return iter(list(self._index.keys(namespace)))
-
-    def records(self, namespace: str | None = None, adapter: str | None = None) -> Iterator[StoredRecord]:
-        """Index rows, without decoding anything."""
-        with self._lock:
-            return iter(list(self._index.records(namespace, adapter)))
-
-    def adapters(self) -> list[StoredAdapter]:
-        """Committed adapters, oldest first."""
-        with self._lock:
-            return list(self._index.adapters())
-
-    def pending(self) -> PendingWrite | None:
-        """The interrupted write that waits to be resumed or discarded, if any (or one that is running now)."""
-        with self._lock:
-            return self._index.pending_write()
-
-    def stats(self) -> Stats:
-        """Counts and sizes of what is committed."""
-        with self._lock:
-            adapters, records = list(self._index.adapters()), list(self._index.records())
-            pending = self._index.pending_write()
-        parameters = sum(adapter.parameters for adapter in adapters)
-        cost_bits = sum(adapter.training["cost_bits"] for adapter in adapters)
-        return Stats(
-            base_model=self.manifest.base_model,
-            records=len(records),
-            adapters=len(adapters),
-            ranks=sorted({adapter.rank for adapter in adapters}),
-            parameters=parameters,
-            answer_tokens=sum(record.answer_tokens for record in records),
-            cost_bits=cost_bits,
-            bits_per_parameter=cost_bits / parameters if parameters else 0.0,
-            min_prob=min((record.min_prob for record in records), default=None),
-            size_bytes=sum(file.stat().st_size for file in self.path.rglob("*") if file.is_file()),
-            unfinished_records=len(pending.records) if pending else 0,
-        )
-
-    # Writing
-
-    def plan(
-        self,
-        records: Mapping[str, str] | Iterable[RecordLike],
-        *,
-        namespace: str = "",
-        goal: str = "fast",
-        rank: int | None = None,
-        limits: RankLimits = ANY_RANK,
-        kind: str | None = None,
-    ) -> Plan:
-        """What `write` would do with these records, without training or changing anything.
-
-        Args:
-            limits: Ranks that adapters may have.
-            kind: Of data, whose memory law is asked; the calibrated one that costs most nearly as much if None.
-
-        Raises:
-            RecordError: A record cannot be written.
-            DoesNotFit: A value is too much for the highest rank allowed.
-        """
-        check_request(goal, rank, limits)
-        with self._lock:
-            encoded, _ = self._transaction.admit(as_records(records, namespace))
-            return self._transaction.plan(encoded, goal, rank, limits, kind)
-
-    def basis(self, kind: str | None = None) -> Basis:
-        """What plans for this store rest on: success boundary, pace, and the law of a kind of data."""
-        with self._lock:
-            return self._transaction.basis(None, 0, kind)
-
-    def outcomes(self) -> list[Outcome]:
-        """What the writes to this store came to at their first rank, oldest first."""
-        with self._lock:
-            return self._index.outcomes()
+                raise StoreNotFound(f"There is no store at {path}. Write records first, or name it with --store.")
+            base = create_store(path, request, keep_values=keep_values is not False)
+        super().__init__(path, request)
+        if keep_values not in (None, self.manifest.keep_values):
+            self.close()
+            raise StoreError(
+                f"{path} was made with keep_values={self.manifest.keep_values}, which cannot be changed. Write a new "
+                "store."
+            )
+        if base is not None:
+            self._engine.base = base
 
     def write(
         self,
         records: Mapping[str, str] | Iterable[RecordLike],
         *,
         namespace: str = "",
+        on_conflict: OnConflict = "error",
         goal: str = "fast",
         rank: int | None = None,
         partial: bool = False,
@@ -212,7 +132,9 @@ class MemoryStore:
 
         Args:
             records: A mapping, pairs, dicts with "key" and "value", or `Record`s.
-            namespace: For entries that do not name one.
+            namespace: For entries that do not name one, such as "team/project".
+            on_conflict: What becomes of a record whose key is there with another value: "error" refuses the write,
+                "skip" keeps the old value, "replace" ends it in the same commit that brings the new one.
             goal: "fast" or "small".
             rank: First rank, in place of the planned one.
             partial: Commit the certified records even if others could not be certified.
@@ -229,27 +151,89 @@ class MemoryStore:
             TrainingDiverged: NaN or Inf; nothing was committed.
             RecallError: A saved adapter did not decode what training had certified; nothing was committed.
         """
-        from loramem.settings import WriterSettings
+        check_request(goal, rank)
+        _check_conflict(on_conflict)
+        with self._lock, self._writing():
+            encoded, skipped = self._engine.transaction.admit(as_records(records, namespace), on_conflict)
+            request = {"goal": goal, "rank": rank, "partial": partial, "settings": settings}
+            return self._write(encoded, skipped, request, progress, executor)
 
+    def update(
+        self,
+        key: str,
+        value: str | None = None,
+        *,
+        namespace: str = "",
+        metadata: Mapping[str, Any] | None = None,
+        goal: str = "fast",
+        rank: int | None = None,
+        settings: "WriterSettings | None" = None,
+        progress: "ProgressCallback | None" = None,
+    ) -> WriteReport:
+        """Give a record another value, other metadata, or both; the old value is not recalled from the commit on.
+
+        Args:
+            value: None keeps it; then nothing is trained.
+            metadata: In place of all that the record had; None keeps it.
+
+        Raises:
+            KeyNotFound: There is no such record; otherwise as `write`.
+        """
         check_request(goal, rank)
         with self._lock, self._writing():
-            if (pending := self._index.pending_write()) is not None:
-                raise UnfinishedWrite(
-                    f"Write {pending.id} of {len(pending.records)} records, started {pending.started_at}, was "
-                    "interrupted. Resume it (loramem write --resume) or discard it (loramem write --discard).",
-                    write_id=pending.id,
-                    records=len(pending.records),
-                )
-            transaction = self._transaction
-            encoded, skipped = transaction.admit(as_records(records, namespace))
-            if not encoded:
-                return WriteReport.nothing(skipped)
-            started = time.monotonic()
-            settings = settings or WriterSettings()
-            plan = transaction.plan(encoded, goal, rank, RankLimits(settings.max_rank))
-            request = {"goal": goal, "rank": rank, "partial": partial, "settings": asdict(settings)}
-            write_id = self._index.begin_write((entry.record for entry in encoded), request)
-            return transaction.run(write_id, encoded, plan, request, skipped, progress, executor, started=started)
+            known = self._find(key, namespace)
+            kept = known.metadata if metadata is None else dict(metadata)
+            if value is None or known.holds(value):
+                Record(key, value or " ", namespace, kept)  # raises if the metadata cannot be kept
+                commit_records(self._index, [replace(known, metadata=kept)])
+                return WriteReport.nothing(1)
+            transaction = self._engine.transaction
+            encoded, _ = transaction.admit([Record(key, value, namespace, kept)], "replace")
+            request = {"goal": goal, "rank": rank, "partial": False, "settings": settings}
+            return self._write(encoded, 0, request, progress)
+
+    def rename(
+        self,
+        key: str,
+        new_key: str,
+        *,
+        namespace: str = "",
+        goal: str = "fast",
+        rank: int | None = None,
+        settings: "WriterSettings | None" = None,
+        progress: "ProgressCallback | None" = None,
+    ) -> WriteReport:
+        """Write a record's value under another key and end the old one, in one commit; metadata are kept.
+
+        Raises:
+            KeyNotFound: There is no such record.
+            ConflictingRecord: The new key is there already; otherwise as `write`.
+        """
+        check_request(goal, rank)
+        with self._lock, self._writing():
+            known = self._find(key, namespace)
+            if self._index.find(namespace, new_key) is not None:
+                raise ConflictingRecord(f"Key {new_key!r} is in the store already. Use another one.", key=new_key)
+            value = self._engine.reader.values([known])[namespace, key]
+            encoded, _ = self._engine.transaction.admit([Record(new_key, value, namespace, known.metadata)])
+            ended = [[namespace, key, RENAMED, new_key]]
+            request = {"goal": goal, "rank": rank, "partial": False, "settings": settings, "ended": ended}
+            return self._write(encoded, 0, request, progress)
+
+    def delete(self, keys: str | Iterable[str], namespace: str = "") -> int:
+        """Stop recalling one record or several, in one commit; returns how many.
+
+        Their adapters still hold the values until `compact`; `erase` clears every trace.
+
+        Raises:
+            KeyNotFound: One of the keys is unknown; nothing was deleted.
+            StoreLocked: Another process is writing.
+        """
+        with self._lock, self._writing():
+            found = [self._find(key, namespace) for key in dict.fromkeys(_several(keys))]
+            commit_deletion(self._index, [(record.namespace, record.key) for record in found])
+            tell("deleted", records=len(found))
+            return len(found)
 
     def resume(self, progress: "ProgressCallback | None" = None, executor: "Executor | None" = None) -> WriteReport:
         """Go on with the interrupted write, with the settings it was started with; finished shards are kept.
@@ -257,9 +241,9 @@ class MemoryStore:
         Raises:
             WriteError: There is none; or as `write`.
         """
-        with self._lock, self._writing():
+        with self._lock, self._writing(resuming=True):
             pending = self._require_pending()
-            started, transaction, request = time.monotonic(), self._transaction, pending.request
+            started, transaction, request = time.monotonic(), self._engine.transaction, pending.request
             encoded = transaction.encode(pending.records)
             limits = RankLimits(request["settings"]["max_rank"])
             plan = transaction.plan(encoded, request["goal"], request["rank"], limits)
@@ -271,201 +255,164 @@ class MemoryStore:
         Raises:
             WriteError: There is none.
         """
-        with self._lock, self._writing():
+        with self._lock, self._writing(resuming=True):
             pending = self._require_pending()
-            self._index.end_write(pending.id, DISCARDED)
+            end_write(self._index, pending.id, DISCARDED)
             clean(self.path, self._index)
             return len(pending.records)
 
-    # Reading
+    # Maintenance
 
-    def recall(self, key: str, namespace: str = "") -> str:
-        """Decode a value from the weights and check it against the committed digest.
+    def compact(
+        self,
+        *,
+        everything: bool = False,
+        progress: "ProgressCallback | None" = None,
+        executor: "Executor | None" = None,
+    ) -> CompactReport:
+        """Rewrite small and half-dead shards from the frozen base, in one commit.
 
-        Raises:
-            KeyNotFound: No such record; carries close keys.
-            RecallError: The weights gave something else.
-            IntegrityError: The adapter's files are not what was committed.
-            OtherBaseModel: The base model is not the one the store was written with.
-        """
-        with self._lock:
-            record = self._find(key, namespace)
-            return next(self._reader.decode([record])).value
+        Each new adapter is byte for byte what writing its records alone would give, so nothing of what was deleted is
+        left in it. The old ones go with `gc`, after its grace.
 
-    def recall_many(self, keys: Iterable[str] | None = None, namespace: str = "") -> Iterator[Recall]:
-        """Decode many values, batched by adapter and length; all of the namespace if ``keys`` is None.
-
-        Yields in the order of batches, not of ``keys``. Raises as `recall`, at the first record that fails.
-        """
-        from loramem.reader import decode_batches
-
-        with self._lock:
-            if keys is None:
-                found = list(self._index.records(namespace))
-            else:
-                found = [self._find(key, namespace) for key in keys]
-        for batch in decode_batches(found):
-            with self._lock:
-                decoded = list(self._reader.decode(batch))
-            yield from decoded
-
-    def explain(self, key: str, namespace: str = "") -> Explanation:
-        """Probability of every answer token and the end token, with the adapter and without it.
-
-        The value is decoded from the weights first, then scored under teacher forcing in a batch of one.
-        Raises as `recall`.
-        """
-        with self._lock:
-            record = self._find(key, namespace)
-            value = next(self._reader.decode([record])).value
-            return Explanation(key, value, record.adapter, self._reader.token_probabilities(record, value))
-
-    def load(self, key: str, namespace: str = "") -> tuple[Any, list[int]]:
-        """The base model with the adapter of ``key`` active, and the prompt's ids, for your own ``generate``.
-
-        It stays active until the next call that decodes or writes; after any other the model is the plain base.
-        Raises as `recall`, except RecallError.
-        """
-        with self._lock:
-            self._reader.activate(self._find(key, namespace).adapter)
-            return self._adapted.model, self._template.prompt_ids(self.base.tokenizer, key)
-
-    def verify(self) -> VerifyReport:
-        """Check every file and row against its sha256, then decode every record from its adapter.
-
-        The base model's weights are hashed again too. Damage does not raise: the report lists it.
+        Args:
+            everything: Rewrite every shard, whether it pays or not.
 
         Raises:
-            OtherBaseModel: The base model given is not the store's at all.
+            StoreLocked: Another process is writing.
+            UnfinishedWrite: An interrupted write must be resumed or discarded first.
+            StubbornRecords: A record could not be certified again; nothing changed.
+            RecallError: A value that the index does not keep did not come back; nothing changed.
         """
-        from loramem.base_model import fingerprint
-        from loramem.reader import decode_batches, file_problems
+        with self._lock, self._writing():
+            groups = maintenance.alike(maintenance.shards(self._index))
+            groups = groups if everything else maintenance.worth_compacting(self._index)
+            return maintenance.compact(self._engine, groups, progress, executor)
 
-        with self._lock:
-            started = time.monotonic()
-            damaged = list(self._index.damaged())
-            try:
-                adapters, records = list(self._index.adapters()), list(self._index.records())
-            except IntegrityError as error:  # rows that cannot be read leave nothing to decode by
-                count, elapsed_s = self._index.count(), time.monotonic() - started
-                return VerifyReport(count, 0, (), (*damaged, str(error)), elapsed_s)
-            damaged += [problem for row in adapters for problem in file_problems(self.path, row)]
-            try:
-                fingerprint(self.base.folder, rehash=True).check(self.manifest.fingerprint, self.base.id)
-            except OtherBaseModel as error:
-                damaged.append(str(error))
-            failed: list[str] = []
-            for batch in decode_batches(records):
-                try:
-                    decoded = self._reader.try_decode(batch)
-                    failed += [record.key for record, value in decoded if value is None]
-                except IntegrityError as error:
-                    failed += [record.key for record in batch]
-                    if not any(error.what in problem for problem in damaged):
-                        damaged.append(str(error))
-            return VerifyReport(
-                records=len(records),
-                exact=len(records) - len(failed),
-                failed=tuple(failed),
-                damaged=tuple(damaged),
-                elapsed_s=time.monotonic() - started,
-            )
+    def gc(self, grace_s: float = GRACE_S) -> GcReport:
+        """Remove the files of adapters that no live record needs.
 
-    # The base model and what works on it
-
-    @cached_property
-    def base(self) -> "BaseModel":
-        """The base model, loaded on first use and checked against the store's fingerprint.
-
-        Its ``model`` answers as if there were no store, except after `load`.
+        Args:
+            grace_s: Keep those retired less than so many seconds ago, for readers that began before.
 
         Raises:
-            OtherBaseModel: Another model, or the same with other weights, configuration or tokenizer.
-            BaseModelNotFound: It cannot be loaded.
+            StoreLocked: Another process is writing.
         """
-        from loramem.base_model import load_base_model
+        with self._lock, self._writing(resuming=True):
+            adapters, freed_bytes = collect(self.path, self._index, grace_s)
+            return GcReport(adapters, freed_bytes, len(self._index.retired()))
 
-        manifest = self.manifest
-        base = load_base_model(
-            self._model_name or manifest.location or manifest.base_model,
-            revision=self._revision or manifest.revision,
-            device=self._device,
-            dtype=manifest.dtype if self._dtype == "auto" else self._dtype,
-        )
-        if base.id != manifest.base_model:
-            raise OtherBaseModel(
-                f"The store was written with base model {manifest.base_model!r}, not {base.id!r}. Adapters only "
-                "work on their own base: leave --model out, or write a new store.",
-                expected=manifest.base_model,
-                got=base.id,
-            )
-        base.fingerprint.check(manifest.fingerprint, base.id)
-        return base
+    def erase(
+        self,
+        keys: str | Iterable[str],
+        namespace: str = "",
+        *,
+        progress: "ProgressCallback | None" = None,
+        executor: "Executor | None" = None,
+    ) -> EraseReport:
+        """Delete records for real: afterwards no file of the store holds their values, in this or an earlier version.
 
-    @cached_property
-    def _adapted(self) -> "AdaptedModel":
-        from loramem.adapters import AdaptedModel
+        Records that shared an adapter with them are written anew from the frozen base; the new adapter is byte for
+        byte what writing them alone would have given. Backups, exports and what the disk keeps of unlinked files are
+        out of reach. A record that was deleted before can still be erased. Killed, it is finished by the same call.
 
-        return AdaptedModel(self.base)
+        Raises:
+            KeyNotFound: One of the keys is neither in the store nor in its history; nothing was changed.
+            StubbornRecords: A record that shared an adapter could not be certified again; the records are deleted,
+                not erased.
+            StoreLocked: Another process is writing, or kept reading for 30 s.
+            UnfinishedWrite: An interrupted write must be resumed or discarded first.
+        """
+        with self._lock, self._writing():
+            chosen = [(namespace, key) for key in dict.fromkeys(_several(keys))]
+            for _, key in chosen:
+                if self._index.find(namespace, key) is None and not self._index.versions(namespace, key):
+                    raise self._unknown(key, namespace)
+            return maintenance.erase(self._engine, chosen, progress, executor)
 
-    @cached_property
-    def _template(self) -> "PromptTemplate":
-        from loramem.prompts import PromptTemplate
+    def repair(
+        self,
+        *,
+        drop_lost: bool = False,
+        progress: "ProgressCallback | None" = None,
+        executor: "Executor | None" = None,
+    ) -> RepairReport:
+        """Write the records of damaged adapters and rows anew from the values that the index keeps, in one commit.
 
-        prompt = self.manifest.prompt
-        return PromptTemplate(
-            tuple(prompt["prefix_ids"]), tuple(prompt["suffix_ids"]), prompt["end_id"], prompt["kind"]
-        )
+        Args:
+            drop_lost: Delete the records whose value is neither kept nor recalled, which the report names.
 
-    @cached_property
-    def _reader(self) -> "Reader":
-        from loramem.reader import Reader
+        Raises:
+            IntegrityError: index.db cannot be read as a database; restore a backup.
+            StubbornRecords: A record could not be certified again; nothing changed.
+            StoreLocked: Another process is writing.
+        """
+        with self._lock, self._writing(resuming=True):
+            return repair(self._engine, drop_lost=drop_lost, progress=progress, executor=executor)
 
-        return Reader(self.path, self._index, self._adapted, self._template)
+    @classmethod
+    def import_bundle(cls, source: str | Path, path: str | Path) -> "MemoryStore":
+        """A new store at ``path`` from what `export` wrote, every file, row and seal checked.
 
-    @cached_property
-    def _transaction(self) -> "Transaction":
-        from loramem.adapters import Placement
-        from loramem.transaction import Transaction
-
-        stored = self.manifest.placement
-        placement = Placement(tuple(stored["modules"]), tuple(stored["layers"]))
-        return Transaction(self.path, self._index, self._adapted, self._template, placement)
+        Raises:
+            BundleError: Not an export, a damaged one, or one of a newer format.
+            StoreError: There is something at ``path``.
+        """
+        bundle.import_bundle(Path(source), Path(path))
+        return cls(path, create=False)
 
     # Helpers
 
-    def _create(self) -> None:
-        from loramem.base_model import load_base_model
+    def _write(
+        self,
+        encoded: "Sequence[EncodedRecord]",
+        skipped: int,
+        request: dict[str, Any],
+        progress: "ProgressCallback | None",
+        executor: "Executor | None" = None,
+    ) -> WriteReport:
+        """Journal, train and commit admitted records."""
+        from loramem.settings import WriterSettings
 
-        if self.path.exists() and (not self.path.is_dir() or _foreign(self.path)):
-            raise StoreFormatError(f"{self.path} exists and is not a loramem store. Give another path.")
-        name = self._model_name or embedded.NAME
-        base = load_base_model(name, revision=self._revision, device=self._device, dtype=self._dtype)
-        manifest = Manifest.of(base)
-        self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        index = Index(self.path / "index.db")
-        index.seal(manifest.sha256)
-        index.close()
-        manifest.save(self.path)  # last: a folder with a manifest is a whole store
-        self.base = base
+        if not encoded:
+            return WriteReport.nothing(skipped)
+        started, transaction = time.monotonic(), self._engine.transaction
+        settings = request["settings"] or WriterSettings()
+        plan = transaction.plan(encoded, request["goal"], request["rank"], RankLimits(settings.max_rank))
+        request = {**request, "settings": asdict(settings)}
+        write_id = self._index.begin_write((entry.record for entry in encoded), request)
+        tell("journalled", records=len(encoded))
+        return transaction.run(write_id, encoded, plan, request, skipped, progress, executor, started=started)
 
     @contextmanager
-    def _writing(self) -> Iterator[None]:
-        lock = FileLock(self.path / "store.lock", timeout=0, mode=0o600)
-        try:
-            lock.acquire()
-        except Timeout:
-            raise StoreLocked(f"Another process is writing to {self.path}. Wait for it to end.") from None
-        try:
-            yield
-        finally:
-            lock.release()
+    def _writing(self, *, resuming: bool = False) -> Iterator[None]:
+        """Hold the store's lock, after finishing what an earlier writer was killed in.
 
-    def _find(self, key: str, namespace: str) -> StoredRecord:
-        record = self._index.find(namespace, key)
-        if record is None:
-            raise KeyNotFound(key, namespace=namespace, close=self._index.close_keys(namespace, key))
-        return record
+        Raises:
+            StoreReadOnly, StoreLocked: See `write_lock`.
+            UnfinishedWrite: A write is journalled, and this is not about it.
+            StoreError: SQLite could not write, such as on a full disk.
+        """
+        if self._index.read_only:
+            raise StoreReadOnly(f"{self.path} cannot be written. Change its permissions, or copy it.")
+        with write_lock(self.path, self.wait_s):
+            if self._index.meta(VACUUM_DUE):
+                self._index.vacuum()
+            if not resuming and (pending := self._index.pending_write()) is not None:
+                raise UnfinishedWrite(
+                    f"Write {pending.id} of {len(pending.records)} records, started {pending.started_at}, was "
+                    "interrupted. Resume it (loramem write --resume) or discard it (loramem write --discard).",
+                    write_id=pending.id,
+                    records=len(pending.records),
+                )
+            try:
+                yield
+                if not self.manifest.keep_values:
+                    self._index.empty_log()  # the journal held values while it was needed
+            except sqlite3.OperationalError as error:
+                raise StoreError(
+                    f"{self.path}: the index could not be written ({error}). No change is half done."
+                ) from None
 
     def _require_pending(self) -> PendingWrite:
         pending = self._index.pending_write()
@@ -474,7 +421,10 @@ class MemoryStore:
         return pending
 
 
-def _foreign(path: Path) -> list[Path]:
-    """Files that a store whose creation was interrupted would not contain."""
-    ours = {"index.db", "index.db-wal", "index.db-shm", "store.lock", "store.json.partial"}
-    return [entry for entry in path.iterdir() if entry.name not in ours]
+def _several(keys: str | Iterable[str]) -> Iterable[str]:
+    return [keys] if isinstance(keys, str) else keys
+
+
+def _check_conflict(on_conflict: str) -> None:
+    if on_conflict not in ("error", "skip", "replace"):
+        raise ValueError(f"on_conflict must be error, skip or replace, not {on_conflict!r}")

@@ -3,7 +3,7 @@
 import logging
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from itertools import groupby
@@ -14,22 +14,26 @@ from typing import Any
 import torch
 
 from loramem import calibrations, timings
-from loramem.adapters import AdaptedModel, Placement
+from loramem.adapters import AdaptedModel
 from loramem.boundary import Outcome
 from loramem.capacity import ANY_RANK, Basis, Plan, Price, RankLimits, ShardPlan, plan_groups
+from loramem.commits import commit_write, end_write
 from loramem.errors import ConflictingRecord, PromptCollision, RecallError, StubbornRecords, WriteError
-from loramem.files import move_synced
-from loramem.index import FAILED, Index, prompt_digest, stored_record
+from loramem.events import tell
+from loramem.files import make_directory, publish_directory
+from loramem.index import Index
 from loramem.jobs import run_jobs
+from loramem.manifest import Manifest
 from loramem.pricing import costs_bits
-from loramem.prompts import EncodedRecord, PromptTemplate, encode_records
+from loramem.prompts import EncodedRecord, encode_records
 from loramem.recall import answer_probabilities
 from loramem.records import Record, deduplicate
 from loramem.reports import WriteReport
 from loramem.settings import WriterSettings
 from loramem.shards import Shard, ShardJob, ShardResult, stored_adapter
+from loramem.staging import ADAPTERS, clean, take_back
 from loramem.staging import NAME as STAGING
-from loramem.staging import clean
+from loramem.tables import FAILED, StoredAdapter, prompt_digest, stored_record
 from loramem.writer import ProgressCallback, autocast_dtype
 
 log = logging.getLogger(__name__)
@@ -38,14 +42,16 @@ log = logging.getLogger(__name__)
 class Transaction:
     """The steps of a write to one store; the caller holds its locks."""
 
-    def __init__(
-        self, store: Path, index: Index, adapted: AdaptedModel, template: PromptTemplate, placement: Placement
-    ) -> None:
+    def __init__(self, store: Path, index: Index, manifest: Manifest, adapted: AdaptedModel) -> None:
         self.store, self.index, self.adapted = store, index, adapted
-        self.template, self.placement = template, placement
+        self.template, self.placement = manifest.template(), manifest.placed()
+        self.keep_values = manifest.keep_values
 
-    def admit(self, records: Sequence[Record]) -> tuple[list[EncodedRecord], int]:
-        """New records as token ids, and how many were there already.
+    def admit(self, records: Sequence[Record], on_conflict: str = "error") -> tuple[list[EncodedRecord], int]:
+        """Records to write as token ids, and how many are not written.
+
+        Args:
+            on_conflict: What becomes of a record whose key is there with another value: "error", "skip" or "replace".
 
         Raises:
             RecordError: A record cannot be written, or its key has another value; see the subclasses.
@@ -56,12 +62,14 @@ class Transaction:
             known = self.index.find(record.namespace, record.key)
             if known is None:
                 new.append(record)
-            elif known.holds(record.value):
+            elif known.holds(record.value) or on_conflict == "skip":
                 repeated.append(record)
+            elif on_conflict == "replace":
+                new.append(record)
             else:
                 raise ConflictingRecord(
-                    f"Key {record.key!r} is in the store with another value; this one would replace it. "
-                    "Use another key or another store.",
+                    f"Key {record.key!r} is in the store with another value. Replace it "
+                    '(on_conflict="replace", --on-conflict replace), skip it, or use another key.',
                     key=record.key,
                     line=record.line,
                 )
@@ -92,11 +100,14 @@ class Transaction:
         rank: int | None,
         limits: RankLimits = ANY_RANK,
         kind: str | None = None,
+        *,
+        as_new: bool = False,
     ) -> Plan:
         """Shards and ranks for encoded records.
 
         Args:
             kind: Of data, whose law is asked; the calibrated one that costs most nearly as much if None.
+            as_new: Plan as a new store would, with nothing learnt from the writes to this one.
 
         Raises:
             DoesNotFit: See `plan_write`.
@@ -110,16 +121,17 @@ class Transaction:
 
         groups = groupby(encoded, key=lambda entry: entry.record.namespace)
         sizes = [len(list(group)) for _, group in groups]
-        basis = (
-            self.basis(price(0, len(encoded)), sum(map(len, values)), kind) if encoded else self.basis(None, 0, kind)
-        )
+        learnt = [] if as_new else self.index.outcomes()
+        whole = price(0, len(encoded)) if encoded else None
+        basis = self.basis(whole, sum(map(len, values)), kind, learnt)
         return plan_groups(sizes, [len(value) for value in values], price, basis, goal=goal, rank=rank, limits=limits)
 
-    def basis(self, price: Price | None, length: int, kind: str | None) -> Basis:
+    def basis(self, price: Price | None, length: int, kind: str | None, learnt: Sequence[Outcome]) -> Basis:
         """What a plan rests on: what is known of the base model and what this store's writes taught.
 
         Args:
             price: Of ``length`` answer tokens, by which the law's kind is chosen unless it is given.
+            learnt: Outcomes of the store's writes.
         """
         base, place = self.adapted.base, (self.placement.modules, self.placement.layers)
         weights = base.fingerprint.weights[:12]
@@ -131,7 +143,7 @@ class Transaction:
             place,
             self.placement.parameters_per_rank(self.adapted.model),
             kind,
-            self.index.outcomes(),
+            learnt,
             timings.seconds_per_visit(weights, base.device.type),
         )
 
@@ -162,35 +174,75 @@ class Transaction:
         Raises:
             StubbornRecords, TrainingDiverged, RecallError: Nothing was committed.
         """
-        clean(self.store, self.index, keep_staged=True)
         settings, learnt = WriterSettings(**request["settings"]), list[Outcome]()
         try:
-            jobs = self._jobs(plan, encoded, settings)
-            results = run_jobs(jobs, self.adapted, executor, progress)
-            learnt = [
-                one
-                for planned, result in zip(plan.shards, results, strict=True)
-                for one in outcomes(planned, result, plan.kind)
-            ]
-            written = [
-                _Written(job, shard, planned.cost_bits * len(shard.indices) / planned.records)
-                for job, planned, result in zip(jobs, plan.shards, results, strict=True)
-                for shard in result.shards
-            ]
-            given_up = [job.records[i] for job, result in zip(jobs, results, strict=True) for i in result.failed]
-            if given_up and not (request["partial"] and written):
-                raise _stubborn(given_up, settings.max_rank)
+            trained = self.train(encoded, plan, settings, progress, executor)
+            learnt = trained.outcomes
+            if trained.given_up and not (request["partial"] and trained.written):
+                raise stubborn(trained.given_up, settings.max_rank)
         except (WriteError, RecallError):
-            self.index.end_write(write_id, FAILED, learnt)
+            end_write(self.index, write_id, FAILED, learnt)
             clean(self.store, self.index)
             raise
-        finally:
-            self.adapted.rest()
-        self._commit(write_id, written, learnt)
+        adapters = self.publish(trained.written, request)
+        records = [
+            stored_record(
+                entry.record, entry.prompt_ids, entry.length, one.shard.adapter, min_prob, keep_value=self.keep_values
+            )
+            for one in trained.written
+            for entry, min_prob in one.proved()
+        ]
+        # An older journal has no "ended"; a tuple is no JSON key, so they are rows of namespace, key, how and new key.
+        ended = {(namespace, key): (how, new) for namespace, key, how, new in request.get("ended", ())}
+        commit_write(self.index, write_id, adapters, records, learnt, ended)
+        tell("committed", adapters=len(adapters), records=len(records))
         clean(self.store, self.index)
         if executor is None:  # workers share the cores: their times are not those of a write alone
-            self._note_time(written)
-        return _report(written, given_up, skipped, time.monotonic() - started)
+            self._note_time(trained.written)
+        return _report(trained, skipped, time.monotonic() - started)
+
+    def train(
+        self,
+        encoded: Sequence[EncodedRecord],
+        plan: Plan,
+        settings: WriterSettings,
+        progress: ProgressCallback | None,
+        executor: Executor | None,
+    ) -> "Trained":
+        """Train and prove every shard of a plan; what was staged for the same records before is taken as it is.
+
+        Raises:
+            TrainingDiverged, RecallError: See `write_shard`.
+        """
+        take_back(self.store, self.index)
+        make_directory(self.store / STAGING)
+        jobs = self._jobs(plan, encoded, settings)
+        try:
+            results = run_jobs(jobs, self.adapted, executor, progress)
+        finally:
+            self.adapted.rest()
+        planned = list(zip(jobs, plan.shards, results, strict=True))
+        tell("trained", shards=len(jobs), records=len(encoded))
+        return Trained(
+            [
+                Written(job, shard, one.cost_bits * len(shard.indices) / one.records)
+                for job, one, result in planned
+                for shard in result.shards
+            ],
+            [job.records[index] for job, _, result in planned for index in result.failed],
+            [outcome for _, one, result in planned for outcome in outcomes(one, result, plan.kind)],
+        )
+
+    def publish(self, written: Sequence["Written"], request: Mapping[str, Any]) -> list[StoredAdapter]:
+        """Put proved adapters, synced in staging, where the rows that are committed next will look for them."""
+        target = self.store / ADAPTERS
+        make_directory(target)
+        asked = {"goal": request["goal"], "rank": request["rank"]}
+        rows = [stored_adapter(one.job, one.shard, one.cost_bits, asked) for one in written]
+        for one in written:
+            publish_directory(one.job.folder / one.shard.adapter, target / one.shard.adapter)
+        tell("published", adapters=len(rows))
+        return rows
 
     def _jobs(self, plan: Plan, encoded: Sequence[EncodedRecord], settings: WriterSettings) -> list[ShardJob]:
         base = self.adapted.base
@@ -210,32 +262,15 @@ class Transaction:
             for planned in plan.shards
         ]
 
-    def _note_time(self, written: Sequence["_Written"]) -> None:
+    def _note_time(self, written: Sequence["Written"]) -> None:
         base = self.adapted.base
         tokens = sum(one.shard.training.visits * mean(entry.length for entry in one.records) for one in written)
         seconds = sum(one.shard.training.elapsed_s for one in written)
         timings.note_time(base.fingerprint.weights[:12], base.device.type, seconds, max(tokens, 1))
 
-    def _commit(self, write_id: int, written: Sequence["_Written"], learnt: Sequence[Outcome]) -> None:
-        """Files first (they were synced in staging), then one transaction."""
-        target = self.store / "adapters"
-        target.mkdir(mode=0o700, exist_ok=True)
-        for one in written:
-            move_synced(one.job.folder / one.shard.adapter, target / one.shard.adapter)
-        self.index.commit(
-            write_id,
-            [stored_adapter(one.job, one.shard, target / one.shard.adapter, one.cost_bits) for one in written],
-            [
-                stored_record(entry.record, entry.prompt_ids, entry.length, one.shard.adapter, min_prob)
-                for one in written
-                for entry, min_prob in zip(one.records, one.shard.proof.min_probs, strict=True)
-            ],
-            learnt,
-        )
-
 
 @dataclass(frozen=True)
-class _Written:
+class Written:
     """A proved shard, the job that made it, and what its values cost in bits."""
 
     job: ShardJob
@@ -245,6 +280,20 @@ class _Written:
     @property
     def records(self) -> list[EncodedRecord]:
         return [self.job.records[index] for index in self.shard.indices]
+
+    def proved(self) -> Iterator[tuple[EncodedRecord, float]]:
+        """Its records with their certificates."""
+        return zip(self.records, self.shard.proof.min_probs, strict=True)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What the shards of a plan came to."""
+
+    written: list[Written]
+    given_up: list[EncodedRecord]
+    """Records that could not be certified."""
+    outcomes: list[Outcome]
 
 
 def outcomes(planned: ShardPlan, result: ShardResult, kind: str | None) -> list[Outcome]:
@@ -267,9 +316,8 @@ def outcomes(planned: ShardPlan, result: ShardResult, kind: str | None) -> list[
     return [outcome(planned.rank, False), outcome(training.rank, True)]
 
 
-def _report(
-    shards: Sequence[_Written], given_up: Sequence[EncodedRecord], skipped: int, elapsed_s: float
-) -> WriteReport:
+def _report(trained: Trained, skipped: int, elapsed_s: float) -> WriteReport:
+    shards, given_up = trained.written, trained.given_up
     written = sum(len(one.shard.indices) for one in shards)
     trainings = [one.shard.training for one in shards]
     return WriteReport(
@@ -289,7 +337,8 @@ def _report(
     )
 
 
-def _stubborn(records: Sequence[EncodedRecord], rank: int) -> StubbornRecords:
+def stubborn(records: Sequence[EncodedRecord], rank: int) -> StubbornRecords:
+    """The error that names records which could not be certified."""
     keys = [entry.record.key for entry in records]
     shown = ", ".join(map(repr, keys[:5])) + (" …" if len(keys) > 5 else "")
     return StubbornRecords(

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from loramem_cli.main import run
 from peft import LoraConfig
 
 from loramem import Record
@@ -24,6 +23,7 @@ from loramem.suites.paper_recipe import paper_recipe
 from loramem.suites.paper_schedule import Schedule
 from loramem.suites.paper_unit import PaperUnit, attached, paper_layer
 from loramem.suites.timing import count_exact, warm_up
+from loramem_cli.main import run
 
 from .conftest import numbers
 

@@ -19,7 +19,7 @@ from loramem.suites.runner import Known, Request, Result, Table, public_name
 
 if TYPE_CHECKING:
     from loramem import MemoryStore
-    from loramem.index import StoredRecord
+    from loramem.tables import StoredRecord
 
 SAMPLE, QUICK_SAMPLE = 100, 5
 VERIFY, MANY, GENERATE = "verify", "recall_many", "model.generate per record"

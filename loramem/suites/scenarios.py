@@ -24,8 +24,8 @@ from loramem.suites.runner import Known, Request, Result, Table, public_name
 
 if TYPE_CHECKING:
     from loramem import MemoryStore
-    from loramem.index import StoredRecord
     from loramem.prompts import PromptTemplate
+    from loramem.tables import StoredRecord
 
 DATA = Path(__file__).with_name("scenarios_data")
 DOMAINS = ("credentials", "endpoints", "licences", "legal", "medical", "latex", "snippets", "configuration")

@@ -1,0 +1,48 @@
+"""loramem compact: small and half-dead adapters written anew."""
+
+from pathlib import Path
+
+import click
+
+from . import options
+from .output import note, print_facts, print_json
+from .progress import write_bar
+
+
+@click.command("compact")
+@click.option("--all", "everything", is_flag=True, help="Rewrite every adapter, whether it pays or not.")
+@options.change_options
+@options.workers_option
+def command(
+    everything: bool,
+    store: Path,
+    model: str | None,
+    device: str,
+    as_json: bool,
+    wait_s: float,
+    workers: int | None,
+) -> None:
+    """Rewrite small and half-dead adapters of the store (./memory unless named) from the frozen base, in one commit.
+
+    Nothing of deleted records is left in the new ones. The old files go with gc, after its grace.
+    """
+    with (
+        options.open_store(store, model, device, wait_s=wait_s) as opened,
+        options.pool(workers) as pool,
+        write_bar() as progress,
+    ):
+        report = opened.compact(everything=everything, progress=progress, executor=pool)
+    if as_json:
+        print_json(report)
+    elif report.adapters_before:
+        print_facts(
+            [
+                ("records", report.records),
+                ("adapters", f"{report.adapters_after}, were {report.adapters_before}"),
+                ("parameters", f"{report.parameters_after:,}, were {report.parameters_before:,}"),
+                ("lowest p", "-" if report.min_prob is None else f"{report.min_prob:.3f}"),
+                ("seconds", f"{report.elapsed_s:.1f}"),
+            ]
+        )
+    else:
+        note("Nothing to compact that pays; --all rewrites every adapter.")

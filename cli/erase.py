@@ -1,0 +1,44 @@
+"""loramem erase: records gone from every file."""
+
+from pathlib import Path
+
+import click
+
+from . import options
+from .output import note, print_json
+from .progress import write_bar
+
+
+@click.command("erase")
+@click.argument("keys", nargs=-1, required=True, metavar="KEY…")
+@options.change_options
+@options.workers_option
+@options.namespace_option
+def command(
+    keys: tuple[str, ...],
+    store: Path,
+    model: str | None,
+    device: str,
+    as_json: bool,
+    wait_s: float,
+    workers: int | None,
+    namespace: str,
+) -> None:
+    """Delete records of the store (./memory unless named) for real, with every earlier version and their history.
+
+    What shared an adapter with them is written anew. Afterwards no file of the store holds their values; backups and
+    exports are out of reach.
+    """
+    with (
+        options.open_store(store, model, device, wait_s=wait_s) as opened,
+        options.pool(workers) as pool,
+        write_bar() as progress,
+    ):
+        report = opened.erase(keys, namespace, progress=progress, executor=pool)
+    if as_json:
+        print_json(report)
+    else:
+        note(
+            f"Erased {report.keys} keys; {report.records} records that shared an adapter were written anew "
+            f"({report.elapsed_s:.1f} s)."
+        )

@@ -1,0 +1,47 @@
+"""A new, empty store."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from loramem import embedded
+from loramem.commits import seal_index
+from loramem.engine import ModelRequest
+from loramem.errors import StoreFormatError
+from loramem.files import make_directory
+from loramem.index import NAME as INDEX
+from loramem.index import Index
+from loramem.locks import HOLDER, LOCK
+from loramem.manifest import NAME as MANIFEST
+from loramem.manifest import Manifest
+
+if TYPE_CHECKING:
+    from loramem.base_model import BaseModel
+
+
+def create_store(path: Path, request: ModelRequest, *, keep_values: bool) -> "BaseModel":
+    """Make a store, and give back the base model that it is bound to.
+
+    Raises:
+        StoreFormatError: There is something else at the path.
+        BaseModelNotFound, UnsupportedBaseModel: See `load_base_model`.
+    """
+    from loramem.base_model import load_base_model
+
+    if path.exists() and (not path.is_dir() or _foreign(path)):
+        raise StoreFormatError(f"{path} exists and is not a loramem store. Give another path.")
+    base = load_base_model(
+        request.name or embedded.NAME, revision=request.revision, device=request.device, dtype=request.dtype
+    )
+    manifest = Manifest.of(base, keep_values=keep_values)
+    make_directory(path)
+    index = Index(path / INDEX)
+    seal_index(index, manifest.sha256)
+    index.close()
+    manifest.save(path)  # last: a folder with a manifest is a whole store
+    return base
+
+
+def _foreign(path: Path) -> list[Path]:
+    """Files that a store whose creation was interrupted would not contain."""
+    ours = {INDEX, f"{INDEX}-wal", f"{INDEX}-shm", LOCK, HOLDER, f"{MANIFEST}.partial"}
+    return [entry for entry in path.iterdir() if entry.name not in ours]

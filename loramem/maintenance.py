@@ -1,0 +1,215 @@
+"""Shards rewritten from the frozen base: compaction, and erasing records for real.
+
+A shard is rewritten as it was asked to be written (goal, rank, settings) and planned as a new store would plan it,
+from its live records alone in the order they were written. So the new adapter is, byte for byte, the one that a store
+which never held the others would have: nothing of them can be left in it.
+"""
+
+import json
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass, replace
+from math import ceil
+from typing import TYPE_CHECKING, Any
+
+from loramem.capacity import GOALS, RankLimits
+from loramem.commits import Identity, commit_deletion, commit_oblivion, commit_records
+from loramem.engine import Engine
+from loramem.events import tell
+from loramem.index import Index
+from loramem.records import Record
+from loramem.reports import CompactReport, EraseReport
+from loramem.settings import WriterSettings
+from loramem.staging import clean, collect
+from loramem.tables import StoredAdapter, StoredRecord
+
+if TYPE_CHECKING:
+    from loramem.transaction import Trained
+    from loramem.writer import ProgressCallback
+
+
+@dataclass(frozen=True)
+class Shard:
+    """An adapter and what of it is alive."""
+
+    adapter: StoredAdapter
+    records: int
+    tokens: int
+    """Answer tokens of its live records."""
+    dead: int
+    """Tombstones."""
+
+    @property
+    def request(self) -> dict[str, Any]:
+        return request_of(self.adapter)
+
+    @property
+    def half_dead(self) -> bool:
+        return self.dead >= self.records
+
+    @property
+    def small(self) -> bool:
+        goal = GOALS[self.request["goal"]]
+        return self.records * 2 < goal.shard_records and self.tokens * 2 < goal.shard_tokens
+
+
+def request_of(adapter: StoredAdapter) -> dict[str, Any]:
+    """How an adapter was asked to be written: goal, rank and settings."""
+    training = adapter.training
+    return {**training.get("request", {"goal": "fast", "rank": None}), "settings": training["settings"]}
+
+
+def shards(index: Index) -> list[Shard]:
+    """Adapters with live records, oldest first."""
+    query = "select adapter, count(*) as records, sum(answer_tokens) as tokens from records group by adapter"
+    live = {row["adapter"]: row for row in index.db.query(query)}
+    dead = index.tombstones()
+    return [
+        Shard(adapter, live[adapter.id]["records"], live[adapter.id]["tokens"], dead.get(adapter.id, 0))
+        for adapter in index.adapters()
+        if adapter.id in live
+    ]
+
+
+def alike(chosen: Iterable[Shard]) -> list[list[Shard]]:
+    """Shards that may become one: of one namespace, asked to be written in the same way."""
+    groups: dict[str, list[Shard]] = {}
+    for shard in chosen:
+        groups.setdefault(json.dumps([shard.adapter.namespace, shard.request], sort_keys=True), []).append(shard)
+    return list(groups.values())
+
+
+def worth_compacting(index: Index) -> list[list[Shard]]:
+    """Groups of shards whose rewriting pays: half of one is dead, or small ones become at most half as many."""
+    chosen = []
+    for group in alike(shards(index)):
+        half_dead = [shard for shard in group if shard.half_dead]
+        small = [shard for shard in group if shard.small and not shard.half_dead]
+        together = half_dead + small
+        goal = GOALS[group[0].request["goal"]]
+        after = max(
+            ceil(sum(shard.records for shard in together) / goal.shard_records),
+            ceil(sum(shard.tokens for shard in together) / goal.shard_tokens),
+        )
+        if len(together) >= 2 and len(together) >= 2 * after:
+            chosen.append(together)
+        elif half_dead:
+            chosen.append(half_dead)
+    return chosen
+
+
+def compact(
+    engine: Engine,
+    groups: Sequence[Sequence[Shard]],
+    progress: "ProgressCallback | None" = None,
+    executor: Executor | None = None,
+) -> CompactReport:
+    """Rewrite the live records of each group of shards, all in one commit; the old adapters are retired.
+
+    Killed at any instruction, the store is as before or as after. What was trained is staged: the next call that
+    rewrites the same records takes it.
+
+    Raises:
+        StubbornRecords: A record could not be certified again; nothing changed.
+        RecallError, IntegrityError: A value that the index does not keep did not come back; nothing changed.
+    """
+    started = time.monotonic()
+    written = [engine.index.written(shard.adapter.id for shard in group) for group in groups]
+    requests = [group[0].request for group in groups]
+    records, adapters = publish(
+        engine,
+        [rewrite(engine, *each, progress, executor) for each in zip(written, requests, strict=True)],
+    )
+    commit_records(engine.index, records, adapters)
+    tell("compacted", adapters=len(adapters), records=len(records))
+    clean(engine.store, engine.index)
+    old = [shard.adapter for group in groups for shard in group]
+    return CompactReport(
+        records=len(records),
+        adapters_before=len(old),
+        adapters_after=len(adapters),
+        parameters_before=sum(adapter.parameters for adapter in old),
+        parameters_after=sum(adapter.parameters for adapter in adapters),
+        min_prob=min((record.min_prob for record in records), default=None),
+        elapsed_s=time.monotonic() - started,
+    )
+
+
+@dataclass(frozen=True)
+class Rewritten:
+    """Records of one namespace, trained and proved again, staged."""
+
+    before: Sequence[StoredRecord]
+    request: dict[str, Any]
+    trained: "Trained"
+
+
+def rewrite(
+    engine: Engine,
+    before: Sequence[StoredRecord],
+    request: dict[str, Any],
+    progress: "ProgressCallback | None",
+    executor: Executor | None,
+) -> Rewritten:
+    """Train records of one namespace into new adapters.
+
+    Raises as `compact`.
+    """
+    from loramem.transaction import stubborn
+
+    transaction, settings = engine.transaction, WriterSettings(**request["settings"])
+    values = engine.reader.values(before)
+    encoded = transaction.encode([Record(r.key, values[r.namespace, r.key], r.namespace) for r in before])
+    limits = RankLimits(settings.max_rank)
+    plan = transaction.plan(encoded, request["goal"], request["rank"], limits, as_new=True)
+    trained = transaction.train(encoded, plan, settings, progress, executor)
+    if trained.given_up:
+        raise stubborn(trained.given_up, settings.max_rank)
+    return Rewritten(before, request, trained)
+
+
+def publish(engine: Engine, rewritten: Iterable[Rewritten]) -> tuple[list[StoredRecord], list[StoredAdapter]]:
+    """The rows to commit, after all is trained and its files are in place."""
+    adapters, records = list[StoredAdapter](), list[StoredRecord]()
+    for one in rewritten:
+        known = {(record.namespace, record.key): record for record in one.before}
+        adapters += engine.transaction.publish(one.trained.written, one.request)
+        records += [
+            replace(known[entry.record.namespace, entry.record.key], adapter=written.shard.adapter, min_prob=min_prob)
+            for written in one.trained.written
+            for entry, min_prob in written.proved()
+        ]
+    return records, adapters
+
+
+def erase(
+    engine: Engine,
+    records: Sequence[Identity],
+    progress: "ProgressCallback | None" = None,
+    executor: Executor | None = None,
+) -> EraseReport:
+    """Delete records, rewrite what shared an adapter with any version of them, and clear every trace.
+
+    Each step can be done again: a call that was killed is finished by the same call.
+
+    Raises as `compact`; the records are deleted then, but not erased.
+
+    Raises:
+        StoreLocked: Another process kept reading, so that the write-ahead log could not be emptied.
+    """
+    started, index = time.monotonic(), engine.index
+    live = [record for record in (index.find(*identity) for identity in records) if record is not None]
+    past = [version for identity in records for version in index.versions(*identity).values()]
+    held = {record.adapter for record in live} | {version.adapter for version in past}
+    commit_deletion(index, [(record.namespace, record.key) for record in live])
+    tell("deleted", records=len(live))
+    # Each adapter by itself: erasing a record gives the bytes of the same shard written without it.
+    rewritten = compact(engine, [[shard] for shard in shards(index) if shard.adapter.id in held], progress, executor)
+    # No grace for readers, and every retired adapter: one from before a compaction holds the values as well.
+    removed, _ = collect(engine.store, index, grace_s=0)
+    commit_oblivion(index, records)
+    tell("forgotten", records=len(records))
+    index.vacuum()
+    tell("vacuumed")
+    return EraseReport(len(records), rewritten.records, removed, time.monotonic() - started)

@@ -1,0 +1,285 @@
+"""The reading half of a store: what it holds, values from the weights, checks. It takes no lock and changes nothing.
+
+Torch is imported only once the base model is needed.
+"""
+
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+from loramem import bundle
+from loramem.boundary import Outcome
+from loramem.capacity import ANY_RANK, Basis, Plan, RankLimits, check_request
+from loramem.engine import Engine, ModelRequest
+from loramem.errors import KeyNotFound, StoreChanged
+from loramem.index import NAME as INDEX
+from loramem.index import Index
+from loramem.manifest import read_manifest
+from loramem.records import RecordLike, as_records
+from loramem.reports import Explanation, Recall, Stats, VerifyReport, Version
+from loramem.summary import history, quick_check, stats
+from loramem.tables import PendingWrite, StoredAdapter, StoredRecord
+
+if TYPE_CHECKING:
+    from loramem.base_model import BaseModel
+
+
+OnConflict = Literal["error", "skip", "replace"]
+
+
+class Memory:
+    """A store that exists, to be read; `MemoryStore` adds what changes it."""
+
+    def __init__(self, path: Path, request: ModelRequest) -> None:
+        self.path = path
+        self._lock = threading.RLock()
+        self._index = Index.open(path / INDEX)
+        try:
+            self.manifest = read_manifest(path, self._index)
+        except BaseException:
+            self._index.close()
+            raise
+        self._engine = Engine(path, self._index, self.manifest, request)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the index; the store object is not used afterwards."""
+        with self._lock:
+            self._index.close()
+
+    @property
+    def base(self) -> "BaseModel":
+        """The base model, loaded on first use and checked against the store's fingerprint.
+
+        Its ``model`` answers as if there were no store, except after `load`.
+
+        Raises:
+            OtherBaseModel: Another model, or the same with other weights, configuration or tokenizer.
+            BaseModelNotFound: It cannot be loaded.
+        """
+        with self._lock:
+            return self._engine.base
+
+    # What is in the store
+
+    def __len__(self) -> int:
+        with self._lock:
+            return self._index.count()
+
+    def __contains__(self, key: object) -> bool:
+        with self._lock:
+            return isinstance(key, str) and self._index.find("", key) is not None
+
+    def keys(self, namespace: str = "") -> Iterator[str]:
+        """Keys of a namespace in the order they were written."""
+        with self._lock:
+            return iter(list(self._index.keys(namespace)))
+
+    def namespaces(self) -> list[str]:
+        """Those that hold records, sorted; "" is the default one."""
+        with self._lock:
+            return self._index.namespaces()
+
+    def records(
+        self,
+        namespace: str | None = None,
+        adapter: str | None = None,
+        *,
+        since: datetime | None = None,
+        until: datetime | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> Iterator[StoredRecord]:
+        """Index rows, without decoding anything.
+
+        Args:
+            since: Written at this time or later; a time without a zone is local.
+            until: Written before this time.
+            metadata: Names and values that a record's metadata must have; values that are not strings as JSON text.
+        """
+        with self._lock:
+            chosen = self._index.records(namespace, adapter, since=_utc(since), until=_utc(until), metadata=metadata)
+            return iter(list(chosen))
+
+    def adapters(self) -> list[StoredAdapter]:
+        """Committed adapters that hold live records, oldest first."""
+        with self._lock:
+            return list(self._index.adapters())
+
+    def history(self, key: str, namespace: str = "") -> list[Version]:
+        """What the key held and holds, oldest first, under the names it had; times and certificates, no values.
+
+        Raises:
+            KeyNotFound: There is no such record and never was, or it was erased.
+        """
+        with self._lock, self._index.snapshot():
+            if found := history(self._index, namespace, key):
+                return found
+            raise self._unknown(key, namespace)
+
+    def pending(self) -> PendingWrite | None:
+        """The interrupted write that waits to be resumed or discarded, if any (or one that is running now)."""
+        with self._lock:
+            return self._index.pending_write()
+
+    def stats(self) -> Stats:
+        """Counts and sizes of what is committed, and whether compaction pays."""
+        with self._lock, self._index.snapshot():
+            return stats(self.path, self._index, self.manifest)
+
+    # Plans
+
+    def plan(
+        self,
+        records: Mapping[str, str] | Iterable[RecordLike],
+        *,
+        namespace: str = "",
+        goal: str = "fast",
+        rank: int | None = None,
+        limits: RankLimits = ANY_RANK,
+        kind: str | None = None,
+        on_conflict: OnConflict = "error",
+    ) -> Plan:
+        """What `write` would do with these records, without training or changing anything.
+
+        Args:
+            limits: Ranks that adapters may have.
+            kind: Of data, whose memory law is asked; the calibrated one that costs most nearly as much if None.
+
+        Raises:
+            RecordError: A record cannot be written.
+            DoesNotFit: A value is too much for the highest rank allowed.
+        """
+        check_request(goal, rank, limits)
+        with self._lock:
+            encoded, _ = self._engine.transaction.admit(as_records(records, namespace), on_conflict)
+            return self._engine.transaction.plan(encoded, goal, rank, limits, kind)
+
+    def basis(self, kind: str | None = None) -> Basis:
+        """What plans for this store rest on: success boundary, pace, and the law of a kind of data."""
+        with self._lock:
+            return self._engine.transaction.basis(None, 0, kind, self._index.outcomes())
+
+    def outcomes(self) -> list[Outcome]:
+        """What the writes to this store came to at their first rank, oldest first."""
+        with self._lock:
+            return self._index.outcomes()
+
+    # Reading
+
+    def recall(self, key: str, namespace: str = "") -> str:
+        """Decode a value from the weights and check it against the committed digest.
+
+        Raises:
+            KeyNotFound: No such record; carries close keys.
+            RecallError: The weights gave something else.
+            IntegrityError: The adapter's files are not what was committed.
+            OtherBaseModel: The base model is not the one the store was written with.
+        """
+        with self._lock:
+            record = self._find(key, namespace)
+            try:
+                return next(self._engine.reader.decode_current([record])).value
+            except StoreChanged:  # deleted or replaced since the line above: what it is now
+                return next(self._engine.reader.decode([self._find(key, namespace)])).value
+
+    def recall_many(self, keys: Iterable[str] | None = None, namespace: str = "") -> Iterator[Recall]:
+        """Decode many values, batched by adapter and length; all of the namespace if ``keys`` is None.
+
+        Yields in the order of batches, not of ``keys``, all values of the one committed state at the first of them.
+        Raises as `recall`, at the first record that fails.
+
+        Raises:
+            StoreChanged: A record was replaced or deleted while this went on, and its adapter removed.
+        """
+        from loramem.reader import decode_batches
+
+        with self._lock, self._index.snapshot():
+            if keys is None:
+                found = list(self._index.records(namespace))
+            else:
+                found = [self._find(key, namespace) for key in keys]
+        for batch in decode_batches(found):
+            with self._lock:
+                decoded = list(self._engine.reader.decode_current(batch))
+            yield from decoded
+
+    def explain(self, key: str, namespace: str = "") -> Explanation:
+        """Probability of every answer token and the end token, with the adapter and without it.
+
+        The value is decoded from the weights first, then scored under teacher forcing in a batch of one.
+        Raises as `recall`.
+        """
+        with self._lock:
+            record = self._find(key, namespace)
+            value = next(self._engine.reader.decode_current([record])).value
+            record = self._find(key, namespace)  # its adapter may have changed
+            return Explanation(key, value, record.adapter, self._engine.reader.token_probabilities(record, value))
+
+    def load(self, key: str, namespace: str = "") -> tuple[Any, list[int]]:
+        """The base model with the adapter of ``key`` active, and the prompt's ids, for your own ``generate``.
+
+        It stays active until the next call that decodes or writes; after any other the model is the plain base.
+        Raises as `recall`, except RecallError.
+        """
+        with self._lock:
+            self._engine.reader.activate(self._find(key, namespace).adapter)
+            prompt_ids = self.manifest.template().prompt_ids(self._engine.base.tokenizer, key)
+            return self._engine.adapted.model, prompt_ids
+
+    def verify(self, *, quick: bool = False, progress: Callable[[int, int], None] | None = None) -> VerifyReport:
+        """Check every file and row against its sha256, then decode every record from its adapter.
+
+        The base model's weights are hashed again too. Damage does not raise: the report lists it.
+
+        Args:
+            quick: Structure and hashes alone: nothing is decoded, the base model is not loaded.
+            progress: Told how many records of how many were decoded, after every batch.
+
+        Raises:
+            OtherBaseModel: The base model given is not the store's at all.
+        """
+        with self._lock:
+            if quick:
+                return quick_check(self.path, self._index)
+            from loramem.verification import full_check
+
+            return full_check(self._engine, progress)
+
+    def backup(self, target: str | Path) -> int:
+        """Copy the store, while it may be written to, as it was committed at one moment; returns the bytes.
+
+        Raises:
+            StoreError: There is something at ``target``.
+            IntegrityError: A file is not what was committed: damage is not copied.
+        """
+        with self._lock:
+            return bundle.backup(self.path, self._index, Path(target))
+
+    def export(self, target: str | Path) -> int:
+        """Write the store to a new directory, or to one file if ``target`` ends in .tar; returns the bytes.
+
+        The base model's folder on this machine and unfinished writes are left out. Whoever has it can read the keys,
+        and the values with the base model at hand. Raises as `backup`.
+        """
+        with self._lock:
+            return bundle.export(self.path, self._index, Path(target))
+
+    def _find(self, key: str, namespace: str) -> StoredRecord:
+        record = self._index.find(namespace, key)
+        if record is None:
+            raise self._unknown(key, namespace)
+        return record
+
+    def _unknown(self, key: str, namespace: str) -> KeyNotFound:
+        return KeyNotFound(key, namespace=namespace, close=self._index.close_keys(namespace, key))
+
+
+def _utc(time_of_day: datetime | None) -> str | None:
+    return None if time_of_day is None else time_of_day.astimezone(UTC).isoformat(timespec="seconds")

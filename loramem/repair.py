@@ -1,0 +1,145 @@
+"""Damage undone where the store still knows the values: what an adapter or a row lost is trained again.
+
+A value is trusted if it agrees with its salted digest, or if the row and the weights agree about it.
+"""
+
+import time
+from collections.abc import Mapping
+from concurrent.futures import Executor
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from loramem.checks import file_problems
+from loramem.commits import commit_repair
+from loramem.engine import Engine
+from loramem.errors import IntegrityError, LoramemError
+from loramem.events import tell
+from loramem.index import Index
+from loramem.maintenance import publish, request_of, rewrite
+from loramem.reports import RepairReport
+from loramem.settings import WriterSettings
+from loramem.staging import clean
+from loramem.tables import StoredRecord, adapter_of, digest_of, is_sealed, record_of
+
+if TYPE_CHECKING:
+    from loramem.writer import ProgressCallback
+
+
+@dataclass(frozen=True)
+class Damage:
+    """What `repair` has to deal with."""
+
+    records: Mapping[str, list[StoredRecord]]
+    """Records to write anew, by the adapter their rows name."""
+    lost: list[StoredRecord]
+    requests: Mapping[str, dict[str, Any]]
+    """How each of these adapters was asked to be written, where that is known."""
+    healthy: frozenset[str]
+    missing: int
+    """Records without a row."""
+
+
+def repair(
+    engine: Engine,
+    *,
+    drop_lost: bool = False,
+    progress: "ProgressCallback | None" = None,
+    executor: Executor | None = None,
+) -> RepairReport:
+    """Write every record of a damaged adapter, or with a damaged row, anew from its value, in one commit.
+
+    Metadata of a damaged row, which nothing else knows, are kept as they are found; damaged rows of the history and of
+    the journal are removed.
+
+    Args:
+        drop_lost: Delete the records whose value nobody knows any more.
+
+    Raises:
+        IntegrityError: SQLite cannot read index.db as a database; restore a backup.
+        StubbornRecords: A record could not be certified again; nothing changed.
+    """
+    started, index = time.monotonic(), engine.index
+    _check_database(index)
+    damage = assess(engine)
+    rewritten = []
+    for adapter, group in damage.records.items():
+        request = damage.requests.get(adapter, {"goal": "fast", "rank": None, "settings": asdict(WriterSettings())})
+        for namespace in sorted({record.namespace for record in group}):
+            mine = [record for record in group if record.namespace == namespace]
+            rewritten.append(rewrite(engine, mine, request, progress, executor))
+    records, adapters = publish(engine, rewritten)
+    commit_repair(index, records, adapters, [(r.namespace, r.key) for r in damage.lost] if drop_lost else [])
+    tell("repaired", records=len(records), lost=len(damage.lost), missing=damage.missing)
+    clean(engine.store, index)
+    return RepairReport(
+        repaired=len(records),
+        adapters=len(damage.records),
+        lost=tuple(record.key for record in damage.lost),
+        missing=damage.missing,
+        elapsed_s=time.monotonic() - started,
+    )
+
+
+def assess(engine: Engine) -> Damage:
+    """Which records must be written anew, and which are lost."""
+    index = engine.index
+    sealed = {row["id"]: adapter_of(row) for row in index.db.table("adapters").rows if is_sealed(row)}
+    retired = index.retired()
+    healthy = frozenset(id for id, adapter in sealed.items() if not file_problems(engine.store, adapter))
+    stored = index.db.table("records").rows_where(order_by="rowid")
+    rows = [(record_of(_readable(row)), is_sealed(row)) for row in stored]
+    affected = {record.adapter for record, whole in rows if not whole or record.adapter not in healthy}
+    groups: dict[str, list[StoredRecord]] = {}
+    lost = []
+    for record, _ in rows:
+        if record.adapter in affected:
+            known = _trusted(engine, record, decodable=record.adapter in healthy)
+            if known is None:
+                lost.append(record)
+            else:
+                groups.setdefault(record.adapter, []).append(known)
+    tombstones = index.tombstones()
+    held = {adapter: sum(record.adapter == adapter for record, _ in rows) for adapter in sealed}
+    missing = sum(
+        max(0, adapter.proof.get("records", 0) - held[id] - tombstones.get(id, 0))
+        for id, adapter in sealed.items()
+        if id not in retired
+    )
+    requests = {id: request_of(adapter) for id, adapter in sealed.items()}
+    return Damage(groups, lost, requests, healthy, missing)
+
+
+def _trusted(engine: Engine, record: StoredRecord, *, decodable: bool) -> StoredRecord | None:
+    """The record with a value that can be believed, None if there is none."""
+    if record.value is not None and record.holds(record.value):
+        return record
+    if not decodable:
+        return None
+    try:
+        ((_, value),) = engine.reader.decode_any([record])
+    except LoramemError:
+        return None
+    if record.holds(value):
+        return replace(record, value=value)
+    if value == record.value:  # the digest is what was damaged
+        return replace(record, digest=digest_of(record.salt, record.namespace, record.key, value))
+    return None
+
+
+def _readable(row: dict[str, Any]) -> dict[str, Any]:
+    """The row, without metadata that are not JSON any more."""
+    try:
+        record_of(row)
+    except IntegrityError:
+        return {**row, "metadata": "{}"}
+    return row
+
+
+def _check_database(index: Index) -> None:
+    problems = [row["integrity_check"] for row in index.db.query("pragma integrity_check")]
+    if problems != ["ok"]:
+        raise IntegrityError(
+            f"{index.path} is damaged as a database ({problems[0]}): what its rows held cannot be told. Restore a "
+            "backup.",
+            what=index.path.name,
+        )

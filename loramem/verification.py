@@ -1,0 +1,53 @@
+"""The full check: every file and row against its sha256, every record decoded from its adapter."""
+
+import time
+from collections.abc import Callable
+
+from loramem.base_model import fingerprint
+from loramem.checks import problems
+from loramem.engine import Engine
+from loramem.errors import IntegrityError, OtherBaseModel
+from loramem.reader import decode_batches
+from loramem.reports import VerifyReport
+
+
+def full_check(engine: Engine, progress: Callable[[int, int], None] | None = None) -> VerifyReport:
+    """Damage does not raise: the report lists it.
+
+    Args:
+        progress: Told how many records of how many were decoded, after every batch.
+
+    Raises:
+        OtherBaseModel: The base model given is not the store's at all.
+    """
+    started, index = time.monotonic(), engine.index
+    with index.snapshot():
+        damaged = list(problems(engine.store, index))
+        try:
+            records = list(index.records())
+        except IntegrityError:  # among the problems; rows that cannot be read leave nothing to decode by
+            return VerifyReport(index.count(), 0, (), tuple(damaged), time.monotonic() - started)
+    try:
+        fingerprint(engine.base.folder, rehash=True).check(engine.manifest.fingerprint, engine.base.id)
+    except OtherBaseModel as error:
+        damaged.append(str(error))
+    failed: list[str] = []
+    done = 0
+    for batch in decode_batches(records):
+        try:
+            decoded = engine.reader.try_decode(batch)
+            failed += [record.key for record, value in decoded if value is None]
+        except IntegrityError as error:
+            failed += [record.key for record in batch]
+            if not any(error.what in problem for problem in damaged):
+                damaged.append(str(error))
+        done += len(batch)
+        if progress is not None:
+            progress(done, len(records))
+    return VerifyReport(
+        records=len(records),
+        exact=len(records) - len(failed),
+        failed=tuple(failed),
+        damaged=tuple(damaged),
+        elapsed_s=time.monotonic() - started,
+    )

@@ -1,0 +1,91 @@
+"""Single bits of a store flipped, one at a time: python -m tests.damage STORE FLIPS [SEED]
+
+Over adapter files, store.json and the columns of index rows, and now and then a whole row lost. The quick check must
+report every one. The store is put back as it was after each.
+"""
+
+import random
+import shutil
+import sqlite3
+import sys
+import tempfile
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from loramem import MemoryStore
+from loramem.errors import LoramemError
+
+TABLES = ("records", "adapters", "versions", "retired", "writes", "meta")
+
+
+def flipped(value: Any, rng: random.Random) -> Any:
+    """A column's value with one bit changed, of the same type."""
+    if isinstance(value, int):
+        return value ^ 1 << rng.randrange(8)
+    if isinstance(value, float):
+        return value * (1 + 2 ** -rng.randint(1, 40))
+    content = bytearray(str(value).encode())
+    content[rng.randrange(len(content))] ^= 1 << rng.randrange(7)  # stays ASCII, if it was
+    return content.decode(errors="replace")
+
+
+def damage_row(index: Path, rng: random.Random) -> str:
+    """Change one column of a row, or lose a row; says which."""
+    with closing(sqlite3.connect(index)) as connection, connection:
+        table = rng.choice([name for name in TABLES if connection.execute(f"select 1 from {name}").fetchone()])
+        rows = connection.execute(f"select rowid, * from {table}")
+        names = [column[0] for column in rows.description][1:]
+        rowid, *values = rng.choice(rows.fetchall())
+        if rng.random() < 0.1:
+            connection.execute(f"delete from {table} where rowid = ?", [rowid])
+            return f"{table} {rowid} lost"
+        name, value = rng.choice([pair for pair in zip(names, values, strict=True) if pair[1] not in (None, "")])
+        connection.execute(f"update {table} set {name} = ? where rowid = ?", [flipped(value, rng), rowid])
+        return f"{table}.{name} of {rowid}"
+
+
+def damage_file(path: Path, rng: random.Random) -> str:
+    """Flip one bit of a file."""
+    content = bytearray(path.read_bytes())
+    bit = rng.randrange(len(content) * 8)
+    content[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(content)
+    return f"{path.name} bit {bit}"
+
+
+def reported(store: Path) -> bool:
+    """Whether the quick check, or opening the store, says that something is wrong."""
+    try:
+        with MemoryStore(store, create=False) as opened:
+            return not opened.verify(quick=True).ok
+    except LoramemError:
+        return True
+
+
+def main(store: Path, flips: int, seed: int = 0) -> list[str]:
+    """What was damaged and not reported."""
+    rng, unseen = random.Random(seed), list[str]()
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "memory"
+        shutil.copytree(store, copy)
+        assert not reported(copy)
+        with MemoryStore(copy, create=False) as opened:
+            live = [adapter.id for adapter in opened.adapters()]  # nothing is read from the retired ones
+        files = [path for adapter in live for path in (copy / "adapters" / adapter).iterdir()] + [copy / "store.json"]
+        for _ in range(flips):
+            target = rng.choice([*files, copy / "index.db"])
+            before = target.read_bytes()
+            what = damage_row(target, rng) if target.name == "index.db" else damage_file(target, rng)
+            if not reported(copy):
+                unseen.append(what)
+            for beside in copy.glob("index.db-*"):
+                beside.unlink()
+            target.write_bytes(before)
+        assert not reported(copy)
+    return unseen
+
+
+if __name__ == "__main__":
+    missed = main(Path(sys.argv[1]), int(sys.argv[2]), *map(int, sys.argv[3:]))
+    print(f"{len(missed)} of {sys.argv[2]} flips not reported: {missed[:10]}")

@@ -1,0 +1,292 @@
+"""File operations that fail, one after the other; bits that flip; processes that contend; a dict as the model."""
+
+import errno
+import itertools
+import os
+import random
+import shutil
+import string
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from loramem import KeyNotFound, MemoryStore
+from loramem.errors import LoramemError, RecordError
+
+from . import damage
+from .conftest import ROOT, numbers
+
+OPERATIONS = ("open", "fsync", "replace", "rename", "mkdir", "unlink", "rmdir")
+
+
+@pytest.fixture(scope="module")
+def written(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("faults") / "memory"
+    with MemoryStore(path, str(base)) as store:
+        store.write(numbers(3))
+        store.write({"a": "1"})
+    return path
+
+
+@contextmanager
+def failing(number: int, code: int, store: Path) -> Iterator[Callable[[], bool]]:
+    """Let the n-th file operation in a store fail; tells whether it came to that."""
+    left = itertools.count(number - 1, -1)
+    failed: list[str] = []
+
+    def shim(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+        def operation(target: Any, *args: Any, **kwargs: Any) -> Any:
+            inside = isinstance(target, int) or str(store) in os.fspath(target)
+            if inside and not failed and next(left) == 0:
+                failed.append(name)
+                raise OSError(code, os.strerror(code), None if isinstance(target, int) else os.fspath(target))
+            return real(target, *args, **kwargs)
+
+        return operation
+
+    with pytest.MonkeyPatch.context() as patched:
+        for name in OPERATIONS:
+            patched.setattr(os, name, shim(name, getattr(os, name)))
+        yield lambda: bool(failed)
+
+
+@pytest.mark.parametrize("change", ["write", "compact", "erase"])
+@pytest.mark.parametrize("code", [errno.ENOSPC, pytest.param(errno.EIO, marks=pytest.mark.slow)])
+def test_whichever_file_operation_fails_the_committed_state_is_readable(
+    written: Path, tmp_path: Path, change: str, code: int
+) -> None:
+    before = {**numbers(3), "a": "1"}
+    with MemoryStore(written, create=False) as opened:
+        base = opened.base  # loaded once
+    # Every operation in the slow run, every third here; the first that nothing is left for ends it.
+    for number in itertools.count(1, 3 if code == errno.ENOSPC else 1):
+        path = shutil.copytree(written, tmp_path / str(number))
+        with MemoryStore(path, create=False) as store:
+            store._engine.base = base
+            changes = {
+                "write": lambda store=store: store.write({"new": "2", "a": "3"}, on_conflict="replace"),
+                "compact": lambda store=store: store.compact(),
+                "erase": lambda store=store: store.erase("a"),
+            }
+            after = {"write": {**before, "new": "2", "a": "3"}, "compact": before, "erase": numbers(3)}[change]
+            with failing(number, code, path) as came:
+                try:
+                    changes[change]()
+                    raised = False
+                except (OSError, LoramemError):
+                    raised = True
+        with MemoryStore(path, create=False) as store:
+            store._engine.base = base
+            held = {recall.key: recall.value for recall in store.recall_many()}
+            assert held in ([before, after] if raised else [after]), (number, change)
+            assert store.verify(quick=True).ok
+        shutil.rmtree(path)
+        if not came():
+            return
+
+
+@contextmanager
+def mounted(folder: Path, size: str) -> Iterator[Path]:
+    """A small file system of its own."""
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+    if os.geteuid() != 0 or subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("only root can mount")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def test_a_full_disk_leaves_what_was_committed_readable(base: Path, tmp_path: Path) -> None:
+    expected: dict[str, str] = {}
+    with mounted(tmp_path / "disk", "1200k") as disk, MemoryStore(disk / "memory", str(base)) as store:
+        with pytest.raises((OSError, LoramemError)):
+            for number in range(100):
+                store.write({f"key {number}": f"{number}"})
+                expected[f"key {number}"] = f"{number}"
+        assert {recall.key: recall.value for recall in store.recall_many()} == expected
+        with MemoryStore(store.path, create=False) as again:
+            assert {recall.key: recall.value for recall in again.recall_many()} == expected
+            assert again.verify(quick=True).ok
+    assert len(expected) > 1
+
+
+def test_a_store_on_a_read_only_medium_is_read(written: Path, tmp_path: Path) -> None:
+    with mounted(tmp_path / "disk", "4m") as disk:
+        path = shutil.copytree(written, disk / "memory")
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        with MemoryStore(path, create=False) as store:
+            assert {recall.key: recall.value for recall in store.recall_many()} == {**numbers(3), "a": "1"}
+            assert store.verify(quick=True).ok
+            with pytest.raises(LoramemError, match="cannot be written"):
+                store.delete("a")
+
+
+def test_flipped_bits_and_lost_rows_are_reported_by_the_quick_check(written: Path, tmp_path: Path) -> None:
+    path = shutil.copytree(written, tmp_path / "memory")
+    with MemoryStore(path, create=False) as store:
+        store.delete("a")  # a row in every table
+    assert damage.main(path, 120, seed=1) == []
+
+
+@pytest.mark.slow
+def test_two_thousand_flipped_bits_are_reported(written: Path) -> None:
+    assert damage.main(written, 2000, seed=2) == []
+
+
+WRITER = """
+import sys
+from loramem import MemoryStore
+
+path, base, name, count = sys.argv[1:]
+with MemoryStore(path, base, wait_s=600) as store:
+    for number in range(int(count)):
+        store.write({f"{name} {number}": f"{number}{name}"})
+"""
+
+
+def contend(path: Path, base: Path, processes: int, writes: int) -> dict[str, str]:
+    names = string.ascii_lowercase[:processes]
+    running = [
+        subprocess.Popen([sys.executable, "-W", "ignore", "-c", WRITER, str(path), str(base), name, str(writes)])
+        for name in names
+    ]
+    assert [process.wait() for process in running] == [0] * processes
+    return {f"{name} {number}": f"{number}{name}" for name in names for number in range(writes)}
+
+
+@pytest.mark.parametrize(("processes", "writes"), [(2, 2), pytest.param(8, 50, marks=pytest.mark.slow)])
+def test_contending_processes_lose_and_duplicate_nothing(
+    base: Path, tmp_path: Path, processes: int, writes: int
+) -> None:
+    MemoryStore(tmp_path / "memory", str(base)).close()
+    expected = contend(tmp_path / "memory", base, processes, writes)
+    with MemoryStore(tmp_path / "memory", create=False) as store:
+        assert {recall.key: recall.value for recall in store.recall_many()} == expected
+        assert store.verify(quick=True).ok
+
+
+READER = """
+import sys
+from loramem import MemoryStore
+
+seen = set()
+with MemoryStore(sys.argv[1], create=False) as store:
+    while "9" not in seen:
+        values = {recall.value for recall in store.recall_many()}
+        assert len(values) == 1, values
+        seen |= values
+print(len(seen))
+"""
+
+
+def test_a_reader_sees_one_committed_state_while_another_process_writes(base: Path, tmp_path: Path) -> None:
+    with MemoryStore(tmp_path / "memory", str(base)) as store:
+        store.write(dict.fromkeys("abc", "0"))
+        with subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-c", READER, str(store.path)], stdout=subprocess.PIPE, text=True, cwd=ROOT
+        ) as reader:
+            for value in "13579":
+                store.write(dict.fromkeys("abc", value), on_conflict="replace")
+                if value in "37":
+                    store.compact()
+            out, _ = reader.communicate()
+    assert reader.returncode == 0
+    assert int(out) >= 1
+
+
+class Model(RuleBasedStateMachine):
+    """A store that does what a dict does."""
+
+    base: Path
+    folder: Path
+    keys = st.sampled_from(["a", "b", "c d", "é", "key"])
+    values = st.text(alphabet="0123456789xyz", min_size=1, max_size=6)
+
+    @initialize()
+    def start(self) -> None:
+        self.path = self.folder / f"{random.getrandbits(64):x}"
+        self.store, self.model = MemoryStore(self.path, str(self.base)), dict[str, str]()
+
+    @rule(key=keys, value=values, how=st.sampled_from(["error", "skip", "replace"]))
+    def write(self, key: str, value: str, how: Any) -> None:
+        if how == "error" and self.model.get(key, value) != value:
+            with pytest.raises(RecordError):
+                self.store.write({key: value}, on_conflict=how)
+            return
+        self.store.write({key: value}, on_conflict=how)
+        self.model = {key: value, **self.model} if how == "skip" else {**self.model, key: value}
+
+    @rule(key=keys, to=keys)
+    def rename(self, key: str, to: str) -> None:
+        if key not in self.model or to in self.model:
+            with pytest.raises(LoramemError):
+                self.store.rename(key, to)
+            return
+        self.store.rename(key, to)
+        self.model[to] = self.model.pop(key)
+
+    @rule(key=keys, really=st.booleans())
+    def remove(self, key: str, really: bool) -> None:
+        if key in self.model:
+            del self.model[key]
+            self.store.erase(key) if really else self.store.delete(key)
+        elif not really:
+            with pytest.raises(KeyNotFound):
+                self.store.delete(key)
+
+    @rule(everything=st.booleans(), grace_s=st.sampled_from([0, 3600]))
+    def tidy(self, everything: bool, grace_s: float) -> None:
+        self.store.compact(everything=everything)
+        self.store.gc(grace_s)
+
+    @rule()
+    def reopen(self) -> None:
+        base = self.store.base
+        self.store.close()
+        self.store = MemoryStore(self.path, create=False)
+        self.store._engine.base = base
+
+    @invariant()
+    def same(self) -> None:
+        assert {recall.key: recall.value for recall in self.store.recall_many()} == self.model
+        assert self.store.verify(quick=True).ok
+
+    def teardown(self) -> None:
+        self.store.close()
+        shutil.rmtree(self.path)
+
+
+def explore(base: Path, folder: Path, examples: int, steps: int) -> None:
+    from hypothesis.stateful import run_state_machine_as_test
+
+    machine = type("Bound", (Model,), {"base": base, "folder": folder})
+    run_state_machine_as_test(
+        machine,
+        settings=settings(
+            max_examples=examples,
+            stateful_step_count=steps,
+            deadline=None,
+            derandomize=True,
+            database=None,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )
+
+
+def test_a_store_does_what_a_dict_does(base: Path, tmp_path: Path) -> None:
+    explore(base, tmp_path, examples=4, steps=12)
+
+
+@pytest.mark.slow
+def test_a_store_does_what_a_dict_does_for_long(base: Path, tmp_path: Path) -> None:
+    explore(base, tmp_path, examples=50, steps=30)

@@ -1,0 +1,207 @@
+"""Compaction, collection and erasing: what is rewritten, what is left on disk, what readers see meanwhile."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from loramem import KeyNotFound, MemoryStore, Record
+from loramem.errors import StoreChanged, StoreError, StubbornRecords
+
+from .conftest import numbers
+
+FIRST, SECOND = numbers(4), {f"other {i}": value[::-1] for i, value in enumerate(numbers(3, 6).values())}
+SECRET = "4815162342"
+
+
+@pytest.fixture(scope="module")
+def written(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("maintenance") / "memory"
+    with MemoryStore(path, str(base)) as store:
+        store.write([Record(key, value, metadata={"n": i}) for i, (key, value) in enumerate(FIRST.items())])
+        store.write({**SECOND, "secret": SECRET})
+    return path
+
+
+@pytest.fixture
+def store(written: Path, tmp_path: Path) -> MemoryStore:
+    shutil.copytree(written, tmp_path / "memory")
+    return MemoryStore(tmp_path / "memory", create=False)
+
+
+def contents(store: Path) -> dict[str, bytes]:
+    """Files of a store's adapters, by their path."""
+    return {
+        str(path.relative_to(store)): path.read_bytes()
+        for path in sorted((store / "adapters").rglob("*"))
+        if path.is_file()
+    }
+
+
+def holding(store: Path, text: str) -> list[Path]:
+    """Files of a store, directories of a file system apart, that hold a text as UTF-8."""
+    return [path for path in store.rglob("*") if path.is_file() and text.encode() in path.read_bytes()]
+
+
+def test_compaction_gives_the_bytes_of_writing_the_remaining_records_alone(
+    store: MemoryStore, base: Path, tmp_path: Path
+) -> None:
+    store.delete(["key 2", "secret"])
+    report = store.compact()
+    store.gc(grace_s=0)
+    assert (report.records, report.adapters_before, report.adapters_after) == (6, 2, 1)
+    rest = {**FIRST, **SECOND}
+    del rest["key 2"]
+    with MemoryStore(tmp_path / "fresh", str(base)) as fresh:
+        fresh.write(rest)
+        assert {r.key: r.value for r in store.recall_many()} == rest
+        assert list(store.keys()) == list(fresh.keys())
+    assert contents(store.path) == contents(tmp_path / "fresh")
+    assert [record.metadata for record in store.records() if record.key == "key 3"] == [{"n": 3}]
+    assert store.stats().tombstones == 0
+    assert store.verify().ok
+
+
+def test_a_compaction_that_does_not_pay_does_nothing(store: MemoryStore) -> None:
+    store.compact()
+    before = contents(store.path)
+    assert store.stats().advice is None
+    assert store.compact().records == 0
+    assert contents(store.path) == before
+
+
+def test_stats_advise_compaction_when_it_pays(store: MemoryStore) -> None:
+    assert "8 records of 2 of 2 adapters" in (store.stats().advice or "")
+    store.compact()
+    stats = store.stats()
+    assert (stats.advice, stats.adapters, stats.retired_adapters) == (None, 1, 2)
+    assert stats.retired_bytes > 0
+
+
+def test_namespaces_and_ways_of_writing_are_compacted_apart(store: MemoryStore) -> None:
+    for key in ("a", "b"):
+        store.write([Record(key, "1", "team")])
+    store.write({"forced": "2"}, rank=4)
+    report = store.compact(everything=True)
+    assert (report.adapters_before, report.adapters_after) == (5, 3)
+    assert sorted(adapter.namespace for adapter in store.adapters()) == ["", "", "team"]
+    assert [adapter.rank for adapter in store.adapters() if adapter.training["request"]["rank"] == 4] == [4]
+    assert store.verify().ok
+
+
+def test_a_record_that_cannot_be_certified_again_leaves_everything_as_it_was(store: MemoryStore, monkeypatch) -> None:
+    from loramem import transaction
+
+    def in_vain(jobs, *_: object) -> list[object]:
+        return [transaction.ShardResult((), tuple(range(len(job.records)))) for job in jobs]
+
+    monkeypatch.setattr("loramem.transaction.run_jobs", in_vain)
+    before = contents(store.path)
+    with pytest.raises(StubbornRecords):
+        store.compact()
+    assert contents(store.path) == before
+    assert store.recall("key 0") == FIRST["key 0"]
+
+
+def test_retired_adapters_are_kept_for_readers_until_the_grace_is_over(store: MemoryStore) -> None:
+    store.compact()
+    assert (store.gc().adapters, store.gc().kept) == (0, 2)
+    assert len(list((store.path / "adapters").iterdir())) == 3
+    report = store.gc(grace_s=0)
+    assert (report.adapters, report.kept) == (2, 0)
+    assert report.freed_bytes > 0
+    assert len(list((store.path / "adapters").iterdir())) == 1
+    assert store.verify().ok
+
+
+def test_a_reader_that_misses_a_file_reads_the_index_again(store: MemoryStore) -> None:
+    with MemoryStore(store.path, create=False) as reader:
+        going = reader.recall_many()
+        first = next(going)
+        store.compact()
+        store.gc(grace_s=0)
+        assert {r.key: r.value for r in [first, *going]} == {**FIRST, **SECOND, "secret": SECRET}
+        assert reader.recall("secret") == SECRET
+
+
+def test_a_reader_never_mixes_two_states(store: MemoryStore) -> None:
+    with MemoryStore(store.path, create=False) as reader:
+        before = reader.recall_many()
+        next(before)
+        store.write(dict.fromkeys([*FIRST, *SECOND], "7"), on_conflict="replace")
+        assert "7" not in {recall.value for recall in before}  # retired adapters are still there
+        assert {recall.value for recall in reader.recall_many()} == {"7", SECRET}
+
+
+def test_a_reader_is_told_when_what_it_reads_is_gone(store: MemoryStore) -> None:
+    with MemoryStore(store.path, create=False) as reader:
+        going = reader.recall_many()
+        first = next(going).key
+        others = list(SECOND) if first in FIRST else list(FIRST)
+        store.delete([*others, "secret"] if first in FIRST else others)
+        store.gc(grace_s=0)
+        with pytest.raises(StoreChanged):
+            list(going)
+        with pytest.raises(KeyNotFound):
+            reader.recall(others[0])
+
+
+def test_an_erased_value_is_in_no_file_and_its_adapter_is_as_if_it_never_was(
+    store: MemoryStore, base: Path, tmp_path: Path
+) -> None:
+    store.write({"another": "123"})
+    assert holding(store.path, SECRET)
+    report = store.erase("secret")
+    assert (report.keys, report.records, report.adapters) == (1, 3, 1)
+    assert not holding(store.path, SECRET)
+    assert not holding(store.path, "secret")
+    with MemoryStore(tmp_path / "fresh", str(base)) as fresh:
+        fresh.write(SECOND)
+    fresh_files = contents(tmp_path / "fresh")
+    assert fresh_files.items() <= contents(store.path).items()
+    with pytest.raises(KeyNotFound):
+        store.recall("secret")
+    with pytest.raises(KeyNotFound):
+        store.history("secret")
+    with pytest.raises(KeyNotFound):
+        store.erase("secret")
+    assert {r.key for r in store.recall_many()} == {*FIRST, *SECOND, "another"}
+    assert store.verify().ok
+
+
+def test_every_earlier_version_is_erased_too(store: MemoryStore) -> None:
+    store.update("secret", "98765432")
+    store.rename("secret", "renamed")
+    store.compact()
+    store.delete("renamed")
+    assert store.erase("renamed").keys == 1  # it was deleted before
+    for text in (SECRET, "98765432", "renamed", "secret"):
+        assert not holding(store.path, text)
+    assert store.stats().tombstones == 0
+    assert {recall.key for recall in store.recall_many()} == {*FIRST, *SECOND}
+    assert store.verify().ok
+
+
+def test_erasing_an_unknown_key_changes_nothing(store: MemoryStore) -> None:
+    with pytest.raises(KeyNotFound):
+        store.erase(["secret", "nobody"])
+    assert store.recall("secret") == SECRET
+
+
+def test_a_store_without_values_keeps_none_and_is_compacted_from_its_weights(base: Path, tmp_path: Path) -> None:
+    with MemoryStore(tmp_path / "memory", str(base), keep_values=False) as store:
+        store.write({"secret": SECRET, **FIRST})
+        store.write(SECOND)
+        assert not holding(store.path, SECRET)
+        assert all(record.value is None for record in store.records())
+        store.delete("key 0")
+        store.compact()
+        store.rename("secret", "renamed")
+        assert store.recall("renamed") == SECRET
+        assert not holding(store.path, SECRET)
+        assert store.verify().ok
+    with MemoryStore(tmp_path / "memory", create=False) as store:
+        assert not store.manifest.keep_values
+        with pytest.raises(StoreError, match="keep_values"):
+            MemoryStore(store.path, create=False, keep_values=True)
+        assert store.recall("key 1") == FIRST["key 1"]
