@@ -12,6 +12,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from loramem_cli.main import run
 from peft import LoraConfig
 
 from loramem import Record
@@ -24,7 +25,6 @@ from loramem.suites.baselines import same_placement, trainer_loop
 from loramem.suites.paper_recipe import Schedule, paper_recipe
 from loramem.suites.paper_unit import PaperUnit, attached, paper_layer
 from loramem.suites.timing import count_exact, warm_up
-from loramem_cli.main import run
 
 from .conftest import numbers
 
