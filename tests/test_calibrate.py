@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from loramem_cli import main
 
 from loramem import calibrate
 from loramem import runs as runs_module
@@ -18,7 +19,6 @@ from loramem.errors import InputError
 from loramem.records import Record
 from loramem.runs import Run, append_run, read_runs
 from loramem.settings import WriterSettings
-from loramem_cli import main
 
 
 @pytest.fixture

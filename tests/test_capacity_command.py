@@ -9,13 +9,13 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from loramem_cli.main import run
 
 from loramem import MemoryStore, calibrations, capacity, timings
 from loramem.boundary import Outcome, SuccessBoundary
 from loramem.calibrations import Calibration, KindSamples, PlacedBoundary, PlacedLaw, Sample, cached
 from loramem.law import MemoryLaw
 from loramem.pace import Pace
-from loramem_cli.main import run
 
 from .conftest import numbers
 

@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
 from loramem_cli.main import run
 
 from .conftest import ROOT, numbers
@@ -288,7 +287,8 @@ def test_a_store_that_cannot_be_made_is_one_line(base: Path, tmp_path: Path, cap
 
 
 def test_the_grace_of_gc_is_the_library_s() -> None:
-    from loramem.staging import GRACE_S
     from loramem_cli.gc import command
+
+    from loramem.staging import GRACE_S
 
     assert [option.default for option in command.params if option.name == "grace_s"] == [GRACE_S]

@@ -5,10 +5,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from loramem_cli import main
 
 from loramem import MemoryStore
 from loramem.runs import Run, append_run
-from loramem_cli import main
 
 RUN = Run(
     kind="random",

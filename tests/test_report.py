@@ -15,13 +15,13 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+from loramem_cli.main import run
 
 from loramem.errors import InputError, LoramemError
 from loramem.suites import budget, figures, large_base, recall_speed, reporter, runner, write_scaling, write_speed
 from loramem.suites.figures import Axis, HeatMap, Plot, Point, Series, draw, figure, point
 from loramem.suites.page import inline, numeric
 from loramem.suites.report import Report, build, markdown, parse
-from loramem_cli.main import run
 
 from .conftest import ROOT
 

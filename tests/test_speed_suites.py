@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from loramem_cli.main import run
 from peft import LoraConfig
 
 from loramem import Record
@@ -23,7 +24,6 @@ from loramem.suites.paper_recipe import paper_recipe
 from loramem.suites.paper_schedule import Schedule
 from loramem.suites.paper_unit import PaperUnit, attached, paper_layer
 from loramem.suites.timing import count_exact, warm_up
-from loramem_cli.main import run
 
 from .conftest import numbers
 
