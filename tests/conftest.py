@@ -128,6 +128,14 @@ def private_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True)
+def same_threads() -> Iterator[None]:
+    """A test that sets torch's threads sets them for itself alone: two where there is one core cost minutes."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
 def numbers(count: int, digits: int = 4) -> dict[str, str]:
     """Records for small models: short keys, random digits, the same on every run."""
     import random

@@ -126,8 +126,11 @@ def run(cell):
     return {"square": cell.value**2}
 
 if __name__ == "__main__":
+    import signal
+
     from loramem.suites import runner
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background inherits that it is ignored
     runner.SUITES["slow"] = "slow_suite"
     request = runner.Request(model=sys.argv[1], workers=int(sys.argv[2]), quick=True)
     runner.run_suite("slow", request, Path(__file__).parent / "results.jsonl", print)
