@@ -306,6 +306,12 @@ def test_one_seed_that_is_not_complete_is_not_every_seed() -> None:
     assert "at every seed: sft 2,048." in phonebook.table(lines).notes[2]
 
 
+def test_a_seed_that_was_measured_on_two_devices_counts_once() -> None:
+    lines = [line("sft", 10, device="auto"), line("sft", 20, seed=1), line("sft", 10, device="cpu")]
+    (group,) = phonebook_results.groups(lines)
+    assert group.exact(1000, 1, "sft") == [10, 20]
+
+
 def test_set_ups_are_kept_apart() -> None:
     lines = [line("sft", 10), line("sft", 90, unit="down_proj", layer=3, data="0a1b"), line("sft", 0, cut=10)]
     table = phonebook.table(lines)

@@ -35,11 +35,15 @@ def unit_of(request: Request, method: str) -> tuple[str, int | None]:
 
 
 def labels(cells: Sequence[Mapping[str, Any]]) -> Callable[[Mapping[str, Any]], str]:
-    """Names of the methods of cells, with unit and layer where these are not the same for all published ones."""
-    units = {(cell["unit"], cell["layer"]) for cell in cells if cell["method"] != OWN}
+    """Names of the methods of cells, with unit and layer where these are not the same for all.
+
+    The writer has no unit, but as many parameters as that one.
+    """
+    published = {(cell["unit"], cell["layer"]) for cell in cells if cell["method"] != OWN}
+    several = len(published) > 1 or len({cell["unit"] for cell in cells}) > 1
 
     def label(cell: Mapping[str, Any]) -> str:
-        if len(units) < 2:
+        if not several:
             return str(cell["method"])
         where = cell["unit"] if cell["layer"] is None else f"{cell['unit']}, layer {cell['layer']}"
         return f"{cell['method']} ({where})"

@@ -56,13 +56,26 @@ class Group:
 
 
 def groups(lines: Sequence[Mapping[str, Any]]) -> list[Group]:
-    """Lines by what they were measured on, in the order in which that first came up."""
-    found: dict[str, dict[tuple[int, int], dict[str, list[Result]]]] = {}
+    """Lines by what they were measured on, in the order in which that first came up.
+
+    Of lines that differ in their device alone the last counts, so that no seed counts twice.
+    """
+    found: dict[str, dict[tuple[int, int], dict[str, dict[int, Result]]]] = {}
     for line in sorted(lines, key=lambda line: line["cell"]["seed"]):
         cell = line["cell"]
         by_size = found.setdefault(_setting(cell), {})
-        by_size.setdefault((cell["length"], cell["rank"]), {}).setdefault(cell["method"], []).append(line["result"])
-    return [Group(setting, {size: results[size] for size in sorted(results)}) for setting, results in found.items()]
+        by_method = by_size.setdefault((cell["length"], cell["rank"]), {})
+        by_method.setdefault(cell["method"], {})[cell["seed"]] = line["result"]
+    return [
+        Group(
+            setting,
+            {
+                size: {method: list(seeds.values()) for method, seeds in by_size[size].items()}
+                for size in sorted(by_size)
+            },
+        )
+        for setting, by_size in found.items()
+    ]
 
 
 def exact_percent(result: Result) -> float:
