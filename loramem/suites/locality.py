@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from loramem.base_model import BaseModel
     from loramem.suites.divergence import Effect, Passage
 
+OPTIONS = ("records", "ranks", "model", "data")
 KIND = "phonebook"
 RANKS, RECORDS, SEEDS = (1, 4, 16, 64), (100,), 2
 QUICK_RANKS, QUICK_RECORDS = (2, 8), (8,)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from loramem.base_model import BaseModel
     from loramem.prompts import EncodedRecord
 
+OPTIONS = ("lengths", "ranks", "methods", "model", "paper", "data", "unit", "layer")
 LENGTHS, QUICK_LENGTHS = (50, 200), (20, 50)
 PAPER_LENGTHS = (50, 100, 200, 500, *range(1000, 9000, 1000), 10_000)
 RANKS, QUICK_RANKS = (1, 4, 16), (1, 8)
@@ -74,7 +75,7 @@ class Cell:
     seed: int
     """Of the noise, the topic that the text begins with, the initial matrices and the dropout."""
     cut: int
-    """Published epochs are divided by it; 1 but for quick runs."""
+    """Published epochs, and our writer's patience, are divided by it; 1 but for quick runs."""
     model: str
     device: str
     path: Path | None
@@ -214,6 +215,7 @@ def run(cell: Cell) -> Result:
         seed=cell.seed,
         unit=cell.unit,
         layer=cell.layer,
+        cut=cell.cut,
     ) as taken:
         after, decoded = teacher_forced(base, record), free_running(base, record)
     return {
