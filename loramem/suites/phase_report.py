@@ -352,5 +352,5 @@ def _ways(lines: Lines) -> dict[tuple[bool, float], list[tuple[int, Sequence[Seq
 
 def _told(found: Correlation | None) -> str:
     if found is None:
-        return "too few runs for a correlation"
+        return "no correlation (fewer than four runs, or nothing varies)"
     return f"Spearman ρ = {found.rho:.3f} (95 % interval {found.low:.3f} to {found.high:.3f}, n = {found.n})"
