@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import click
+from click.core import ParameterSource
 
 from . import options
 from .output import note, print_json, print_markdown
@@ -77,14 +78,15 @@ def run(
 ) -> None:
     """Run the cells of suite NAME that are not in the results file yet, and print the table.
 
-    Every cell runs in a process of its own; an interrupt loses those that are running. A suite leaves out options that
-    do not concern it.
+    Every cell runs in a process of its own; an interrupt loses those that are running. Options that do not concern the
+    suite are refused.
     """
     from loramem import embedded
     from loramem.suites.runner import METHODS, SUITES, Request, load_suite, measured, run_suite
 
     if name not in SUITES:
         raise click.UsageError(f"There is no suite {name!r}. There are {', '.join(SUITES)}.")
+    _refuse_idle_options(name)
     wanted = tuple(methods.split(",")) if methods else None
     if unknown := set(wanted or ()).difference(METHODS):
         raise click.UsageError(f"There is no method {min(unknown)!r}. There are {', '.join(METHODS)}.")
@@ -121,6 +123,17 @@ def run(
     print_markdown(table.columns, table.rows)
     for remark in table.notes:
         click.echo(f"\n{remark}")
+
+
+def _refuse_idle_options(name: str) -> None:
+    """Options of the command line that the suite would not look at: the results would name them all the same."""
+    from loramem.suites.runner import COMMON, Request, load_suite
+
+    context, known = click.get_current_context(), {*COMMON, *load_suite(name).OPTIONS}
+    for option in context.command.params:
+        given = context.get_parameter_source(option.name or "") is ParameterSource.COMMANDLINE
+        if given and option.name in Request.__dataclass_fields__ and option.name not in known:
+            raise click.UsageError(f"{option.opts[0]} does not concern {name}.")
 
 
 @command.command("report")

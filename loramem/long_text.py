@@ -12,7 +12,7 @@ from itertools import takewhile
 from transformers import PreTrainedTokenizerBase
 
 from loramem.embedded.corpus import StandardLibrary, is_held_out
-from loramem.errors import InputError
+from loramem.errors import InputError, RecordError
 
 WINDOW = 16  # tokens before and after a drawn one that a tokenizer could merge it with
 DRAWS = 200
@@ -28,7 +28,8 @@ def long_text(tokenizer: PreTrainedTokenizerBase, length: int, noise: float, see
 
     Raises:
         ValueError: The noise is not a share, or the length is not positive.
-        InputError: The tokenizer does not give the drawn tokens back.
+        InputError: There is not as much source.
+        RecordError: The tokenizer does not give the drawn tokens back.
     """
     _check(length, noise)
     return with_noise(tokenizer, _source(tokenizer, length, seed), noise, seed)
@@ -68,7 +69,7 @@ def with_noise(
 
     Raises:
         ValueError: The noise is not a share, or there are no tokens.
-        InputError: The tokenizer does not give the drawn tokens back.
+        RecordError: The tokenizer does not give the drawn tokens back.
     """
     _check(len(ids), noise)
     places = noise_places(len(ids), noise)
@@ -96,7 +97,7 @@ def _source(tokenizer: PreTrainedTokenizerBase, length: int, seed: int) -> list[
         ids += _encode(tokenizer, text)
         if len(ids) >= length:
             return ids[:length]
-    raise ValueError(f"The held-out standard library has {len(ids)} tokens, {length} are too many.")
+    raise InputError(f"The held-out standard library has {len(ids):,} tokens, {length:,} are too many.")
 
 
 def _replaced(
@@ -120,7 +121,7 @@ def _replaced(
         waiting -= chosen is not None
         mixed.append(token if chosen is None else chosen)
     if waiting or _encode(tokenizer, _decode(tokenizer, mixed)) != mixed:
-        raise InputError("This tokenizer does not give random tokens back as they were drawn; take another seed.")
+        raise RecordError("This tokenizer does not give random tokens back as they were drawn; take another seed.")
     return mixed
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from loramem.errors import InputError
 from loramem.suites import figures, linear_rule
 from loramem.suites.linear_rule import Cell, pairs, rule
 from loramem.suites.runner import Request
@@ -30,7 +31,7 @@ def test_pairs_are_seeded_and_no_pair_is_both_trained_and_unseen() -> None:
 
 def test_more_pairs_than_there_are_is_refused() -> None:
     assert len(pairs(9_800, 200, seed=0)[0]) == 9_800
-    with pytest.raises(ValueError, match="There are 10,000 pairs"):
+    with pytest.raises(InputError, match="There are 10,000 pairs"):
         pairs(9_801, 200, seed=0)
 
 

@@ -21,6 +21,8 @@ def cell(base: Path, **fields: object) -> locality.Cell:
     return locality.Cell(**{**known, **fields}, model=str(base), device="cpu")
 
 
+SETTING = {"tokens": 8192, "data": None, "digest": ""}
+
 # Numbers
 
 
@@ -138,7 +140,7 @@ def test_where_nothing_is_certified_only_the_routed_base_is_left(base: Path, mon
     monkeypatch.setattr(MemoryStore, "write", stubborn)
     found = locality.run(cell(base, rank=1))
     assert (found["exact"], len(found["failed"]), found["parameters"]) == (0, 2, 0)
-    line = {"cell": {"records": 2, "rank": 1, "seed": 0}, "result": found}
+    line = {"cell": {"records": 2, "rank": 1, "seed": 0, **SETTING}, "result": found}
     table = locality.table([line])
     assert [row[6] for row in table.rows] == ["-"] * 3
     assert "2 records could not be certified" in table.notes[-1]
@@ -160,7 +162,7 @@ def line(rank: int, seed: int, kl: float, change: float) -> dict:
         "records": 10, "failed": [], "exact": 10, "adapters": 1, "parameters": 100 * rank, "seconds": 1.0,
         "strangers": 5, "refused": 5, "texts": {"documentation": text},
     }  # fmt: skip
-    return {"cell": {"records": 10, "rank": rank, "seed": seed}, "result": result}
+    return {"cell": {"records": 10, "rank": rank, "seed": seed, **SETTING}, "result": result}
 
 
 def test_seeds_of_a_rank_share_a_row() -> None:
@@ -177,6 +179,21 @@ def test_seeds_of_a_rank_share_a_row() -> None:
     assert rows[1]["change"] == "+0.200 (-0.100 to +0.500)"
     assert "3 of 3 texts have logits that are bit for bit" in table.notes[0]
     assert "15 of 15 unknown keys are refused" in table.notes[0]
+
+
+def test_other_neutral_text_is_no_other_seed_and_another_device_no_second_one() -> None:
+    less, file, device = (line(4, 0, kl, 0.0) for kl in (0.5, 0.7, 0.1))
+    less["cell"] |= {"tokens": 512}
+    file["cell"] |= {"data": "own.txt", "digest": "0a1b"}
+    device["cell"] |= {"device": "cpu"}
+    lines = [line(4, 0, 0.1, 0.0), device, line(4, 1, 0.3, 0.0), less, file]
+    rows = locality.table(lines).rows
+    assert [(row[3], row[4], row[6]) for row in rows] == [
+        ("20/20", "documentation (8,192 tokens)", "0.2 (0.1 to 0.3)"),
+        ("10/10", "documentation (512 tokens)", "0.5"),
+        ("10/10", "documentation (8,192 tokens of file 0a1b)", "0.7"),
+    ]
+    assert [series.name for series in locality.plots(lines)[0].series] == [row[4] for row in rows]
 
 
 def test_the_plots_go_over_the_rank_and_show_losses_that_fall() -> None:

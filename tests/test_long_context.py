@@ -12,16 +12,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from loramem import Record, base_path
+from loramem import Record, base_path, writer
 from loramem.base_model import load_base_model
 from loramem.embedded.corpus import is_held_out
 from loramem.errors import InputError, TooLong
 from loramem.long_text import noise_places, text_ids, with_noise
 from loramem.prompts import EncodedRecord
+from loramem.settings import WriterSettings
 from loramem.suites import figures, long_context, positions
 from loramem.suites.long_context import Cell, documentation
 from loramem.suites.positions import Forced, scores
 from loramem.suites.runner import Request
+from loramem.writer import train_adapter
 
 from .conftest import SHARED
 
@@ -215,10 +217,10 @@ def test_teacher_forcing_and_decoding_agree_with_the_model(base: Path) -> None:
 def line(method: str, rank: int, length: int, accuracy: float, noise: float | None = 1.0) -> dict[str, Any]:
     cell = {
         "source": "topics", "digest": "0", "noise": noise, "length": length, "rank": rank, "method": method,
-        "unit": "branch", "layer": None, "seed": 0,
+        "unit": "branch", "layer": None, "seed": 0, "cut": 1,
     }  # fmt: skip
     result = {
-        "seconds": 1.0, "placement": "branch of layer 4", "parameters": 512 * rank, "length": length,
+        "seconds": 1.0, "steps": 2000, "placement": "branch of layer 4", "parameters": 512 * rank, "length": length,
         "token_accuracy": accuracy, "forced_accuracy": 0.9,
         "base_accuracy": 0.1, "exact": accuracy == 1, "ended": False, "first_failure": 3, "earliest_stubborn": None,
         "base_loss": 9.25, "final_loss": 1.5,
@@ -273,6 +275,32 @@ def test_units_are_told_apart_where_there_are_two() -> None:
     assert [series.name for series in plot.series] == ["sft (branch)", "sft (down_proj, layer 2)"]
 
 
+def test_the_writer_s_are_told_apart_by_the_unit_whose_parameters_it_has() -> None:
+    other = line("loramem", 1, 100, 0.3)
+    other["cell"] |= {"unit": "down_proj"}
+    methods = long_context.grids([LINES[3], other], "token_accuracy")["r100"]
+    assert methods == {"loramem (branch)": {(100, 1): {0: 75.0}}, "loramem (down_proj)": {(100, 1): {0: 30.0}}}
+
+
+def test_another_text_or_cut_is_no_other_seed_and_another_device_no_second_one() -> None:
+    cut, edited, device, seed = (line("sft", 1, 100, accuracy) for accuracy in (0.9, 0.8, 0.5, 0.7))
+    cut["cell"] |= {"cut": 10}
+    edited["cell"] |= {"digest": "1"}
+    device["cell"] |= {"device": "cpu"}
+    seed["cell"] |= {"seed": 1}
+    found = long_context.grids([LINES[0], device, seed, cut], "token_accuracy")
+    assert found == {
+        "r100": {"sft": {(100, 1): {0: 50.0, 1: 70.0}}},
+        "r100, epochs / 10": {"sft": {(100, 1): {0: 90.0}}},
+    }
+    both = [LINES[0], edited]
+    assert list(long_context.grids(both, "token_accuracy")) == ["r100 (0)", "r100 (1)"]
+    assert [row[0] for row in long_context.table(both).rows] == ["r100 (0)", "r100 (1)"]
+    table = long_context.table([cut])
+    row = dict(zip(table.columns, table.rows[0], strict=True))
+    assert (row["text"], row["steps"]) == ("r100, epochs / 10", "2,000")
+
+
 # Tiny cells
 
 
@@ -294,6 +322,20 @@ def test_a_tiny_cell_gives_its_text_back(base: Path, method: str, unit: str) -> 
         assert result["steps"] == 2000 // 16
     if unit != "down_proj":
         assert result["parameters"] == pytest.approx(2 * 64 * 16, rel=0.1)
+
+
+def test_a_cut_is_one_of_the_writer_s_patience_too(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    patience: list[int] = []
+
+    def watched(model, name, records, rank, placement, settings):
+        patience.append(settings.patience_passes)
+        return train_adapter(model, name, records, rank, placement, settings)
+
+    monkeypatch.setattr(writer, "train_adapter", watched)
+    for cut in (1, 10):
+        long_context.run(Cell("topics", "0", 0.0, 12, 16, "loramem", "branch", None, 0, cut, str(base), "cpu", None))
+    assert patience == [WriterSettings.patience_passes, WriterSettings.patience_passes // 10]
+    assert patience[1] >= 1
 
 
 def test_published_methods_are_trained_on_the_answer_tokens_alone() -> None:

@@ -4,6 +4,7 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 import loramem
+from loramem.errors import InputError
 from loramem.long_text import long_text
 
 
@@ -51,5 +52,5 @@ def test_the_seed_decides_the_noise_and_the_document(tokenizer: PreTrainedTokeni
 def test_nonsense_is_refused(tokenizer: PreTrainedTokenizerBase, length: int, noise: float) -> None:
     with pytest.raises(ValueError, match="must be between 0 and 1"):
         long_text(tokenizer, length, noise)
-    with pytest.raises(ValueError, match="too many"):
+    with pytest.raises(InputError, match="too many"):
         long_text(tokenizer, 10**8, 0.0)

@@ -7,8 +7,10 @@ from pathlib import Path
 import numpy
 import pytest
 
+from loramem import calibrate
 from loramem.adapters import AdaptedModel
 from loramem.base_model import load_base_model
+from loramem.errors import InputError, NotRoundTrip, TooLong
 from loramem.generators import generate
 from loramem.prompts import EncodedRecord, encode_records
 from loramem.suites import phase, transition
@@ -122,6 +124,10 @@ def test_bounds_of_a_nucleus_by_hand() -> None:
     assert transition.sampled_bounds((0.5, 0.8, 0.95), 1.0) == (pytest.approx(0.38), pytest.approx(0.38))
     assert transition.sampled_bounds((0.5, 0.8, 0.95), 0.9) == (pytest.approx(0.4), pytest.approx(0.4 / 0.81))
     assert transition.sampled_bounds((0.6, 0.8), 0.55) == (1.0, 1.0)
+    # Beside p = 0.05 another token may have 0.92 and be the whole nucleus; beside p = 0.15 none is, at 0.9.
+    assert transition.sampled_bounds((0.8, 0.05), 0.9) == (0.0, pytest.approx(0.04 / 0.81))
+    assert transition.sampled_bounds((0.8, 0.15), 0.9)[0] == pytest.approx(0.12)
+    assert transition.sampled_bounds((0.1,), 0.9)[0] == 0
 
 
 def test_a_grid_sums_answer_tokens_by_position() -> None:
@@ -220,7 +226,8 @@ def lines(base: Path) -> list[dict[str, object]]:
         Cell("book", "phonebook", 6, 2, 1, 0, str(base), "cpu"),
         Cell("sampling", "phonebook", 4, 4, 25, 0, str(base), "cpu"),
     )
-    return [{"cell": dict(cell.identity), "result": phase.run(cell)} for cell in cells]
+    command = "loramem suite run phase"
+    return [{"cell": dict(cell.identity), "command": command, "result": phase.run(cell)} for cell in cells]
 
 
 def test_a_cell_gives_the_same_again(lines, base: Path) -> None:
@@ -250,10 +257,14 @@ def test_sampled_recalls_follow_the_product_of_p_and_nuclei_do_not_deviate(lines
     result = lines[3]["result"]
     assert [(way["top_p"], way["end"]) for way in result["ways"]][-3:] == [(1.0, True), (0.95, True), (0.9, True)]
     for way in result["ways"]:
-        for low, high, _, exact in way["records"]:
-            assert 0 <= low <= high <= 1
-            # Six standard deviations of 25 draws beyond the bounds.
-            assert low - 0.6 <= exact / 25 <= high + 0.6
+        assert all(0 <= low <= high <= 1 for low, high, *_ in way["records"])
+        # Below, above: of all records together, in standard deviations of the sum, were the bound the chance.
+        for bound, sign in ((0, -1), (1, 1)):
+            found = transition.calibration([(row[bound], row[3]) for row in way["records"]], 25)
+            if found is not None:
+                assert sign * found.z < 5
+                assert way["top_p"] < 1 or abs(found.z) < 5
+            assert all(row[3] == 25 for row in way["records"] if row[0] == 1)
     assert result["nucleus"] == {"recalls": 100, "left_out": 0, "deviations": []}
 
 
@@ -265,11 +276,87 @@ def test_the_table_counts_every_token_and_the_notes_answer_every_question(lines)
     assert {row[3] for row in table.rows[5:] if row[1] != "0"} == {"100.00%"}
     notes = "\n".join(table.notes)
     assert "Counter-examples to p > 0.5: 0 of " in notes
-    assert "3 runs, " in notes
+    assert "over all runs " in notes
     assert "Books, every failing record" in notes
     assert "Sampling at temperature 1 at the end of training" in notes
     assert "Top-p = 0.95 at the end of training" in notes
     assert "100 sampled recalls, 0 not verbatim" in notes
+
+
+def with_runs(line: dict, runs: list[tuple[int, int | None, int | None]], **more: object) -> dict:
+    """A line of long records with these tokens, earliest stubborn tokens and first failures."""
+    told = [
+        {
+            **{"seed": seed, "step": 5, "steps": 9, "tokens": tokens, "stubborn": stubborn, "failure": failure},
+            **{"end_stubborn": stubborn, "end_failure": failure},
+        }
+        for seed, (tokens, stubborn, failure) in enumerate(runs)
+    ]
+    return {**line, "result": {**line["result"], "runs": told, **more}}
+
+
+def test_all_runs_count_in_the_correlation_and_those_left_out_of_the_other_are_told(lines) -> None:
+    runs = [(9, 0, 0), (9, 2, 5), (9, 3, 3), (9, 4, 8), (9, 6, 7), (9, 1, None), (9, 1, None), (9, None, None)]
+    runs += [(9, None, 5), (20, None, None)]
+    notes = "\n".join(phase.table([with_runs(lines[0], runs)]).notes)
+    # The mean ranks by hand: missing ones stand at 10, of the long record at 21.
+    x, y = (1, 4, 5, 6, 7, 2.5, 2.5, 8.5, 8.5, 10), (1, 3.5, 2, 6, 5, 8, 8, 8, 3.5, 10)
+    assert f"over all runs Spearman ρ = {numpy.corrcoef(x, y)[0, 1]:.3f} (95 % interval " in notes
+    assert "n = 10)" in notes
+    assert "Of the failing runs with a stubborn token alone Spearman ρ = 0.800 " in notes
+    assert "leaves out 2 runs with a stubborn token that are exact, 2 without either, and 1 that fail without" in notes
+
+
+def test_the_bootstrap_interval_is_seeded_allows_for_ties_and_narrows_with_the_runs() -> None:
+    draw = random.Random(0)
+    pairs = [(x := draw.choice((3, 5, 9, 99)), x if draw.random() < 0.7 else 99) for _ in range(400)]
+    few, many = transition.spearman_of_all(pairs[:40]), transition.spearman_of_all(pairs)
+    assert few is not None
+    assert many is not None
+    assert few == transition.spearman_of_all(pairs[:40])
+    plain = transition.spearman(pairs)
+    assert plain is not None
+    assert many.rho == pytest.approx(plain.rho)
+    assert -1 <= few.low < many.low < many.rho < many.high < few.high <= 1
+    assert transition.spearman_of_all([(0, 1), (0, 2), (0, 3), (0, 4)]) is None
+    varied_by_one = transition.spearman_of_all([(0, 1), (0, 1), (0, 1), (1, 2)])
+    assert varied_by_one is not None
+    assert (varied_by_one.rho, varied_by_one.low, varied_by_one.high) == (1, 0, 1)
+
+
+def test_quick_lines_are_left_out_beside_others_and_a_cell_on_two_devices_counts_once(lines) -> None:
+    quick = {**lines[1], "command": "loramem suite run phase --quick"}
+    device = {**lines[0], "cell": {**lines[0]["cell"], "device": "auto"}}
+    table = phase.table([lines[0], quick, device])
+    assert table.rows == phase.table(lines[:1]).rows
+    assert any(note.startswith("2 lines are left out") for note in table.notes)
+    assert phase.table([quick]).rows == phase.table([lines[1]]).rows
+    assert phase.plots([lines[0], quick, device]) == phase.plots(lines[:1])
+
+
+def test_a_length_beyond_the_context_is_an_error_and_what_a_tokenizer_cannot_say_is_told(
+    lines, adapted, monkeypatch
+) -> None:
+    with pytest.raises(TooLong):
+        phase.long_records(Cell("long", "text", 1024, 1, 1, 0, "", "cpu"), adapted)
+    with pytest.raises(InputError, match="too many"):
+        phase.long_records(Cell("long", "text", 10**8, 1, 1, 0, "", "cpu"), adapted)
+
+    def unstable(*_: object) -> None:
+        raise NotRoundTrip("another value", expected="a", got="b")
+
+    monkeypatch.setattr(calibrate, "encode_sample", unstable)
+    refused = [{"seed": 0, "error": "NotRoundTrip"}, {"seed": 1, "error": "NotRoundTrip"}]
+    result = phase.long_records(Cell("long", "text", 20, 1, 2, 0, "", "cpu"), adapted)
+    assert result["refused"] == refused
+    notes = phase.table([with_runs(lines[0], [], refused=refused)]).notes
+    assert notes[-1] == "2 long records could not be expressed by this tokenizer and were left out (NotRoundTrip 2)."
+
+
+def test_a_nucleus_that_a_token_may_be_outside_of_bounds_nothing_from_below_in_older_lines_too(lines) -> None:
+    way = {"step": 5, "top_p": 0.9, "end": True, "records": [[0.04, 0.05, 0.05, 0], [0.81, 1.0, 0.9, 25]]}
+    line = {**lines[3], "result": {**lines[3]["result"], "ways": [way]}}
+    assert any("must lie between 40.5% and 52.5%" in note for note in phase.table([line]).notes)
 
 
 def test_a_counter_example_is_told_with_all_there_is_to_know(lines) -> None:
@@ -279,9 +366,7 @@ def test_a_counter_example_is_told_with_all_there_is_to_know(lines) -> None:
     }  # fmt: skip
     line = {**lines[2], "result": {**lines[2]["result"], "counter_examples": [wrong]}}
     notes = phase.table([line]).notes
-    assert any(
-        note.startswith("Counter-examples to p > 0.5: 1 of") and ", 1 of them in records" in note for note in notes
-    )
+    assert any("Counter-examples to p > 0.5: 1 of" in note and ", 1 of them in records" in note for note in notes)
     assert (
         "Counter-example (book, phonebook, rank 2, seed 0): 'Ada Baker:' at position 3: p = 0.6123457 for '7', "
         "decoded '8'."

@@ -119,9 +119,9 @@ def test_the_first_records_of_a_file_are_taken_and_a_short_one_is_refused(loaded
 
 
 def test_generated_records_have_about_the_length(loaded: BaseModel) -> None:
-    records = phonebook.encoded_records(loaded, cell_of("", length=300, seed=5))
-    assert [record.record for record in records] == generate("phonebook", 30, 5)
-    assert sum(record.length for record in records) == 300
+    records = phonebook.encoded_records(loaded, cell_of("", length=390, seed=5))
+    assert [record.record for record in records] == generate("phonebook", 40, 5)
+    assert sum(record.length for record in records) == 400
 
 
 # Equal parameters
@@ -244,13 +244,14 @@ PLACED = {512: "o_proj of layer 4", 2048: "down_proj of layers 4, 5"}
 
 
 def line(method: str, exact: int, *, length: int = 1000, rank: int = 1, seed: int = 0, **cell: Any) -> dict[str, Any]:
-    parameters = 512 * rank
+    parameters, batch = 512 * rank, 10 if method == "memft-sw" else 4
     fields = {"unit": "branch", "layer": None, "cut": 1, "data": None, **cell}
     return {
         "cell": {"method": method, "length": length, "rank": rank, "seed": seed, **fields},
         "result": {
             "exact": exact, "records": 100, "parameters": parameters, "placement": PLACED.get(parameters, "elsewhere"),
             "rank": 1, "seconds": 10.0 * rank, "visits": 2000, "curve": [[10, 0.25], [20, exact / 100]],
+            "schedule": None if method == "loramem" else {"family": "qwen", "batch_records": batch},
         },
     }  # fmt: skip
 
@@ -304,6 +305,26 @@ def test_the_remarks_are_what_the_numbers_say() -> None:
 def test_one_seed_that_is_not_complete_is_not_every_seed() -> None:
     lines = [line("sft", 100), line("sft", 99, seed=1), line("sft", 100, rank=4), line("sft", 100, rank=4, seed=1)]
     assert "at every seed: sft 2,048." in phonebook.table(lines).notes[2]
+
+
+def test_a_seed_that_was_measured_on_two_devices_counts_once() -> None:
+    lines = [line("sft", 10, device="auto"), line("sft", 20, seed=1), line("sft", 10, device="cpu")]
+    (group,) = phonebook_results.groups(lines)
+    assert group.exact(1000, 1, "sft") == [10, 20]
+
+
+def test_generated_records_fill_the_published_batches(loaded: BaseModel) -> None:
+    counts = [len(phonebook.encoded_records(loaded, cell_of("", length=n))) for n in (40, 200, 1000, 1470, 2000)]
+    assert counts == [4, 20, 100, 140, 200]
+
+
+def test_a_batch_that_is_not_the_row_s_is_told() -> None:
+    other = line("sft", 10)
+    other["result"] |= {"records": 103, "schedule": {"family": "qwen", "batch_records": 1}}
+    notes = phonebook.table([other, line("memft-sw", 10), line("loramem", 10)]).notes
+    assert [note for note in notes if "batches" in note] == [
+        "sft at 1,000 tokens, rank 1: batches of 1 in place of the published row's 4."
+    ]
 
 
 def test_set_ups_are_kept_apart() -> None:

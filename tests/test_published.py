@@ -12,13 +12,14 @@ from torch.nn.functional import cross_entropy
 from loramem import Record
 from loramem.base_model import BaseModel, load_base_model
 from loramem.batches import per_position, token_losses
+from loramem.errors import InputError
 from loramem.layers import decoder_layers
 from loramem.objectives import SlidingState, memft_ot, memft_sw, weighted_mean
 from loramem.prompts import EncodedRecord, encode_records
 from loramem.recall import answer_probabilities
 from loramem.suites import paper_unit, published
 from loramem.suites.paper_recipe import IGNORED, _padded_right
-from loramem.suites.paper_schedule import Schedule
+from loramem.suites.paper_schedule import _PHONEBOOK, Schedule, whole_batches
 from loramem.suites.paper_unit import PaperUnit, attached
 from loramem.suites.published import PUBLISHED, Trained, add_gradient, forward, token_weights, train_published
 from loramem.suites.timing import count_exact
@@ -203,6 +204,22 @@ def test_other_sizes_take_the_row_below_with_a_batch_that_divides_them() -> None
     assert Schedule.long_context().steps(1) == 2000
 
 
+@pytest.mark.parametrize("family", ["qwen", "llama"])
+def test_whole_batches_are_the_rows_own_and_the_published_sizes_stay(family: str) -> None:
+    rows = {size for (of, _), rows in _PHONEBOOK.items() if of == family for size in rows}
+    assert all(whole_batches(size, family) == size for size in rows)
+    for records in range(30, 9000, 7):
+        whole = whole_batches(records, family)
+        assert abs(whole - records) <= 50
+        assert all(Schedule.published(whole, way, family) == Schedule.row(whole, way, family) for way in PUBLISHED)
+
+
+def test_few_records_stay_as_many() -> None:
+    assert [whole_batches(records, "qwen") for records in (4, 10, 11, 149, 151)] == [4, 10, 20, 140, 160]
+    assert Schedule.published(151, "sft").batch_records == 1  # of a prime number
+    assert Schedule.row(151, "sft").batch_records == 4
+
+
 def test_a_shortened_schedule_keeps_its_phases() -> None:
     short = Schedule.published(100).shortened(20)
     assert short == Schedule(1e-2, 15, 10, (1, 2, 3, 4, 15))
@@ -324,7 +341,7 @@ def test_contradictions_are_refused(
 
 
 def test_a_layer_or_unit_that_does_not_exist_is_refused(loaded: BaseModel, records: list[EncodedRecord]) -> None:
-    with pytest.raises(ValueError, match="layers are 0 to 2, not 3"):
+    with pytest.raises(InputError, match="layers are 0 to 2, not 3"):
         train_published(loaded, records, "sft", 4, SHORT, seed=0, layer=3)
     with pytest.raises(ValueError, match='kind must be "branch" or "down_proj"'):
         train_published(loaded, records, "sft", 4, SHORT, seed=0, unit="attention")

@@ -19,6 +19,7 @@ from loramem.suites.runner import Known, Request, Result, Table, public_name
 if TYPE_CHECKING:
     from loramem.reports import WriteReport
 
+OPTIONS = ("records", "model")
 KINDS, LENGTHS, QUICK_LENGTHS = ("phonebook", "text", "mixed", "random"), (300, 850, 1600), (40,)
 TIMES = 4.0  # of the planned write's training seconds, for every other rank
 SEED = 101  # calibrations take small ones

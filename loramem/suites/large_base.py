@@ -18,6 +18,7 @@ from loramem.suites.runner import Known, Request, Result, Table
 if TYPE_CHECKING:
     from loramem.base_model import BaseModel
 
+OPTIONS = ("records",)
 SHAPE = {  # the published configuration of Qwen3-8B
     "hidden_size": 4096,
     "intermediate_size": 12_288,

@@ -12,15 +12,18 @@ from dataclasses import asdict, dataclass
 from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any
 
+from loramem.errors import InputError
 from loramem.records import Record
 from loramem.suites.figures import Axis, Plot, Point, Series
 from loramem.suites.methods import OWN, labels, unit_of
+from loramem.suites.paper_schedule import Schedule
 from loramem.suites.runner import METHODS, Known, Request, Result, Table, public_name
 
 if TYPE_CHECKING:
     from loramem.base_model import BaseModel
     from loramem.prompts import EncodedRecord
 
+OPTIONS = ("records", "ranks", "methods", "model", "paper", "unit", "layer")
 RANKS, QUICK_RANKS, SEEDS = (1, 2, 4, 8, 16), (1, 8), 5
 DEFAULT_METHODS = METHODS[:3]
 LIMIT = 100  # x and y are below it
@@ -86,11 +89,11 @@ def pairs(trained: int, unseen: int, seed: int) -> tuple[list[Record], list[Reco
     The unseen ones are the same however many are trained on.
 
     Raises:
-        ValueError: More than there are.
+        InputError: More than there are.
     """
     drawn = random.Random(seed).sample([(x, y) for x in range(LIMIT) for y in range(LIMIT)], LIMIT**2)
     if not 0 < trained <= LIMIT**2 - unseen:
-        raise ValueError(f"There are {LIMIT**2:,} pairs: not {trained:,} to train on beside {unseen} unseen ones.")
+        raise InputError(f"There are {LIMIT**2:,} pairs: not {trained:,} to train on beside {unseen} unseen ones.")
     records = [Record(f"f({x}, {y}) =", str(rule(x, y))) for x, y in drawn]
     return records[unseen : unseen + trained], records[:unseen]
 
@@ -100,7 +103,6 @@ def run(cell: Cell) -> Result:
     from loramem.base_model import load_base_model
     from loramem.prompts import encode_records
     from loramem.suites.methods import trained_adapter
-    from loramem.suites.paper_schedule import Schedule
     from loramem.suites.timing import conditions, warm_up
 
     base = load_base_model(cell.model, device=cell.device)
@@ -179,6 +181,7 @@ def table(lines: Sequence[Mapping[str, Any]]) -> Table:
         "over the seeds ± half of the 95 % interval by Student's t; a seed draws pairs, initial matrices and order. "
         "Mean error: |answer - value| of the unseen pairs that are answered with a number.",
         "Paper: Qwen3-8B; its MemFT stands beside both here, since it is not said which of the two it is.",
+        *_other_batches(groups),
         *_differences(groups),
     )
     return Table(columns, rows, notes)
@@ -196,6 +199,18 @@ def _groups(lines: Sequence[Mapping[str, Any]]) -> dict[Group, dict[int, Mapping
         cell = line["cell"]
         groups.setdefault((cell["trained"], label(cell), cell["rank"]), {})[cell["seed"]] = line
     return groups
+
+
+def _other_batches(groups: Mapping[Group, Mapping[int, Mapping[str, Any]]]) -> Iterator[str]:
+    """Where batches are smaller than the published row's, which would not divide the pairs."""
+    for trained, method in dict.fromkeys(
+        (trained, next(iter(group.values()))["cell"]["method"]) for (trained, *_), group in groups.items()
+    ):
+        if method == OWN:
+            continue
+        batch, row = (of(trained, method).batch_records for of in (Schedule.published, Schedule.row))
+        if batch != row:
+            yield f"{method}, {trained:,} pairs: batches of {batch} in place of the published row's {row}."
 
 
 def _shares(group: Mapping[int, Mapping[str, Any]], measure: str) -> dict[int, float]:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from loramem.base_model import BaseModel
     from loramem.suites.divergence import Effect, Passage
 
+OPTIONS = ("records", "ranks", "model", "data")
 KIND = "phonebook"
 RANKS, RECORDS, SEEDS = (1, 4, 16, 64), (100,), 2
 QUICK_RANKS, QUICK_RECORDS = (2, 8), (8,)
@@ -216,8 +217,8 @@ def table(lines: Sequence[Mapping[str, Any]]) -> Table:
         *("loss on", "change", "other argmax", "KL max, routed"),
     )
     rows = []
-    for (records, rank, name), results in _groups(lines).items():
-        texts = [result["texts"][name] for result in results]
+    for (records, rank, name), found in _groups(lines).items():
+        texts, results = [text for text, _ in found], [result for _, result in found]
         written = [text["unrouted"] for text in texts if text["unrouted"]]
         start = (
             str(records),
@@ -265,8 +266,7 @@ def _notes(lines: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 def plots(lines: Sequence[Mapping[str, Any]]) -> tuple[Plot, ...]:
     """Divergence, and change of the loss, over the rank; a colour per neutral text."""
     groups = {
-        (records, rank, name): [text["unrouted"] for result in results if (text := result["texts"][name])["unrouted"]]
-        for (records, rank, name), results in _groups(lines).items()
+        group: [text["unrouted"] for text, _ in found if text["unrouted"]] for group, found in _groups(lines).items()
     }
     measured = {group: written for group, written in groups.items() if written}
     if not measured:
@@ -309,15 +309,31 @@ def plots(lines: Sequence[Mapping[str, Any]]) -> tuple[Plot, ...]:
     )
 
 
-def _groups(lines: Sequence[Mapping[str, Any]]) -> dict[tuple[int, int, str], list[Result]]:
-    """Results by records, rank and neutral text, in this order."""
-    groups: dict[tuple[int, int, str], list[Result]] = {}
-    names = list(dict.fromkeys(name for line in lines for name in line["result"]["texts"]))
+def _groups(lines: Sequence[Mapping[str, Any]]) -> dict[tuple[int, int, str], list[tuple[Result, Result]]]:
+    """Texts with their results, one per seed, by records, rank and neutral text, in this order.
+
+    A text is named with its setting where there are several. Of lines that differ in their device alone the last
+    counts.
+    """
+    several = len({_setting(line["cell"]) for line in lines}) > 1
+    groups: dict[tuple[int, int, str], dict[int, tuple[Result, Result]]] = {}
+    names: dict[str, None] = {}
     for line in lines:
-        cell = line["cell"]
-        for name in line["result"]["texts"]:
-            groups.setdefault((cell["records"], cell["rank"], name), []).append(line["result"])
-    return dict(sorted(groups.items(), key=lambda group: (*group[0][:2], names.index(group[0][2]))))
+        cell, result = line["cell"], line["result"]
+        for name, text in result["texts"].items():
+            label = f"{name} ({_setting(cell)})" if several else name
+            names.setdefault(label)
+            groups.setdefault((cell["records"], cell["rank"], label), {})[cell["seed"]] = text, result
+    order = list(names)
+    return {
+        group: list(groups[group].values())
+        for group in sorted(groups, key=lambda group: (*group[:2], order.index(group[2])))
+    }
+
+
+def _setting(cell: Mapping[str, Any]) -> str:
+    """What neutral text was read: other text, or more of it, is another measurement and no other seed."""
+    return f"{cell['tokens']:,} tokens" + ("" if cell["data"] is None else f" of file {cell['digest']}")
 
 
 def _spread(values: Sequence[float], format_: str) -> str:

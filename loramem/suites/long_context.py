@@ -8,7 +8,7 @@ as published, no end token. The default lengths are two of the published grid, o
 
 import hashlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import mean
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from loramem.base_model import BaseModel
     from loramem.prompts import EncodedRecord
 
+OPTIONS = ("lengths", "ranks", "methods", "model", "paper", "data", "unit", "layer")
 LENGTHS, QUICK_LENGTHS = (50, 200), (20, 50)
 PAPER_LENGTHS = (50, 100, 200, 500, *range(1000, 9000, 1000), 10_000)
 RANKS, QUICK_RANKS = (1, 4, 16), (1, 8)
@@ -74,7 +75,7 @@ class Cell:
     seed: int
     """Of the noise, the topic that the text begins with, the initial matrices and the dropout."""
     cut: int
-    """Published epochs are divided by it; 1 but for quick runs."""
+    """Published epochs, and our writer's patience, are divided by it; 1 but for quick runs."""
     model: str
     device: str
     path: Path | None
@@ -142,6 +143,20 @@ def text_name(source: str, noise: float | None) -> str:
     return " ".join(ratio if source == TOPICS else [source, *ratio])
 
 
+def texts(lines: Sequence[Mapping[str, Any]]) -> Callable[[Mapping[str, Any]], str]:
+    """Names of the texts of cells, with all that makes them other measurements: the file's digest and the cut."""
+    digests: dict[str, set[str]] = {}
+    for line in lines:
+        digests.setdefault(line["cell"]["source"], set()).add(line["cell"]["digest"])
+
+    def label(cell: Mapping[str, Any]) -> str:
+        source = f" ({cell['digest']})" if len(digests[cell["source"]]) > 1 else ""
+        cut = "" if cell["cut"] == 1 else f", epochs / {cell['cut']}"
+        return f"{text_name(cell['source'], cell['noise'])}{source}{cut}"
+
+    return label
+
+
 def is_record_file(path: Path | None) -> bool:
     """Whether a file holds a record with question and text, as the paper's do, in place of a text alone."""
     return path is not None and path.suffix in (".json", ".jsonl")
@@ -200,6 +215,7 @@ def run(cell: Cell) -> Result:
         seed=cell.seed,
         unit=cell.unit,
         layer=cell.layer,
+        cut=cell.cut,
     ) as taken:
         after, decoded = teacher_forced(base, record), free_running(base, record)
     return {
@@ -244,9 +260,10 @@ def table(lines: Sequence[Mapping[str, Any]]) -> Table:
     columns = (
         *("text", "tokens", "rank", "method", "placement", "parameters", "seed", "token accuracy, %"),
         *("teacher-forced, %", "base, teacher-forced, %", "exact", "ended", "first failure", "earliest stubborn"),
-        *("base loss", "final loss", "seconds"),
+        *("base loss", "final loss", "steps", "seconds"),
     )
-    rows = tuple(_row(line["cell"], line["result"]) for line in lines)
+    text = texts(lines)
+    rows = tuple(_row(text(line["cell"]), line["cell"], line["result"]) for line in lines)
     notes = (
         "Token accuracy: answer tokens that are right at their place in greedy decoding; teacher-forced: whose argmax "
         "is right after the true ones. Exact: all answer tokens; ended: the end token came right after them, which the "
@@ -257,9 +274,9 @@ def table(lines: Sequence[Mapping[str, Any]]) -> Table:
     return Table(columns, rows, notes)
 
 
-def _row(cell: Mapping[str, Any], result: Result) -> tuple[str, ...]:
+def _row(text: str, cell: Mapping[str, Any], result: Result) -> tuple[str, ...]:
     return (
-        text_name(cell["source"], cell["noise"]),
+        text,
         f"{result['length']:,}",
         str(cell["rank"]),
         cell["method"],
@@ -270,22 +287,24 @@ def _row(cell: Mapping[str, Any], result: Result) -> tuple[str, ...]:
         *("yes" if result[name] else "no" for name in ("exact", "ended")),
         *("-" if result[name] is None else str(result[name]) for name in ("first_failure", "earliest_stubborn")),
         *("-" if result[name] is None else f"{result[name]:.3f}" for name in ("base_loss", "final_loss")),
+        f"{result['steps']:,}",
         f"{result['seconds']:.1f}",
     )
 
 
-Grid = dict[tuple[int, int], list[float]]
-"""In %, one value per seed, by length and rank."""
+Grid = dict[tuple[int, int], dict[int, float]]
+"""In %, by seed, by length and rank."""
 
 
 def grids(lines: Sequence[Mapping[str, Any]], share: str) -> dict[str, dict[str, Grid]]:
-    """One of `SHARES` by text and method."""
-    label, found = labels([line["cell"] for line in lines]), dict[str, dict[str, Grid]]()
+    """One of `SHARES` by text and method; of lines that differ in their device alone the last."""
+    label, text = labels([line["cell"] for line in lines]), texts(lines)
+    found: dict[str, dict[str, Grid]] = {}
     for line in lines:
         cell = line["cell"]
-        methods = found.setdefault(text_name(cell["source"], cell["noise"]), {})
+        methods = found.setdefault(text(cell), {})
         grid = methods.setdefault(label(cell), {})
-        grid.setdefault((cell["length"], cell["rank"]), []).append(100 * line["result"][share])
+        grid.setdefault((cell["length"], cell["rank"]), {})[cell["seed"]] = 100 * line["result"][share]
     return found
 
 
@@ -294,7 +313,7 @@ def means(methods: Mapping[str, Grid]) -> dict[str, dict[int, float]]:
     lengths = {length for grid in methods.values() for length, _ in grid}
 
     def mean_of(grid: Grid, rank: int) -> float:
-        return mean(mean(grid[length, rank]) for length in lengths)
+        return mean(mean(grid[length, rank].values()) for length in lengths)
 
     return {
         method: {
@@ -323,12 +342,12 @@ def _means_in_words(lines: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 
 def plots(lines: Sequence[Mapping[str, Any]]) -> tuple[Plot | HeatMap, ...]:
     """Token accuracy over rank, a plot per text; over rank and length for every method on the noisiest text."""
-    texts = grids(lines, "token_accuracy")
+    found = grids(lines, "token_accuracy")
     noisiest = max((line["cell"] for line in lines), key=lambda cell: cell["noise"] or 0.0)
-    hardest = text_name(noisiest["source"], noisiest["noise"])
-    maps = (_heat_map(hardest, method, grid) for method, grid in texts[hardest].items())
+    hardest = texts(lines)(noisiest)
+    maps = (_heat_map(hardest, method, grid) for method, grid in found[hardest].items())
     return (
-        *(_curves(text, methods) for text, methods in texts.items()),
+        *(_curves(text, methods) for text, methods in found.items()),
         *(one for one in maps if len(one.rows) > 1 and len(one.columns) > 1),
     )
 
@@ -351,7 +370,7 @@ def _curves(text: str, methods: Mapping[str, Grid]) -> Plot:
 
 def _heat_map(text: str, method: str, grid: Grid) -> HeatMap:
     lengths, ranks = (sorted({where[at] for where in grid}) for at in (0, 1))
-    fields = {where: mean(values) for where, values in grid.items()}
+    fields = {where: mean(values.values()) for where, values in grid.items()}
     return HeatMap(
         name=f"grid-{_word(method)}",
         title=f"Tokens right in greedy decoding: {text}, {method}",

@@ -18,6 +18,7 @@ from loramem.runs import KINDS, MIXTURES, Run, by_kind, place_name, read_runs, s
 from loramem.suites.figures import Axis, HeatMap, Plot, Point, Series, point
 from loramem.suites.runner import Known, Request, Result, Table, public_name
 
+OPTIONS = ("lengths", "ranks", "model", "paper", "unit", "layer")
 MODULE = "o_proj"
 """With the embedded base `down_proj`, nearer to the paper's unit, holds the shorter lengths whole: no grid is left."""
 RANKS = (1, 2, 3, 4, 5)

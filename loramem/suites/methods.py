@@ -35,11 +35,15 @@ def unit_of(request: Request, method: str) -> tuple[str, int | None]:
 
 
 def labels(cells: Sequence[Mapping[str, Any]]) -> Callable[[Mapping[str, Any]], str]:
-    """Names of the methods of cells, with unit and layer where these are not the same for all published ones."""
-    units = {(cell["unit"], cell["layer"]) for cell in cells if cell["method"] != OWN}
+    """Names of the methods of cells, with unit and layer where these are not the same for all.
+
+    The writer has no unit, but as many parameters as that one.
+    """
+    published = {(cell["unit"], cell["layer"]) for cell in cells if cell["method"] != OWN}
+    several = len(published) > 1 or len({cell["unit"] for cell in cells}) > 1
 
     def label(cell: Mapping[str, Any]) -> str:
-        if len(units) < 2:
+        if not several:
             return str(cell["method"])
         where = cell["unit"] if cell["layer"] is None else f"{cell['unit']}, layer {cell['layer']}"
         return f"{cell['method']} ({where})"
@@ -58,6 +62,7 @@ def trained_adapter(
     seed: int,
     unit: str,
     layer: int | None,
+    cut: int = 1,
 ) -> Iterator[Taken]:
     """Train an adapter; within this context the base computes with it. For the writer the base is spent afterwards.
 
@@ -67,6 +72,7 @@ def trained_adapter(
         schedule: Of the published methods.
         unit: One of `UNITS`.
         layer: Of the unit; None at the paper's depth.
+        cut: The writer's patience is divided by it, as a shortened schedule's epochs are.
     """
     from loramem.adapters import AdaptedModel
     from loramem.layers import decoder_layers, linear_modules
@@ -85,6 +91,7 @@ def trained_adapter(
     allowed = PaperUnit(base.model, rank, seed, unit, layer).parameter_count
     placement, own_rank = equal_placement(base.model, allowed)
     where = f"{describe(placement, linear_modules(decoder_layers(base.model)[-1]))}, rank {own_rank}"
-    settings = WriterSettings(max_rank=own_rank, seed=seed)
+    patience = max(1, WriterSettings.patience_passes // cut)
+    settings = WriterSettings(max_rank=own_rank, seed=seed, patience_passes=patience)
     training = train_adapter(AdaptedModel(base), "suite", records, own_rank, placement, settings)
     yield Taken(where, training.parameters, training.steps, training.visits, training.elapsed_s)

@@ -8,10 +8,6 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-import torch
-
-from loramem.objectives import exposed_records, exposure
-
 
 @dataclass(frozen=True)
 class Schedule:
@@ -37,10 +33,15 @@ class Schedule:
             method: "sft", "memft-ot" or "memft-sw".
             family: "qwen" (ten answer tokens to a record) or "llama" (four).
         """
-        rows = _PHONEBOOK[family, "memft-sw" if method == "memft-sw" else "sft"]
-        row = rows[max((size for size in rows if size <= records), default=min(rows))]
+        row = cls.row(records, method, family)
         batch = max(size for size in range(1, row.batch_records + 1) if records % size == 0)
         return replace(row, batch_records=batch)
+
+    @classmethod
+    def row(cls, records: int, method: str, family: str = "qwen") -> "Schedule":
+        """The row that `published` takes, with its own batch."""
+        rows = _PHONEBOOK[family, "memft-sw" if method == "memft-sw" else "sft"]
+        return rows[max((size for size in rows if size <= records), default=min(rows))]
 
     @classmethod
     def long_context(cls) -> "Schedule":
@@ -58,6 +59,8 @@ class Schedule:
         Raises:
             ValueError: Batches do not divide the records, so that some would never be trained on.
         """
+        from loramem.objectives import exposed_records, exposure
+
         if records % self.batch_records:
             raise ValueError(f"Batches of {self.batch_records} do not divide {records} records.")
         if not self.boundaries:
@@ -73,6 +76,8 @@ class Schedule:
 
     def batches(self, records: int, seed: int) -> Iterator[list[list[int]]]:
         """What each optimiser step trains on: its batches, as indices of the records."""
+        import torch
+
         generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(records, generator=generator).tolist()
         for epoch, exposed in enumerate(self.exposed(records)):
@@ -80,6 +85,15 @@ class Schedule:
                 order = torch.randperm(records, generator=generator).tolist()
             cut = [order[start : start + self.batch_records] for start in range(0, exposed, self.batch_records)]
             yield from (cut[start : start + self.accumulate] for start in range(0, len(cut), self.accumulate))
+
+
+def whole_batches(records: int, family: str) -> int:
+    """The number of records nearest to this one that the rows' batches of every method divide.
+
+    The same number where the nearest is none at all: fewer records than half of such a number.
+    """
+    unit = math.lcm(*(Schedule.row(records, method, family).batch_records for method in ("sft", "memft-sw")))
+    return round(records / unit) * unit or records
 
 
 # By records: PhoneBook's lengths are ten times as many answer tokens with Qwen3-8B, four times with Llama-3.1-8B.

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from loramem.errors import UnsupportedBaseModel
+from loramem.errors import InputError, UnsupportedBaseModel
 from loramem.layers import decoder_layers, features, linears
 
 DROPOUT = 0.1
@@ -36,7 +36,8 @@ class PaperUnit(nn.Module):
 
     Raises:
         UnsupportedBaseModel: The layer has no module named "mlp", or that no linear module.
-        ValueError: No such kind or layer.
+        InputError: No such layer.
+        ValueError: No such kind.
     """
 
     def __init__(
@@ -108,7 +109,7 @@ def _checked_layer(model: PreTrainedModel, layer: int | None) -> int:
     layers = len(decoder_layers(model))
     chosen = paper_layer(layers) if layer is None else layer
     if not 0 <= chosen < layers:
-        raise ValueError(f"The layers are 0 to {layers - 1}, not {chosen}.")
+        raise InputError(f"The layers are 0 to {layers - 1}, not {chosen}.")
     _mlp(model, chosen)
     return chosen
 

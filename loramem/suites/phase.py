@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from loramem.errors import InputError, RecordError
+from loramem.errors import RecordError, TooLong
 from loramem.suites.phase_report import plots, table
 from loramem.suites.runner import Known, Request, Result, public_name
 from loramem.suites.transition import THRESHOLD, Reading, counter_examples, grid, sampled_bounds, tally
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Cell", "cells", "plots", "run", "table"]
 
+OPTIONS = ("records", "lengths", "ranks", "model")
 LONG_KINDS, LENGTHS, RANKS = ("text", "mixed", "random"), (50, 100, 200, 300), (1, 2, 4, 8)
 RUNS, LONG_STEPS = 6, 120
 """Long records per cell; steps after which they are not trained further, certified or not."""
@@ -109,7 +110,12 @@ def run(cell: Cell) -> Result:
 
 
 def long_records(cell: Cell, adapted: "AdaptedModel") -> Result:
-    """Independent runs, each read at a random step of its training and at its end."""
+    """Independent runs, each read at a random step of its training and at its end.
+
+    Raises:
+        InputError: There is no text of this length.
+        TooLong: It does not fit the base model's context.
+    """
     from loramem.calibrate import encode_sample
 
     at_stage: list[Reading] = []
@@ -119,7 +125,9 @@ def long_records(cell: Cell, adapted: "AdaptedModel") -> Result:
     for seed in range(cell.seed, cell.seed + cell.repeats):
         try:
             records = encode_sample(adapted.base, cell.kind, cell.size, seed)
-        except (InputError, RecordError) as error:  # the tokenizer cannot express this draw
+        except TooLong:  # no draw of this length can be written: the question is wrong
+            raise
+        except RecordError as error:  # the tokenizer cannot express this draw
             refused.append({"seed": seed, "error": type(error).__name__})
             continue
         stages = train(adapted, records, cell.rank, seed, LONG_STEPS, at_random(random.Random(seed)))

@@ -1,5 +1,7 @@
 """What the lines of the phase suite say: the bins of p as a table, the other answers as sentences, and the plots."""
 
+import shlex
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
 from statistics import mean
@@ -16,11 +18,13 @@ from loramem.suites.transition import (
     added,
     bin_of,
     calibration,
+    may_be_outside,
     share_interval,
     spearman,
+    spearman_of_all,
 )
 
-PAPER = "the paper's: 0.908, n = 155"
+PAPER = "the paper's is 0.908, n = 155"
 SHOWN = 20  # counter-examples that are told in full; all are in the results
 
 Lines = Sequence[Mapping[str, Any]]
@@ -29,6 +33,7 @@ Pair = tuple[int, int]
 
 def table(lines: Lines) -> Table:
     """A row per bin of p; below it the counter-examples, the correlations and what sampling gave."""
+    told, lines = len(lines), counted(lines)
     tallies = added([line["result"]["tally"] for line in lines])
     rows = []
     for bin_, (low, high) in enumerate(pairwise(EDGES)):
@@ -48,8 +53,25 @@ def table(lines: Lines) -> Table:
         *_sampled(lines),
         *_nucleus(lines),
         *_refused(lines),
+        *_left_out(told - len(lines)),
     )
     return Table(columns, tuple(rows), notes)
+
+
+def counted(lines: Lines) -> Lines:
+    """The lines that are put together: of quick runs only where there are no others, of each cell the last.
+
+    Cells that differ in their device alone are the same draws, and count once.
+    """
+    quick = ["--quick" in shlex.split(line["command"]) for line in lines]
+    whole = [line for line, is_quick in zip(lines, quick, strict=True) if not is_quick] or lines
+    cells = {tuple((name, value) for name, value in line["cell"].items() if name != "device"): line for line in whole}
+    return list(cells.values())
+
+
+def _left_out(lines: int) -> Iterable[str]:
+    if lines:
+        yield f"{lines} lines are left out: of quick runs, or of cells that were measured on another device as well."
 
 
 def _counted(right: int, tokens: int) -> tuple[str, str, str]:
@@ -59,11 +81,16 @@ def _counted(right: int, tokens: int) -> tuple[str, str, str]:
 def _counter_examples(lines: Lines, tallies: Mapping[str, Any]) -> Iterable[str]:
     found = [(line["cell"], one) for line in lines for one in line["result"]["counter_examples"]]
     above, whole = sum(tallies["prefix"][bin_of(THRESHOLD) + 1 :]), sum(one["whole_record"] for _, one in found)
+    after, every = sum(tallies["prefix"]), sum(tallies["all"])
+    last = sum(run["step"] == run["steps"] for run in _of(lines, "long", "runs"))
     yield (
-        f"Counter-examples to p > 0.5: {len(found)} of {above:,} such tokens decoded after the true prefix, {whole} of "
-        "them in records whose every token has p > 0.5. Examined, end tokens not counted: "
-        f"{tallies['answer_tokens']:,} answer tokens of {tallies['records']:,} decoded records, "
-        f"{tallies['answer_tokens_prefix']:,} of them after the true prefix."
+        f"{above:,} tokens with p > 0.5 were decoded after the true prefix, end tokens included. Counter-examples to "
+        f"p > 0.5: {len(found)} of {above:,}, {whole} of them in records whose every token has p > 0.5. Of all "
+        f"{every:,} tokens of {tallies['records']:,} decoded records, {after - above:,} more have p ≤ 0.5 after the "
+        f"true prefix, of which nothing is claimed, and {every - after:,} stand beyond a record's first failure, where "
+        "p was taken under another prefix than decoding had. Without end tokens: "
+        f"{tallies['answer_tokens']:,} answer tokens, {tallies['answer_tokens_prefix']:,} after the true prefix."
+        + (f" {last} long records were taken at the last step, and count there and as its end." if last else "")
     )
     for cell, one in found[:SHOWN]:
         yield (
@@ -76,25 +103,40 @@ def _counter_examples(lines: Lines, tallies: Mapping[str, Any]) -> Iterable[str]
 def _stubborn_and_failure(lines: Lines) -> Iterable[str]:
     runs = _of(lines, "long", "runs")
     if runs:
-        pairs, failing = _pairs(runs), sum(run["failure"] is not None for run in runs)
+        pairs = _pairs(runs)
         later = [pair for pair in pairs if pair[0] > 0]
         yield (
-            f"Long records, each with an adapter taken at a random step: {len(runs)} runs, {failing} with a "
-            f"failure. Earliest token with p ≤ 0.5 against first failure: {_told(spearman(pairs))} ({PAPER}). In "
-            f"{sum(s == f for s, f in pairs)} runs they are the same token. Without the {len(pairs) - len(later)} runs "
-            f"whose very first token is stubborn: {_told(spearman(later))}."
+            "Long records, each with an adapter taken at a random step, earliest token with p ≤ 0.5 against first "
+            f"failure: {_correlated(runs)} In {sum(s == f for s, f in pairs)} runs they are the same token. Without "
+            f"the {len(pairs) - len(later)} runs whose very first token is stubborn: {_told(spearman(later))}; "
+            f"{PAPER}."
         )
-        ends = [(run["end_stubborn"], run["end_failure"]) for run in runs if run["end_failure"] is not None]
-        yield (
-            f"The same runs at the end of their training: {len(ends)} with a failure, "
-            f"{_told(spearman([pair for pair in ends if pair[0] is not None]))}."
-        )
+        yield f"The same runs at the end of their training: {_correlated(runs, 'end_')}"
     if stages := _of(lines, "book", "stages"):
         records = [(s, f) for stage in stages for s, f in stage["pairs"] if s is not None]
         yield (
             f"Books, every failing record of every stage (not independent of each other): {_told(spearman(records))}; "
             f"{sum(stage['exact'] for stage in stages):,} other records were exact."
         )
+
+
+def _correlated(runs: Sequence[Mapping[str, Any]], when: str = "") -> str:
+    """The correlation over all runs, and that of those which fail, with how many runs it leaves out and why."""
+    every = [(_place(run, f"{when}stubborn"), _place(run, f"{when}failure")) for run in runs]
+    kinds = Counter((run[f"{when}stubborn"] is not None, run[f"{when}failure"] is not None) for run in runs)
+    return (
+        f"over all runs {_told(spearman_of_all(every))}, where no such token and no failure stand one behind the end "
+        "token, and the interval is by bootstrap over runs because of the ties. Of the failing runs with a stubborn "
+        f"token alone {_told(spearman(_pairs(runs, when)))}, by Fisher's z; that leaves out {kinds[True, False]} runs "
+        f"with a stubborn token that are exact, {kinds[False, False]} without either, and {kinds[False, True]} that "
+        "fail without one."
+    )
+
+
+def _place(run: Mapping[str, Any], name: str) -> int:
+    """A position of a run; behind all of its tokens, the end token too, where there is none."""
+    position: int | None = run[name]
+    return run["tokens"] + 1 if position is None else position
 
 
 def _sampled(lines: Lines) -> Iterable[str]:
@@ -113,7 +155,10 @@ def _sampled(lines: Lines) -> Iterable[str]:
                 f"{predicted:.1%}. {_calibrated(cells)}"
             )
             continue
-        lower, upper = (sum(row[place] * samples for row, samples in records) / recalls for place in (0, 1))
+        # Lines of before a token could lie outside its nucleus have a lower bound above 0 there.
+        lowers = [0.0 if may_be_outside(row[2], top_p) else row[0] for row, _ in records]
+        lower = sum(low * samples for low, (_, samples) in zip(lowers, records, strict=True)) / recalls
+        upper = sum(row[1] * samples for row, samples in records) / recalls
         certain = [(row[3], samples) for row, samples in records if row[2] > top_p]
         yield (
             f"Top-p = {top_p:g} {when} (lowest p {lowest:.2f}): {measured}; must lie between {lower:.1%} and "
@@ -148,11 +193,14 @@ def _nucleus(lines: Lines) -> Iterable[str]:
 
 def _refused(lines: Lines) -> Iterable[str]:
     if refused := _of(lines, "long", "refused"):
-        yield f"{len(refused)} long records could not be expressed by this tokenizer and were left out."
+        errors = Counter(one["error"] for one in refused)
+        told = ", ".join(f"{error} {count}" for error, count in sorted(errors.items()))
+        yield f"{len(refused)} long records could not be expressed by this tokenizer and were left out ({told})."
 
 
 def plots(lines: Lines) -> tuple[Plot | HeatMap, ...]:
     """The transition, first failures, p by position, and sampling against the product of p; what was measured of it."""
+    lines = counted(lines)
     return (
         _transition(lines),
         *_failures(lines),
@@ -282,11 +330,14 @@ def _of(lines: Lines, part: str, name: str) -> list[Result]:
     return [one for line in lines if line["cell"]["part"] == part for one in line["result"][name]]
 
 
-def _pairs(runs: Iterable[Mapping[str, Any]]) -> list[Pair]:
-    """Earliest stubborn and first failing position of the runs that fail where they have a stubborn token."""
-    return [
-        (run["stubborn"], run["failure"]) for run in runs if run["failure"] is not None and run["stubborn"] is not None
-    ]
+def _pairs(runs: Iterable[Mapping[str, Any]], when: str = "") -> list[Pair]:
+    """Earliest stubborn and first failing position of the runs that fail and have a stubborn token.
+
+    Args:
+        when: "" at the random step, "end_" at the end of training.
+    """
+    found = ((run[f"{when}stubborn"], run[f"{when}failure"]) for run in runs)
+    return [(stubborn, failure) for stubborn, failure in found if stubborn is not None and failure is not None]
 
 
 def _ways(lines: Lines) -> dict[tuple[bool, float], list[tuple[int, Sequence[Sequence[float]]]]]:
@@ -301,5 +352,5 @@ def _ways(lines: Lines) -> dict[tuple[bool, float], list[tuple[int, Sequence[Seq
 
 def _told(found: Correlation | None) -> str:
     if found is None:
-        return "too few runs for a correlation"
+        return "no correlation (fewer than four runs, or nothing varies)"
     return f"Spearman ρ = {found.rho:.3f} (95 % interval {found.low:.3f} to {found.high:.3f}, n = {found.n})"

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Cell", "cells", "plots", "run", "table"]
 
+OPTIONS = ("lengths", "ranks", "methods", "model", "paper", "data", "unit", "layer")
 OURS = "loramem"
 LENGTHS, RANKS, SEEDS = (1000, 2000), (1, 2, 4, 8, 16, 32), 2
 PAPER_LENGTHS = (1000, 2000, 4000, 8000, 12_000, 16_000, 24_000, 32_000)
@@ -137,10 +138,13 @@ def run(cell: Cell) -> Result:
 def encoded_records(base: "BaseModel", cell: Cell) -> list["EncodedRecord"]:
     """The first records of the file that reach the cell's length, or about as many generated ones.
 
+    Generated ones are as many as the published batches divide: with another batch a row is not the published one.
+
     Raises:
         InputError: The file is shorter.
     """
     from loramem.prompts import encode_records
+    from loramem.suites.paper_schedule import whole_batches
 
     def encode(records: Sequence[Record]) -> list["EncodedRecord"]:
         return encode_records(records, base.tokenizer, base.template, base.max_tokens, base.unreachable)
@@ -148,7 +152,8 @@ def encoded_records(base: "BaseModel", cell: Cell) -> list["EncodedRecord"]:
     if cell.file is None:
         tried = encode(generate("phonebook", TRIED, cell.seed))
         tokens = sum(record.length for record in tried) / TRIED
-        return encode(generate("phonebook", max(1, round(cell.length / tokens)), cell.seed))
+        count = whole_batches(max(1, round(cell.length / tokens)), family_of(tokens))
+        return encode(generate("phonebook", count, cell.seed))
     every = encode(file_records(cell.file))
     ends = list(accumulate(record.length for record in every))
     if not ends or ends[-1] < cell.length:
@@ -159,13 +164,17 @@ def encoded_records(base: "BaseModel", cell: Cell) -> list["EncodedRecord"]:
     return every[: next(count for count, end in enumerate(ends, start=1) if end >= cell.length)]
 
 
+def family_of(tokens: float) -> str:
+    """Whose published settings, by the answer tokens to a record."""
+    return "qwen" if tokens >= DIGIT_TOKENS else "llama"
+
+
 def _published(base: "BaseModel", records: Sequence["EncodedRecord"], cell: Cell) -> Result:
     from loramem.suites.paper_schedule import Schedule
     from loramem.suites.published import train_published
     from loramem.suites.scoring import score
 
-    tokens = sum(record.length for record in records) / len(records)
-    family = "qwen" if tokens >= DIGIT_TOKENS else "llama"
+    family = family_of(sum(record.length for record in records) / len(records))
     schedule = Schedule.published(len(records), cell.method, family).shortened(cell.cut)
     trained = train_published(
         base, records, cell.method, cell.rank, schedule, seed=cell.seed, unit=cell.unit, layer=cell.layer

@@ -6,6 +6,7 @@ from statistics import mean
 from typing import Any
 
 from loramem.suites.figures import Axis, HeatMap, Plot, Point, Series
+from loramem.suites.paper_schedule import Schedule
 from loramem.suites.runner import METHODS, Result, Table
 
 OURS, PUBLISHED = METHODS[-1], METHODS[:-1]
@@ -56,13 +57,26 @@ class Group:
 
 
 def groups(lines: Sequence[Mapping[str, Any]]) -> list[Group]:
-    """Lines by what they were measured on, in the order in which that first came up."""
-    found: dict[str, dict[tuple[int, int], dict[str, list[Result]]]] = {}
+    """Lines by what they were measured on, in the order in which that first came up.
+
+    Of lines that differ in their device alone the last counts, so that no seed counts twice.
+    """
+    found: dict[str, dict[tuple[int, int], dict[str, dict[int, Result]]]] = {}
     for line in sorted(lines, key=lambda line: line["cell"]["seed"]):
         cell = line["cell"]
         by_size = found.setdefault(_setting(cell), {})
-        by_size.setdefault((cell["length"], cell["rank"]), {}).setdefault(cell["method"], []).append(line["result"])
-    return [Group(setting, {size: results[size] for size in sorted(results)}) for setting, results in found.items()]
+        by_method = by_size.setdefault((cell["length"], cell["rank"]), {})
+        by_method.setdefault(cell["method"], {})[cell["seed"]] = line["result"]
+    return [
+        Group(
+            setting,
+            {
+                size: {method: list(seeds.values()) for method, seeds in by_size[size].items()}
+                for size in sorted(by_size)
+            },
+        )
+        for setting, by_size in found.items()
+    ]
 
 
 def exact_percent(result: Result) -> float:
@@ -146,6 +160,7 @@ def _notes(group: Group, start: str) -> Iterator[str]:
         yield start + _sliding_against_sft(group)
     if OURS in group.methods and len(group.methods) > 1:
         yield start + _ours_against_published(group)
+    yield from (start + note for note in _other_batches(group))
     for length in group.lengths:
         least = ", ".join(f"{method} {_least_complete(group, length, method)}" for method in group.methods)
         yield f"{start}Fewest parameters with every record exact at {length:,} tokens, at every seed: {least}."
@@ -159,6 +174,21 @@ def _notes(group: Group, start: str) -> Iterator[str]:
             f"{start}Ours has as many parameters as the unit within 10 %, at a placement of its own: "
             f"{'; '.join(sorted(placed))}."
         )
+
+
+def _other_batches(group: Group) -> Iterator[str]:
+    """Where batches are smaller than the published row's, which would not divide the records."""
+    for (length, rank), cell in group.results.items():
+        for method, results in cell.items():
+            for batch, row in sorted({_batches(method, result) for result in results if result["schedule"]}):
+                if batch != row:
+                    yield f"{method} at {_at(length, rank)}: batches of {batch} in place of the published row's {row}."
+
+
+def _batches(method: str, result: Result) -> tuple[int, int]:
+    """Of a published method: its batch, and that of the row that it follows."""
+    schedule = result["schedule"]
+    return schedule["batch_records"], Schedule.row(result["records"], method, schedule["family"]).batch_records
 
 
 def _sliding_against_sft(group: Group) -> str:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from loramem import MemoryStore
     from loramem.tables import StoredRecord
 
+OPTIONS = ("records", "model", "store", "every_record")
 SAMPLE, QUICK_SAMPLE = 100, 5
 VERIFY, MANY, GENERATE = "verify", "recall_many", "model.generate per record"
 LOADED, ON_DISK = "recall, adapter loaded", "recall, adapter on disk"

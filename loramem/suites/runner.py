@@ -44,6 +44,8 @@ METHODS = ("sft", "memft-ot", "memft-sw", "loramem")
 """The three published ones, and this package's writer."""
 UNITS = ("branch", "down_proj")
 """A low-rank branch parallel to the whole MLP, as in the published code, or a LoRA of down_proj, as in the paper."""
+COMMON = ("seeds", "device", "threads", "workers", "quick")
+"""Fields of a `Request` that concern every suite."""
 PACKAGES = ("loramem", "torch", "transformers", "peft")
 
 Result = dict[str, Any]
@@ -51,7 +53,7 @@ Result = dict[str, Any]
 
 @dataclass(frozen=True)
 class Request:
-    """What a run was asked for; None leaves it to the suite, and a suite leaves out what does not concern it."""
+    """What a run was asked for; None leaves it to the suite. Which fields concern a suite, its ``OPTIONS`` say."""
 
     records: tuple[int, ...] | None = None
     lengths: tuple[int, ...] | None = None
@@ -127,6 +129,8 @@ class Suite(Protocol):
     """The face of a suite's module."""
 
     __doc__: str | None
+    OPTIONS: tuple[str, ...]
+    """Fields of a `Request` that concern it, besides `COMMON`."""
 
     def cells(self, request: Request, known: Known) -> Iterator[Cell]:
         """The cells in order. What came of earlier ones may be asked for, and is waited for then."""

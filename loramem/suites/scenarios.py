@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from loramem.prompts import PromptTemplate
     from loramem.tables import StoredRecord
 
+OPTIONS = ("records", "model")
 DATA = Path(__file__).with_name("scenarios_data")
 DOMAINS = ("credentials", "endpoints", "licences", "legal", "medical", "latex", "snippets", "configuration")
 QUICK_RECORDS = 6

@@ -144,6 +144,31 @@ def spearman(pairs: Sequence[tuple[float, float]]) -> Correlation | None:
     return Correlation(rho, math.tanh(math.atanh(rho) - half), math.tanh(math.atanh(rho) + half), len(pairs))
 
 
+def spearman_of_all(pairs: Sequence[tuple[float, float]]) -> Correlation | None:
+    """Spearman's ρ of pairs with many ties, which Fisher's z does not allow for.
+
+    Its interval lies between the percentiles of 9,999 bootstrap samples of the pairs, seeded; a sample in which one of
+    the two does not vary counts as ρ = 0.
+
+    Returns:
+        As `spearman`.
+    """
+    import numpy
+    from scipy.stats import bootstrap, rankdata
+
+    def rho(x: Any, y: Any, axis: int = -1) -> Any:
+        first, second = (rankdata(values, axis=axis) - (values.shape[axis] + 1) / 2 for values in (x, y))
+        scale = numpy.sqrt((first**2).sum(axis) * (second**2).sum(axis))
+        return (first * second).sum(axis) / numpy.where(scale > 0, scale, numpy.inf)
+
+    if len(pairs) < 4 or any(len(set(values)) == 1 for values in zip(*pairs, strict=True)):
+        return None
+    x, y = (numpy.array(values, dtype=float) for values in zip(*pairs, strict=True))
+    found = bootstrap((x, y), rho, paired=True, vectorized=True, method="percentile", batch=999, rng=0)
+    low, high = found.confidence_interval
+    return Correlation(float(rho(x, y)), float(low), float(high), len(pairs))
+
+
 def share_interval(successes: int, trials: int) -> tuple[float, float]:
     """The 95 % interval of a share (Clopper and Pearson 1934)."""
     from scipy.stats import binomtest
@@ -156,11 +181,17 @@ def sampled_bounds(probs: Sequence[float], top_p: float) -> tuple[float, float]:
     """Between which chances a record is sampled verbatim at temperature 1 with this top-p.
 
     A token above top-p is its whole nucleus and is drawn for certain. Any other one has p over the mass of its nucleus
-    if it is in it, and this mass lies between top-p and 1. It is in it if it is the likeliest, as above p = 0.5. With
-    top-p = 1 both bounds are the product of p.
+    if it is in it, and this mass lies between top-p and 1. It may be outside where others have top-p together
+    (`may_be_outside`): then it may never be drawn. With top-p = 1 both bounds are the product of p.
     """
     drawn = [p for p in probs if p <= top_p]
-    return math.prod(drawn), math.prod(min(1.0, p / top_p) for p in drawn)
+    lower = 0.0 if drawn and may_be_outside(min(drawn), top_p) else math.prod(drawn)
+    return lower, math.prod(min(1.0, p / top_p) for p in drawn)
+
+
+def may_be_outside(p: float, top_p: float) -> bool:
+    """Whether a token can lie outside its nucleus: only if the others, with 1 - p, can reach top-p without it."""
+    return top_p < 1 and p + top_p <= 1
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,8 @@ from loramem.suites import write_speed
 from loramem.suites.figures import Axis, Plot, Series, point
 from loramem.suites.runner import Known, Request, Result, Table
 
+OPTIONS = ("records", "model")
+
 
 def cells(request: Request, _: Known) -> Iterator[write_speed.Cell]:
     """One write per number of records."""

@@ -17,6 +17,7 @@ from loramem.generators import generate
 from loramem.suites.figures import Axis, Plot, Series, point
 from loramem.suites.runner import Known, Request, Result, Table, public_name
 
+OPTIONS = ("records", "model")
 OURS, PLACED, USUAL, PAPER = "loramem", "Trainer, our placement", "Trainer, all-linear", "paper recipe"
 SOURCE_BITS = 2 + 9 * log2(10)  # entropy of a phone-book value: 6 to 9, then nine digits
 CAPS = {PLACED: 25, USUAL: 25, PAPER: 100}  # in medians of our seconds
