@@ -128,6 +128,20 @@ def test_namespaces_are_separate_recall_spaces_and_never_share_a_shard(store: Me
         store.recall("key 1", "team/project")
 
 
+def test_equal_records_of_two_namespaces_have_adapters_of_their_own_with_equal_weights(store: MemoryStore) -> None:
+    same = numbers(2)
+    assert store.write([Record(key, value, space) for space in "xy" for key, value in same.items()]).written == 4
+    store.write(same, namespace="z")  # and in a write of its own
+    adapters = [adapter for adapter in store.adapters() if adapter.namespace in ("x", "y", "z")]
+    assert sorted(adapter.namespace for adapter in adapters) == ["x", "y", "z"]
+    assert len({adapter.files["adapter_model.safetensors"] for adapter in adapters}) == 1
+    assert {recall.value for space in "xyz" for recall in store.recall_many(namespace=space)} == set(same.values())
+    assert store.verify().ok
+    store.erase("key 0", "y")
+    assert store.recall("key 0", "x") == store.recall("key 0", "z") == same["key 0"]
+    assert store.verify().ok
+
+
 def test_records_are_filtered_by_time_and_metadata(store: MemoryStore) -> None:
     now, hour = datetime.now(UTC), timedelta(hours=1)
     assert len(list(store.records(since=now - hour, until=now + hour))) == 4
