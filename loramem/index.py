@@ -22,6 +22,8 @@ from loramem.records import Record
 from loramem.tables import (
     MIGRATIONS,
     PENDING,
+    RENAMED,
+    REPLACED,
     SEALED,
     PendingWrite,
     StoredAdapter,
@@ -140,18 +142,38 @@ class Index:
             return int(self.db.table("records").count)
         return int(self.db.table("records").count_where("namespace = ?", [namespace]))
 
-    def versions(self, namespace: str, key: str) -> dict[int, StoredVersion]:
-        """What the key was before, oldest first, also under the names it had; by row id."""
-        names, found = {key}, dict[int, dict[str, Any]]()
+    def versions(self, namespace: str, key: str, *, renamed: bool = False) -> dict[int, StoredVersion]:
+        """What the record of a key was before, oldest first, also under the names it had; by row id.
+
+        Rows are numbered as records end, so one that took a name after a rename is told from the one that left it.
+
+        Args:
+            renamed: Also what had the key before and has another one now.
+        """
+        names, found = [(key, self.next_id("versions"))], dict[int, dict[str, Any]]()
         while names:
-            name = names.pop()
+            name, last = names.pop()
             for row in self.db.table("versions").rows_where(
-                "namespace = ? and (key = ? or successor = ?)", [namespace, name, name]
+                "namespace = ? and (key = ? or successor = ?) and id <= ?",
+                [namespace, name, name, last],
+                order_by="id desc",
             ):
-                if row["id"] not in found and row["key"] != name:
-                    names.add(row["key"])
+                if row["key"] != name:
+                    names.append((row["key"], row["id"]))
+                elif row["ended_by"] == RENAMED and row["id"] != last and not (renamed and name == key):
+                    break
                 found[row["id"]] = row
         return {number: version_of(found[number]) for number in sorted(found)}
+
+    def successor(self, namespace: str, key: str) -> str | None:
+        """The key under which the record that had this one last can be found now, if it was renamed."""
+        rows = "namespace = ? and key = ? and id > ? and ended_by != ?"
+        gone = list(self.db.table("versions").rows_where(rows, [namespace, key, 0, REPLACED], order_by="id desc"))
+        found = None
+        while gone and gone[0]["ended_by"] == RENAMED:
+            found, last = gone[0]["successor"], gone[0]["id"]
+            gone = list(self.db.table("versions").rows_where(rows, [namespace, found, last, REPLACED], order_by="id"))
+        return found
 
     def adapter(self, adapter: str) -> StoredAdapter | None:
         """An adapter, retired or not."""
@@ -171,8 +193,14 @@ class Index:
         return {row["adapter"]: row["retired_at"] for row in self.db.table("retired").rows}
 
     def tombstones(self) -> dict[str, int]:
-        """How many records ended in each adapter that is still there, if any: id -> count."""
-        query = "select adapter, count(*) as dead from versions where adapter in (select id from adapters) group by 1"
+        """How many keys ended in each adapter that is still there, if any: id -> count.
+
+        A key that is live in the adapter again, since its value came back and with it the same weights, is none.
+        """
+        query = (
+            "select adapter, count(*) as dead from (select distinct adapter, namespace, key from versions "
+            "where adapter in (select id from adapters) except select adapter, namespace, key from records) group by 1"
+        )
         return {row["adapter"]: row["dead"] for row in self.db.query(query)}
 
     # The file

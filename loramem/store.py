@@ -315,9 +315,11 @@ class MemoryStore(Memory):
         Records that shared an adapter with them are written anew from the frozen base; the new adapter is byte for
         byte what writing them alone would have given. Backups, exports and what the disk keeps of unlinked files are
         out of reach. A record that was deleted before can still be erased. Killed, it is finished by the same call.
+        A record that was renamed is erased by its new key, under all the names it had.
 
         Raises:
-            KeyNotFound: One of the keys is neither in the store nor in its history; nothing was changed.
+            KeyNotFound: One of the keys is neither in the store nor in its history, or was renamed (``successor``);
+                nothing was changed.
             StubbornRecords: A record that shared an adapter could not be certified again; the records are deleted,
                 not erased.
             StoreLocked: Another process is writing, or kept reading for 30 s.

@@ -182,6 +182,53 @@ def test_every_earlier_version_is_erased_too(store: MemoryStore) -> None:
     assert store.verify().ok
 
 
+def test_a_renamed_record_is_erased_by_the_key_it_has_now(store: MemoryStore) -> None:
+    store.rename("secret", "public")
+    store.rename("public", "open")
+    with pytest.raises(KeyNotFound) as caught:
+        store.erase("secret")
+    assert caught.value.successor == "open"
+    assert store.recall("open") == SECRET
+    store.write({"secret": "12"})
+    store.erase("secret")  # the new record: the other one is left alone
+    assert store.recall("open") == SECRET
+    store.delete("open")
+    store.erase("open")
+    for text in (SECRET, "secret", "public"):
+        assert not holding(store.path, text)
+    assert store.verify().ok
+
+
+def test_a_clock_that_was_ahead_keeps_no_adapter_from_being_erased(store: MemoryStore, monkeypatch) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr("loramem.commits.now", lambda: "2999-01-01T00:00:00+00:00")
+        store.update("secret", "98765432")
+    store.erase("secret")
+    assert store.stats().retired_adapters == 0
+    assert len(list((store.path / "adapters").iterdir())) == len(store.adapters())
+
+
+def test_files_of_somebody_else_among_the_adapters_are_left_alone(store: MemoryStore) -> None:
+    own = store.path / "adapters" / "my-own-adapter"
+    own.mkdir()
+    for path in (own / "file", store.path / "adapters" / ".DS_Store", store.path / "adapters" / ("0" * 32)):
+        path.write_text("mine")
+    (store.path / "adapters" / ("1" * 32)).symlink_to(own)
+    store.erase("secret")
+    assert (own / "file").read_text() == (store.path / "adapters" / ".DS_Store").read_text() == "mine"
+    assert not holding(store.path, SECRET)
+
+
+def test_a_value_that_comes_back_leaves_no_tombstone_in_its_old_adapter(store: MemoryStore) -> None:
+    for value in ("one", "two", "one"):
+        store.write({"back": value}, rank=4, on_conflict="replace")
+    assert {v.adapter for v in store.history("back")} - {a.id for a in store.adapters()}  # of "two", retired
+    store.gc(grace_s=0)
+    assert store.stats().tombstones == 0
+    store.compact()
+    assert store.stats().advice is None
+
+
 def test_erasing_an_unknown_key_changes_nothing(store: MemoryStore) -> None:
     with pytest.raises(KeyNotFound):
         store.erase(["secret", "nobody"])
