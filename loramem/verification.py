@@ -35,8 +35,13 @@ def full_check(engine: Engine, progress: Callable[[int, int], None] | None = Non
     done = 0
     for batch in decode_batches(records):
         try:
-            decoded = engine.reader.try_decode(batch)
-            failed += [record.key for record, value in decoded if value is None]
+            for record, value in engine.reader.try_decode(batch):
+                if value is None:
+                    failed.append(record.key)
+                elif (tokens := engine.reader.count_tokens(value)) != record.answer_tokens:
+                    damaged.append(
+                        f"The record {record.key!r} has {tokens} answer tokens, its row says {record.answer_tokens}"
+                    )
         except IntegrityError as error:
             failed += [record.key for record in batch]
             if not any(error.what in problem for problem in damaged):

@@ -155,6 +155,30 @@ def test_damaged_rows_are_repaired(path: Path, statement: str) -> None:
         assert store.verify().ok
 
 
+@pytest.mark.parametrize(
+    "damaged", ["min_prob = 0.99", "answer_tokens = 1", "answer_tokens = 'abc'", "digest = x'ff00'"]
+)
+@pytest.mark.parametrize("keep_values", [True, False])
+def test_a_repaired_row_says_what_was_trained_and_holds_a_value_only_where_values_are_kept(
+    base: Path, tmp_path: Path, keep_values: bool, damaged: str
+) -> None:
+    path = tmp_path / "memory"
+    with MemoryStore(path, str(base), keep_values=keep_values) as store:
+        store.write({"secret": "4815162342", "other": "7"})
+        before = {record.key: record for record in store.records()}
+    execute(path, f"update records set {damaged} where key = 'secret'")
+    with MemoryStore(path, create=False) as store:
+        if damaged.startswith("digest") and not keep_values:
+            assert store.repair().lost == ("secret",)
+            return
+        assert store.repair().repaired == 2
+        assert {record.key: record for record in store.records()} == before
+        assert values(store) == {"secret": "4815162342", "other": "7"}
+        assert store.verify().ok
+    held = [file.name for file in path.iterdir() if file.is_file() and b"4815162342" in file.read_bytes()]
+    assert bool(held) == keep_values
+
+
 def test_lost_records_are_named_and_only_dropped_on_request(path: Path) -> None:
     execute(path, "update records set digest = 'x', value = 'wrong' where key = 'key 1'")
     execute(path, "delete from records where key = 'key 2'")

@@ -3,12 +3,15 @@
 import random
 import shutil
 import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from loramem import MemoryStore
 from loramem.errors import IntegrityError, LoramemError, OtherBaseModel, RecallError
+from loramem.index import Index
+from loramem.tables import seal
 
 from .conftest import numbers
 
@@ -35,6 +38,15 @@ def execute(store: Path, statement: str) -> None:
     with connection:
         connection.execute(statement)
     connection.close()
+
+
+def reseal(store: Path) -> None:
+    """Make what the index says now look as committed: what a seal does not cover must show otherwise."""
+    with closing(Index.open(store / "index.db")) as index, index.db.atomic():
+        for row in list(index.db.table("records").rows):
+            row.pop("row_sha256")
+            index.db.table("records").upsert(seal(row), pk=("namespace", "key"))
+        index.seal_rows()
 
 
 def flip_bit(path: Path, bit: int) -> None:
@@ -124,6 +136,14 @@ def test_a_decoded_value_that_is_not_the_committed_one_is_an_error(copy: Path) -
     execute(copy, "update records set salt = 'other' where key = 'key 1'")
     with MemoryStore(copy, create=False) as store, pytest.raises(RecallError, match="key 1"):
         store.recall("key 1")
+
+
+def test_a_row_that_counts_other_tokens_than_the_weights_give_is_reported(copy: Path) -> None:
+    execute(copy, "update records set answer_tokens = answer_tokens + 1 where key = 'key 1'")
+    reseal(copy)
+    with MemoryStore(copy, create=False) as store:
+        assert store.verify(quick=True).ok
+        assert any("key 1" in problem and "4 answer tokens" in problem for problem in store.verify().damaged)
 
 
 def test_a_damaged_manifest_is_refused(copy: Path) -> None:
