@@ -68,5 +68,5 @@ def take_back(store: Path, index: Index) -> None:
         with suppress(ValueError, KeyError, TypeError):
             for shard in json.loads(result.read_text())["shards"]:
                 published, staged = store / ADAPTERS / shard["adapter"], result.parent / shard["adapter"]
-                if published.exists() and not staged.exists() and index.adapter(shard["adapter"]) is None:
+                if published.exists() and not staged.exists() and not index.has_adapter(shard["adapter"]):
                     published.rename(staged)

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import sqlite3
 import subprocess
 import sys
 import tarfile
@@ -246,6 +247,33 @@ def test_a_store_that_cannot_be_written_is_read(path: Path, monkeypatch) -> None
     (path / "index.db-wal").write_bytes(b"commits that index.db does not hold")
     with pytest.raises(StoreReadOnly, match="commits"):
         MemoryStore(path, create=False)
+
+
+@pytest.mark.parametrize(
+    ("code", "kind"), [("BUSY", StoreError), ("IOERR_READ", StoreError), ("CORRUPT", IntegrityError)]
+)
+def test_a_database_that_cannot_be_read_now_is_not_called_damaged(path: Path, monkeypatch, code: str, kind) -> None:
+    def fail(_: object) -> None:
+        error = sqlite3.OperationalError("said by SQLite")
+        error.sqlite_errorcode = getattr(sqlite3, f"SQLITE_{code}")
+        raise error
+
+    monkeypatch.setattr("loramem.index.connect", fail)
+    with pytest.raises(kind, match="said by SQLite"):
+        MemoryStore(path, create=False)
+
+
+def test_an_older_format_is_brought_up_to_date_by_one_process_alone(tmp_path: Path, monkeypatch) -> None:
+    from .test_changes import copy_of_format_1
+
+    path = copy_of_format_1(tmp_path / "memory")
+    monkeypatch.setattr("loramem.index.BUSY_S", 0.1)
+    with holder(path) as process:
+        with pytest.raises(StoreLocked):
+            MemoryStore(path, create=False)
+        process.communicate()
+    with MemoryStore(path, create=False) as store:
+        assert store.recall("Jerry Becerra:") == "9100672710"
 
 
 def test_a_store_of_an_older_format_is_read_where_it_cannot_be_written(tmp_path: Path, monkeypatch) -> None:

@@ -1,12 +1,14 @@
 """Compaction, collection and erasing: what is rewritten, what is left on disk, what readers see meanwhile."""
 
 import shutil
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from loramem import KeyNotFound, MemoryStore, Record
-from loramem.errors import StoreChanged, StoreError, StubbornRecords
+from loramem.errors import StoreChanged, StoreError, StubbornRecords, TrainingDiverged
 
 from .conftest import numbers
 
@@ -233,6 +235,44 @@ def test_erasing_an_unknown_key_changes_nothing(store: MemoryStore) -> None:
     with pytest.raises(KeyNotFound):
         store.erase(["secret", "nobody"])
     assert store.recall("secret") == SECRET
+
+
+@pytest.mark.parametrize("reading", [False, True])
+def test_a_failed_write_leaves_no_value_in_a_store_without_values(
+    base: Path, tmp_path: Path, monkeypatch, caplog, reading: bool
+) -> None:
+    def diverge(*_: object) -> None:
+        raise TrainingDiverged("in vain", step=1, learning_rate=0.1)
+
+    with MemoryStore(tmp_path / "memory", str(base), keep_values=False) as store:
+        store.write({"a": "1"})
+        with closing(sqlite3.connect(store.path / "index.db")) as reader, monkeypatch.context() as patched:
+            patched.setattr("loramem.transaction.run_jobs", diverge)
+            if reading:
+                reader.execute("begin")
+                reader.execute("select count(*) from records").fetchone()
+            with pytest.raises(TrainingDiverged):
+                store.write({"secret": SECRET})
+            assert bool(holding(store.path, SECRET)) == reading
+            assert ("still holds values" in caplog.text) == reading
+        store.delete("a")
+        assert not holding(store.path, SECRET)
+
+
+def test_what_could_not_be_cleared_is_cleared_by_the_next_change(store: MemoryStore, monkeypatch) -> None:
+    def full(_: object) -> None:
+        error = sqlite3.OperationalError("database or disk is full")
+        error.sqlite_errorcode = sqlite3.SQLITE_FULL
+        raise error
+
+    with monkeypatch.context() as patched:
+        patched.setattr("loramem.index.Index.vacuum", full)
+        for _ in range(2):
+            with pytest.raises(StoreError, match="disk is full"):
+                store.erase("secret")
+    assert "secret" not in store
+    store.delete("key 0")
+    assert not holding(store.path, SECRET)
 
 
 def test_a_store_without_values_keeps_none_and_is_compacted_from_its_weights(base: Path, tmp_path: Path) -> None:
