@@ -1,5 +1,7 @@
 """Backups, exports and imports; repair; the lock; read-only media."""
 
+import errno
+import gzip
 import json
 import os
 import shutil
@@ -114,6 +116,73 @@ def test_damaged_and_strange_bundles_are_refused(store: MemoryStore, tmp_path: P
         tar.addfile(member)
     with pytest.raises(BundleError):
         MemoryStore.import_bundle(tmp_path / "link.tar", tmp_path / "imported")
+
+
+def test_a_copy_is_synced_before_it_has_its_name(store: MemoryStore, tmp_path: Path, monkeypatch) -> None:
+    synced: list[str] = []
+    fsync = os.fsync
+
+    def note(descriptor: int) -> None:
+        synced.append(str(Path(f"/proc/self/fd/{descriptor}").readlink()))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", note)
+    for name in ("backup", "bundle", "bundle.tar"):
+        target = tmp_path / name
+        synced.clear()
+        store.backup(target) if name == "backup" else store.export(target)
+        made = target.with_name(f"{name}.partial") / ("packed" if target.is_file() else "store")
+        last = len(synced) - 1 - synced[::-1].index(str(tmp_path))  # the directory of the new name
+        for path in [target, *target.rglob("*")]:
+            assert str(made / path.relative_to(target)) in synced[:last], path
+
+
+def test_what_a_killed_export_left_is_removed(store: MemoryStore, tmp_path: Path) -> None:
+    (tmp_path / "bundle.tar.partial").write_text("cut")
+    store.export(tmp_path / "bundle.tar")
+    (tmp_path / "bundle.partial" / "store").mkdir(parents=True)
+    (tmp_path / "bundle.partial" / "store" / "index.db").write_text("cut")
+    store.export(tmp_path / "bundle")
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["bundle", "bundle.tar", "memory"]
+
+
+def test_what_is_erased_during_a_backup_is_not_in_it(store: MemoryStore, tmp_path: Path, monkeypatch) -> None:
+    from loramem import bundle
+
+    copied, before = [], {adapter.id for adapter in store.adapters()}
+
+    def copy(source: Path, target: Path) -> None:
+        copy_synced(source, target)
+        copied.append(source.parent.name)
+        if len(copied) == 3:  # all files of the first adapter
+            with MemoryStore(store.path, create=False) as other:
+                other.erase(list(FIRST))
+                other.erase(list(SECOND), "team")
+                other.write({"new": "1"})
+
+    copy_synced = bundle.copy_synced
+    monkeypatch.setattr(bundle, "copy_synced", copy)
+    store.backup(tmp_path / "copy")
+    with MemoryStore(tmp_path / "copy", create=False) as backup:
+        assert values(backup) == {"new": "1"}
+        assert not before & {path.name for path in (backup.path / "adapters").iterdir()}
+
+
+def test_a_cut_export_and_a_full_disk_are_told_apart(store: MemoryStore, tmp_path: Path, monkeypatch) -> None:
+    store.export(tmp_path / "whole.tar")
+    whole = (tmp_path / "whole.tar").read_bytes()
+    for name, content in (("cut.tar", whole[:40_000]), ("cut.tar.gz", gzip.compress(whole)[:3000])):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(BundleError):
+            MemoryStore.import_bundle(tmp_path / name, tmp_path / "imported")
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("loramem.bundle.write_synced", full)
+    with pytest.raises(OSError, match="No space"):
+        MemoryStore.import_bundle(tmp_path / "whole.tar", tmp_path / "imported")
+    assert not [entry for entry in tmp_path.iterdir() if "imported" in entry.name]
 
 
 def test_damaged_adapters_are_repaired_from_the_values_that_are_kept(store: MemoryStore) -> None:

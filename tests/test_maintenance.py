@@ -1,9 +1,11 @@
 """Compaction, collection and erasing: what is rewritten, what is left on disk, what readers see meanwhile."""
 
+import os
 import shutil
 import sqlite3
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -62,6 +64,19 @@ def test_compaction_gives_the_bytes_of_writing_the_remaining_records_alone(
     assert [record.metadata for record in store.records() if record.key == "key 3"] == [{"n": 3}]
     assert store.stats().tombstones == 0
     assert store.verify().ok
+
+
+def test_sizes_are_told_while_files_go(store: MemoryStore, monkeypatch) -> None:
+    scandir, staging = os.scandir, store.path / "staging" / "job"
+
+    def slow(path: str) -> Any:
+        if str(path).endswith("staging"):
+            shutil.rmtree(path)
+        return scandir(path)
+
+    staging.mkdir(parents=True)
+    monkeypatch.setattr(os, "scandir", slow)
+    assert store.stats().size_bytes > 0
 
 
 def test_a_compaction_that_does_not_pay_does_nothing(store: MemoryStore) -> None:
