@@ -5,10 +5,12 @@ Only reading and the journal are here; `loramem.commits` holds what changes reco
 
 import difflib
 import hashlib
+import heapq
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,8 @@ from loramem.tables import (
 )
 
 NAME = "index.db"
+CLOSE_KEYS = 20_000
+"""So many keys are compared roughly with an unknown one, a hundredth of them closely."""
 VACUUM_DUE = "vacuum_due"  # in meta: records were erased and the file may still hold them
 
 
@@ -157,8 +161,16 @@ class Index:
         return [row["namespace"] for row in self.db.query("select distinct namespace from records order by namespace")]
 
     def close_keys(self, namespace: str, key: str) -> list[str]:
-        """Up to three similar keys."""
-        return difflib.get_close_matches(key, list(self.keys(namespace)), n=3)
+        """Up to three similar keys, in a tenth of a second at 10,000 keys and at most twice that at more.
+
+        difflib takes 0.1 ms a key: it sees those alone that share most pairs of letters.
+        """
+        rows = "select key from records where namespace = ? and length(key) between ? and ? order by rowid limit ?"
+        bounds = [len(key) // 2, len(key) * 2, CLOSE_KEYS]
+        keys = [row["key"] for row in self.db.query(rows, [namespace, *bounds])]
+        pairs = set(pairwise(key))
+        alike = heapq.nlargest(CLOSE_KEYS // 100, keys, key=lambda other: len(pairs.intersection(pairwise(other))))
+        return difflib.get_close_matches(key, alike, n=3)
 
     def count(self, namespace: str | None = None) -> int:
         if namespace is None:
