@@ -26,7 +26,7 @@ def command(
 ) -> None:
     """Delete records of the store (./memory unless named) for real, with every earlier version and their history.
 
-    What shared an adapter with them is written anew. Afterwards no file of the store holds their values; backups and
+    A record that was renamed goes by its new key. What shared an adapter with them is written anew. Afterwards no file of the store holds their values; backups and
     exports are out of reach.
     """
     with (

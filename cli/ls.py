@@ -11,7 +11,7 @@ from .output import print_json, print_table
 
 
 @click.command("ls")
-@click.option("--adapter", metavar="ID", help="Records of one adapter only.")
+@click.option("--adapter", metavar="ID", help="Records of one adapter only; the first digits will do.")
 @click.option("--namespace", help="Records of one namespace only.")
 @click.option("--since", type=click.DateTime(), help="Written at this local time or later.")
 @click.option("--until", type=click.DateTime(), help="Written before this local time.")
@@ -34,6 +34,8 @@ def command(
     """
     with options.open_store(store, model, device) as opened:
         wanted = options.named_values(meta)
+        if adapter is not None:
+            adapter = _whole(adapter, [stored.id for stored in opened.adapters()])
         records = list(opened.records(namespace, adapter, since=since, until=until, metadata=wanted))
     if as_json:
         for record in records:
@@ -44,3 +46,11 @@ def command(
         ("key", "namespace", "tokens", "lowest p", "adapter", "written"),
         [(r.key, r.namespace, r.answer_tokens, f"{r.min_prob:.3f}", r.adapter[:12], r.written_at) for r in records],
     )
+
+
+def _whole(beginning: str, adapters: list[str]) -> str:
+    """The one adapter whose id begins so."""
+    found = [adapter for adapter in adapters if adapter.startswith(beginning)]
+    if len(found) != 1:
+        raise click.UsageError(f"--adapter {beginning}: {len(found) or 'no'} adapters have an id that begins so.")
+    return found[0]

@@ -70,9 +70,16 @@ for command in COMMANDS:
 
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code and never raises for a user's mistake."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    for argument in arguments:
+        try:
+            argument.encode()
+        except UnicodeEncodeError:  # Python keeps bytes that are not UTF-8 as surrogates, which no record can hold
+            click.echo(f"Error: the argument {argument!r} holds bytes that are not UTF-8.", err=True)
+            return 2
     try:
         # click returns what ctx.exit(code) was given, and None from a command that just ends.
-        return cli.main(args=None if arguments is None else list(arguments), standalone_mode=False) or 0
+        return cli.main(args=arguments, standalone_mode=False) or 0
     except click.ClickException as error:
         error.show()
         return error.exit_code

@@ -237,11 +237,14 @@ def portable_config(rank: int, placement: Placement, base_id: str, revision: str
     }
 
 
-def adapter_id(files: dict[str, bytes]) -> str:
-    """Content hash of weights and config: 32 hex digits."""
+def adapter_id(files: dict[str, bytes], namespace: str) -> str:
+    """Hash of weights, config and namespace: 32 hex digits.
+
+    Equal records in two namespaces give equal files; each namespace has an adapter of its own all the same.
+    """
     digest = hashlib.sha256()
-    for name in (WEIGHTS, CONFIG):
-        digest.update(hashlib.sha256(files[name]).digest())
+    for content in (files[WEIGHTS], files[CONFIG], namespace.encode()):
+        digest.update(hashlib.sha256(content).digest())
     return digest.hexdigest()[:32]
 
 

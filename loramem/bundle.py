@@ -16,8 +16,17 @@ from pathlib import Path
 
 from loramem.checks import problems
 from loramem.commits import commit_export, commit_gc
+from loramem.database import sqlite_errors
 from loramem.errors import BundleError, IntegrityError, StoreError
-from loramem.files import copy_synced, make_directory, remove_directory, size_bytes, sync_directory, write_synced
+from loramem.files import (
+    copy_synced,
+    make_directory,
+    remove_directory,
+    size_bytes,
+    sync_directory,
+    sync_tree,
+    write_synced,
+)
 from loramem.index import NAME as INDEX
 from loramem.index import Index
 from loramem.manifest import NAME as MANIFEST
@@ -37,10 +46,11 @@ def backup(store: Path, index: Index, target: Path) -> int:
         StoreError: There is something at ``target``.
         IntegrityError: A file is not what was committed: damage is not copied.
     """
-    with _new(target) as partial:
-        _copy(store, index, partial)
-        copy_synced(store / MANIFEST, partial / MANIFEST)
-        return _size(partial)
+    with _beside(target) as partial:
+        folder = partial / "store"
+        _copy(store, index, folder)
+        copy_synced(store / MANIFEST, folder / MANIFEST)
+        return _publish(folder, target)
 
 
 def export(store: Path, index: Index, target: Path) -> int:
@@ -48,24 +58,17 @@ def export(store: Path, index: Index, target: Path) -> int:
 
     Raises as `backup`.
     """
-    single = target.suffix == ".tar"
-    with _new(target) as partial:
-        folder = partial.with_name(partial.name + ".files") if single else partial
-        remove_directory(folder)
-        make_directory(folder)
-        try:
-            _copy(store, index, folder)
-            _leave_behind(store, folder)
-            names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-            listed = {name: _sha256(folder / name) for name in names}
-            write_synced(folder / NAME, (json.dumps({"format": FORMAT, "files": listed}, indent=2) + "\n").encode())
-            if single:
-                partial.rmdir()
-                _pack(folder, [NAME, *names], partial)
-            return _size(partial)
-        finally:
-            if single:
-                remove_directory(folder)
+    with _beside(target) as partial:
+        folder = partial / "store"
+        _copy(store, index, folder)
+        _leave_behind(store, folder)
+        names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+        listed = {name: _sha256(folder / name) for name in names}
+        write_synced(folder / NAME, (json.dumps({"format": FORMAT, "files": listed}, indent=2) + "\n").encode())
+        if target.suffix != ".tar":
+            return _publish(folder, target)
+        _pack(folder, [NAME, *names], partial / "packed")
+        return _publish(partial / "packed", target)
 
 
 def import_bundle(source: Path, target: Path) -> None:
@@ -78,27 +81,34 @@ def import_bundle(source: Path, target: Path) -> None:
         BundleError: Not an export, a damaged one, or one of a newer format.
         StoreError: There is something at ``target``.
     """
-    with _new(target) as partial:
+    with _beside(target) as partial:
+        folder = partial / "store"
         with _read(source) as content:
             listed = _listed(content(NAME), source)
             for name, sha256 in listed.items():
                 data = content(name)
                 if data is None or hashlib.sha256(data).hexdigest() != sha256:
                     raise BundleError(f"{source}: {name} is not what was exported. Export again.")
-                make_directory((partial / name).parent)
-                write_synced(partial / name, data)
-        index = Index.open(partial / INDEX)
-        found = list(problems(partial, index))
+                make_directory((folder / name).parent)
+                write_synced(folder / name, data)
+        index = Index.open(folder / INDEX)
+        found = list(problems(folder, index))
         index.close()
         if found:
             raise BundleError(f"{source} holds a damaged store: {found[0]}.")
+        _publish(folder, target)
 
 
 def _copy(store: Path, index: Index, folder: Path) -> None:
-    """Index and adapters of one committed state; once more if `gc` was faster than the copy."""
+    """Index and adapters of one committed state; from the beginning again if `gc` was faster than the copy.
+
+    What an adapter that is gone by then held may have been erased: nothing of the first pass is kept.
+    """
     for last in (False, True):
-        (folder / INDEX).unlink(missing_ok=True)
-        index.db.execute("VACUUM INTO ?", [str(folder / INDEX)])
+        remove_directory(folder)
+        make_directory(folder)
+        with sqlite_errors(folder / INDEX):
+            index.db.execute("VACUUM INTO ?", [str(folder / INDEX)])
         (folder / INDEX).chmod(0o600)
         copy = Index(folder / INDEX)
         try:
@@ -133,23 +143,27 @@ def _leave_behind(store: Path, folder: Path) -> None:
 
 
 @contextmanager
-def _new(target: Path) -> Iterator[Path]:
-    """A place beside the target, renamed to it at the end; what was left there by a crash is removed first."""
+def _beside(target: Path) -> Iterator[Path]:
+    """A folder beside the target for all that it takes to make it; what a crash left there is removed first."""
     if target.exists():
         raise StoreError(f"{target} exists already. Give another path.")
     partial = target.with_name(target.name + ".partial")
-    remove_directory(partial)
+    if partial.is_dir():
+        remove_directory(partial)
+    partial.unlink(missing_ok=True)  # a file of that name would block every later call
     make_directory(partial)
     try:
         yield partial
-        partial.rename(target)
-        sync_directory(target.parent)
-    except BaseException:
-        if partial.is_dir():
-            shutil.rmtree(partial, ignore_errors=True)
-        else:
-            partial.unlink(missing_ok=True)
-        raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _publish(made: Path, target: Path) -> int:
+    """Rename what was made to the target, durably; returns its bytes."""
+    sync_tree(made)
+    made.rename(target)
+    sync_directory(target.parent)
+    return target.stat().st_size if target.is_file() else size_bytes(target)
 
 
 def _pack(folder: Path, names: list[str], target: Path) -> None:
@@ -165,20 +179,20 @@ def _pack(folder: Path, names: list[str], target: Path) -> None:
 class _Files:
     """Content by name, of a directory or a tar file; None for what is not there or not a plain file."""
 
-    def __init__(self, folder: Path | None, tar: tarfile.TarFile | None) -> None:
-        self.folder, self.tar = folder, tar
+    def __init__(self, source: Path, tar: tarfile.TarFile | None) -> None:
+        self.source, self.tar = source, tar
 
     def __call__(self, name: str) -> bytes | None:
-        if self.folder is not None:
-            path = self.folder / name
-            return path.read_bytes() if path.is_file() and not path.is_symlink() else None
-        assert self.tar is not None
-        try:
-            member = self.tar.getmember(name)
-        except KeyError:
-            return None
-        file = self.tar.extractfile(member) if member.isreg() else None
-        return file.read() if file else None
+        with _reading(self.source):
+            if self.tar is None:
+                path = self.source / name
+                return path.read_bytes() if path.is_file() and not path.is_symlink() else None
+            try:
+                member = self.tar.getmember(name)
+            except KeyError:
+                return None
+            file = self.tar.extractfile(member) if member.isreg() else None
+            return file.read() if file else None
 
 
 @contextmanager
@@ -186,9 +200,16 @@ def _read(source: Path) -> Iterator[_Files]:
     if source.is_dir():
         yield _Files(source, None)
         return
+    with _reading(source):
+        tar = tarfile.open(source, "r:")  # noqa: SIM115 - what is done with its content is no trouble of the source
+    with tar:
+        yield _Files(source, tar)
+
+
+@contextmanager
+def _reading(source: Path) -> Iterator[None]:
     try:
-        with tarfile.open(source) as tar:
-            yield _Files(None, tar)
+        yield
     except (OSError, tarfile.TarError) as error:
         raise BundleError(f"{source} is not an export of a store, or cannot be read ({error}).") from None
 
@@ -210,7 +231,3 @@ def _listed(content: bytes | None, source: Path) -> dict[str, str]:
 
 def _sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.is_file() else size_bytes(path)

@@ -6,6 +6,7 @@ The words name files, adapters and keys, never values.
 import hashlib
 import sqlite3
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from loramem.errors import IntegrityError, StoreFormatError
@@ -23,8 +24,9 @@ def problems(store: Path, index: Index) -> Iterator[str]:
         yield str(error)
     try:
         yield from index.damaged()
-        adapters = {adapter.id: adapter for adapter in index.adapters()}
-        records = list(index.records())
+        live = "select id, namespace from adapters where id not in (select adapter from retired) order by rowid"
+        adapters = {row["id"]: row["namespace"] for row in index.db.query(live)}
+        records = list(index.db.query("select namespace, key, adapter from records order by adapter, rowid"))
         index.pending_write()
     except IntegrityError as error:  # what cannot be read leaves nothing to compare with
         yield str(error)
@@ -33,12 +35,14 @@ def problems(store: Path, index: Index) -> Iterator[str]:
         yield f"index.db cannot be read ({error})"
         return
     for record in records:
-        if record.adapter not in adapters:
-            yield f"The record {record.key!r} is in adapter {record.adapter!r}, which the index does not have"
-        elif adapters[record.adapter].namespace != record.namespace:
-            yield f"The record {record.key!r} is in an adapter of another namespace"
-    for adapter in adapters.values():
-        yield from file_problems(store, adapter)
+        if record["adapter"] not in adapters:
+            yield f"The record {record['key']!r} is in adapter {record['adapter']!r}, which the index does not have"
+        elif adapters[record["adapter"]] != record["namespace"]:
+            yield f"The record {record['key']!r} is in an adapter of another namespace"
+    for id in adapters:
+        with suppress(IntegrityError):  # its row is among the damaged ones
+            if (adapter := index.adapter(id)) is not None:
+                yield from file_problems(store, adapter)
 
 
 def file_problems(store: Path, adapter: StoredAdapter) -> list[str]:

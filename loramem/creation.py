@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING
 from loramem import embedded
 from loramem.commits import seal_index
 from loramem.engine import ModelRequest
-from loramem.errors import StoreFormatError
+from loramem.errors import StoreFormatError, StoreLocked
 from loramem.files import make_directory
 from loramem.index import NAME as INDEX
 from loramem.index import Index
-from loramem.locks import HOLDER, LOCK
+from loramem.locks import HOLDER, LOCK, write_lock
 from loramem.manifest import NAME as MANIFEST
 from loramem.manifest import Manifest
 
@@ -18,26 +18,42 @@ if TYPE_CHECKING:
     from loramem.base_model import BaseModel
 
 
-def create_store(path: Path, request: ModelRequest, *, keep_values: bool) -> "BaseModel":
-    """Make a store, and give back the base model that it is bound to.
+CREATION_S = 10.0
+"""Another process that makes the same store is done in less, its base model being loaded before."""
+
+
+def create_store(path: Path, request: ModelRequest, *, keep_values: bool) -> "BaseModel | None":
+    """Make a store, and give back the base model that it is bound to; None if another process made it meanwhile.
 
     Raises:
         StoreFormatError: There is something else at the path.
+        StoreLocked: Another process holds the lock there and makes no store.
         BaseModelNotFound, UnsupportedBaseModel: See `load_base_model`.
     """
     from loramem.base_model import load_base_model
 
     if path.exists() and (not path.is_dir() or _foreign(path)):
+        if (path / MANIFEST).exists():
+            return None
         raise StoreFormatError(f"{path} exists and is not a loramem store. Give another path.")
     base = load_base_model(
         request.name or embedded.NAME, revision=request.revision, device=request.device, dtype=request.dtype
     )
     manifest = Manifest.of(base, keep_values=keep_values)
     make_directory(path)
-    index = Index(path / INDEX)
-    seal_index(index, manifest.sha256)
-    index.close()
-    manifest.save(path)  # last: a folder with a manifest is a whole store
+    try:
+        with write_lock(path, CREATION_S):
+            if (path / MANIFEST).exists():
+                return None
+            index = Index(path / INDEX)
+            index.migrate()
+            seal_index(index, manifest.sha256)
+            index.close()
+            manifest.save(path)  # last: a folder with a manifest is a whole store
+    except StoreLocked:
+        if (path / MANIFEST).exists():  # whoever made it is writing to it
+            return None
+        raise
     return base
 
 

@@ -129,13 +129,20 @@ class InputError(LoramemError, ValueError):
 
 
 class KeyNotFound(LoramemError, KeyError):
-    """No committed record has this key. Attributes ``key``, ``namespace``, ``close`` (similar keys)."""
+    """No committed record has this key.
 
-    def __init__(self, key: str, *, namespace: str = "", close: Sequence[str] = ()) -> None:
+    Attributes ``key``, ``namespace``, ``close`` (similar keys), ``successor`` (the key it was renamed to, or None).
+    """
+
+    def __init__(
+        self, key: str, *, namespace: str = "", close: Sequence[str] = (), successor: str | None = None
+    ) -> None:
         where = f" in namespace {namespace!r}" if namespace else ""
         hint = f" Close keys: {', '.join(map(repr, close))}." if close else ""
+        if successor is not None:
+            hint = f" It was renamed to {successor!r}: use that."
         super().__init__(f"No record has the key {key!r}{where}.{hint}")
-        self.key, self.namespace, self.close = key, namespace, tuple(close)
+        self.key, self.namespace, self.close, self.successor = key, namespace, tuple(close), successor
 
     def __str__(self) -> str:  # KeyError would show the repr of the message
         return str(self.args[0])

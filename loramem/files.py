@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 PRIVATE_FILE, PRIVATE_FOLDER = 0o600, 0o700
@@ -59,12 +60,18 @@ def copy_synced(source: Path, target: Path) -> None:
 def size_bytes(folder: Path) -> int:
     """Of all files in a folder; one that goes in the meantime counts nothing."""
     total = 0
-    for path in folder.rglob("*"):
-        try:
-            total += path.stat().st_size if path.is_file() else 0
-        except FileNotFoundError:
-            continue
+    for parent, _, names in os.walk(folder):  # which passes over a folder that goes, as rglob does not
+        for name in names:
+            with suppress(FileNotFoundError):
+                total += Path(parent, name).stat().st_size
     return total
+
+
+def sync_tree(path: Path) -> None:
+    """Flush a file, or a directory with all that is in it."""
+    for below in path.rglob("*"):
+        sync_directory(below)
+    sync_directory(path)
 
 
 def sync_directory(path: Path) -> None:

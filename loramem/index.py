@@ -5,11 +5,12 @@ Only reading and the journal are here; `loramem.commits` holds what changes reco
 
 import difflib
 import hashlib
+import heapq
 import json
 import os
-import sqlite3
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,15 @@ from sqlite_utils import Database
 from sqlite_utils.db import NotFoundError
 
 from loramem.boundary import Outcome
-from loramem.errors import IntegrityError, StoreLocked, StoreReadOnly
+from loramem.database import BUSY_S, connect, connect_read_only, sqlite_errors
+from loramem.errors import IntegrityError, StoreLocked
+from loramem.locks import write_lock
 from loramem.records import Record
 from loramem.tables import (
     MIGRATIONS,
     PENDING,
+    RENAMED,
+    REPLACED,
     SEALED,
     PendingWrite,
     StoredAdapter,
@@ -36,8 +41,9 @@ from loramem.tables import (
 )
 
 NAME = "index.db"
+CLOSE_KEYS = 20_000
+"""So many keys are compared roughly with an unknown one, a hundredth of them closely."""
 VACUUM_DUE = "vacuum_due"  # in meta: records were erased and the file may still hold them
-BUSY_S = 30.0  # a commit takes milliseconds; longer means that something else holds the database
 
 
 class Index:
@@ -46,25 +52,38 @@ class Index:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.read_only = path.exists() and not os.access(path.parent, os.W_OK)
-        connection = _read_only_connection(path) if self.read_only else _connection(path)
+        connection = connect_read_only(path) if self.read_only else connect(path)
         self.db = Database(connection)
-        if MIGRATIONS.pending(self.db):
-            MIGRATIONS.apply(self.db)
 
     @classmethod
     def open(cls, path: Path) -> "Index":
-        """The index of an existing store, for reading alone if its folder cannot be written.
+        """The index of an existing store, up to date, for reading alone if its folder cannot be written.
 
         Raises:
             IntegrityError: It is missing, or not a database that SQLite can read.
+            StoreError: SQLite could not read it now, such as on a disk that fails.
+            StoreLocked: It is of an older format, and another process is writing.
             StoreReadOnly: It cannot be written, and a commit in its write-ahead log has not reached it.
         """
         if not path.exists():
             raise IntegrityError(f"{path} is missing. Restore it from a backup.", what=path.name)
-        try:
-            return cls(path)
-        except sqlite3.DatabaseError as error:
-            raise IntegrityError(f"{path} is damaged ({error}). Restore it from a backup.", what=path.name) from None
+        with sqlite_errors(path):
+            index = cls(path)
+            try:
+                if index.read_only:
+                    index.migrate()
+                elif MIGRATIONS.pending(index.db):
+                    with write_lock(path.parent, BUSY_S):
+                        index.migrate()
+            except BaseException:
+                index.close()
+                raise
+            return index
+
+    def migrate(self) -> None:
+        """Bring the tables up to date; the caller holds the store's lock, unless nobody else sees them."""
+        if MIGRATIONS.pending(self.db):
+            MIGRATIONS.apply(self.db)
 
     def close(self) -> None:
         self.db.close()
@@ -76,10 +95,13 @@ class Index:
     # Reading
 
     def find(self, namespace: str, key: str) -> StoredRecord | None:
-        try:
-            return record_of(self.db.table("records").get((namespace, key)))
-        except NotFoundError:
-            return None
+        """A live record.
+
+        Raises:
+            IntegrityError: Its row is not what was committed.
+        """
+        row = self._row("records", (namespace, key))
+        return None if row is None else record_of(row)
 
     def find_prompt(self, namespace: str, prompt_sha256: str) -> str | None:
         """The key that has these prompt token ids, if any."""
@@ -103,6 +125,9 @@ class Index:
             since: Written at this time or later (UTC, ISO 8601 to the second).
             until: Written before this time.
             metadata: Names and values that a record's metadata must have.
+
+        Raises:
+            IntegrityError: A row is not what was committed.
         """
         wanted = {
             "namespace = :namespace": namespace,
@@ -113,15 +138,19 @@ class Index:
         conditions = [condition for condition, value in wanted.items() if value is not None]
         values = {"namespace": namespace, "adapter": adapter, "since": since, "until": until}
         where = " and ".join(conditions) or None
-        for row in self.db.table("records").rows_where(where, values, order_by="adapter, rowid"):
+        for row in self._rows("records", where, values, order_by="adapter, rowid"):
             record = record_of(row)
             if not metadata or record.has(metadata):
                 yield record
 
     def written(self, adapters: Iterable[str]) -> list[StoredRecord]:
-        """Live records of some adapters, in the order they were written."""
+        """Live records of some adapters, in the order they were written.
+
+        Raises:
+            IntegrityError: A row is not what was committed.
+        """
         wanted = set(adapters)
-        rows = self.db.table("records").rows_where(order_by="rowid")
+        rows = self._rows("records", order_by="rowid")
         return [record_of(row) for row in rows if row["adapter"] in wanted]
 
     def keys(self, namespace: str) -> Iterator[str]:
@@ -132,47 +161,90 @@ class Index:
         return [row["namespace"] for row in self.db.query("select distinct namespace from records order by namespace")]
 
     def close_keys(self, namespace: str, key: str) -> list[str]:
-        """Up to three similar keys."""
-        return difflib.get_close_matches(key, list(self.keys(namespace)), n=3)
+        """Up to three similar keys, in a tenth of a second at 10,000 keys and at most twice that at more.
+
+        difflib takes 0.1 ms a key: it sees those alone that share most pairs of letters.
+        """
+        rows = "select key from records where namespace = ? and length(key) between ? and ? order by rowid limit ?"
+        bounds = [len(key) // 2, len(key) * 2, CLOSE_KEYS]
+        keys = [row["key"] for row in self.db.query(rows, [namespace, *bounds])]
+        pairs = set(pairwise(key))
+        alike = heapq.nlargest(CLOSE_KEYS // 100, keys, key=lambda other: len(pairs.intersection(pairwise(other))))
+        return difflib.get_close_matches(key, alike, n=3)
 
     def count(self, namespace: str | None = None) -> int:
         if namespace is None:
             return int(self.db.table("records").count)
         return int(self.db.table("records").count_where("namespace = ?", [namespace]))
 
-    def versions(self, namespace: str, key: str) -> dict[int, StoredVersion]:
-        """What the key was before, oldest first, also under the names it had; by row id."""
-        names, found = {key}, dict[int, dict[str, Any]]()
+    def versions(self, namespace: str, key: str, *, renamed: bool = False) -> dict[int, StoredVersion]:
+        """What the record of a key was before, oldest first, also under the names it had; by row id.
+
+        Rows are numbered as records end, so one that took a name after a rename is told from the one that left it.
+
+        Args:
+            renamed: Also what had the key before and has another one now.
+        """
+        names, found = [(key, self.next_id("versions"))], dict[int, dict[str, Any]]()
         while names:
-            name = names.pop()
+            name, last = names.pop()
             for row in self.db.table("versions").rows_where(
-                "namespace = ? and (key = ? or successor = ?)", [namespace, name, name]
+                "namespace = ? and (key = ? or successor = ?) and id <= ?",
+                [namespace, name, name, last],
+                order_by="id desc",
             ):
-                if row["id"] not in found and row["key"] != name:
-                    names.add(row["key"])
+                if row["key"] != name:
+                    names.append((row["key"], row["id"]))
+                elif row["ended_by"] == RENAMED and row["id"] != last and not (renamed and name == key):
+                    break
                 found[row["id"]] = row
         return {number: version_of(found[number]) for number in sorted(found)}
 
+    def successor(self, namespace: str, key: str) -> str | None:
+        """The key under which the record that had this one last can be found now, if it was renamed."""
+        rows = "namespace = ? and key = ? and id > ? and ended_by != ?"
+        gone = list(self.db.table("versions").rows_where(rows, [namespace, key, 0, REPLACED], order_by="id desc"))
+        found = None
+        while gone and gone[0]["ended_by"] == RENAMED:
+            found, last = gone[0]["successor"], gone[0]["id"]
+            gone = list(self.db.table("versions").rows_where(rows, [namespace, found, last, REPLACED], order_by="id"))
+        return found
+
     def adapter(self, adapter: str) -> StoredAdapter | None:
-        """An adapter, retired or not."""
-        try:
-            return adapter_of(self.db.table("adapters").get(adapter))
-        except NotFoundError:
-            return None
+        """An adapter, retired or not.
+
+        Raises:
+            IntegrityError: Its row is not what was committed.
+        """
+        row = self._row("adapters", adapter)
+        return None if row is None else adapter_of(row)
+
+    def has_adapter(self, adapter: str) -> bool:
+        """Whether there is a row of it, whatever it says."""
+        return bool(self.db.table("adapters").count_where("id = ?", [adapter]))
 
     def adapters(self) -> Iterator[StoredAdapter]:
-        """Those that hold live records, oldest first."""
+        """Those that hold live records, oldest first.
+
+        Raises:
+            IntegrityError: A row is not what was committed.
+        """
         where = "id not in (select adapter from retired)"
-        for row in self.db.table("adapters").rows_where(where, order_by="rowid"):
-            yield adapter_of(row)
+        return map(adapter_of, self._rows("adapters", where, order_by="rowid"))
 
     def retired(self) -> dict[str, str]:
         """Adapters that no live record needs, whose files are still there: id -> when that came (UTC, ISO 8601)."""
         return {row["adapter"]: row["retired_at"] for row in self.db.table("retired").rows}
 
     def tombstones(self) -> dict[str, int]:
-        """How many records ended in each adapter that is still there, if any: id -> count."""
-        query = "select adapter, count(*) as dead from versions where adapter in (select id from adapters) group by 1"
+        """How many keys ended in each adapter that is still there, if any: id -> count.
+
+        A key that is live in the adapter again, since its value came back and with it the same weights, is none.
+        """
+        query = (
+            "select adapter, count(*) as dead from (select distinct adapter, namespace, key from versions "
+            "where adapter in (select id from adapters) except select adapter, namespace, key from records) group by 1"
+        )
         return {row["adapter"]: row["dead"] for row in self.db.query(query)}
 
     # The file
@@ -196,9 +268,13 @@ class Index:
         with self.db.atomic():
             self.set_meta(VACUUM_DUE, "")
 
-    def empty_log(self) -> bool:
+    def empty_log(self, wait_s: float = BUSY_S) -> bool:
         """Move every commit from the write-ahead log into the database; False if a reader was in the way."""
-        (busy, *_) = self.db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+        self.db.execute(f"PRAGMA busy_timeout={wait_s * 1000:.0f}")
+        try:
+            (busy, *_) = self.db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+        finally:
+            self.db.execute(f"PRAGMA busy_timeout={BUSY_S * 1000:.0f}")
         return not busy
 
     # The journal
@@ -244,6 +320,28 @@ class Index:
 
     # Integrity
 
+    def _row(self, table: str, key: Any) -> dict[str, Any] | None:
+        with sqlite_errors(self.path):
+            try:
+                return self._checked(table, self.db.table(table).get(key))
+            except NotFoundError:
+                return None
+
+    def _rows(
+        self, table: str, where: str | None = None, values: Mapping[str, Any] | None = None, *, order_by: str
+    ) -> Iterator[dict[str, Any]]:
+        with sqlite_errors(self.path):
+            for row in self.db.table(table).rows_where(where, dict(values or {}), order_by=order_by):
+                yield self._checked(table, row)
+
+    def _checked(self, table: str, row: dict[str, Any]) -> dict[str, Any]:
+        if is_sealed(row):
+            return row
+        what = str(row["id"] if table == "adapters" else row["key"])
+        raise IntegrityError(
+            f"{self.path}: the row of {what!r} in {table} is not what was committed. Run loramem repair.", what=what
+        )
+
     def next_id(self, table: str) -> int:
         """For a row whose seal covers its id, inside a transaction."""
         return int(next(self.db.query(f"select coalesce(max(id), 0) + 1 as id from {table}"))["id"])
@@ -283,29 +381,3 @@ class Index:
                     yield f"index row of {table} {', '.join(repr(row[name]) for name in names)}"
         if self.meta("rows_sha256") != self.rows_digest():
             yield "index.db: rows were lost, added or replaced"
-
-
-def _connection(path: Path) -> sqlite3.Connection:
-    path.touch(mode=0o600)  # SQLite gives its side files the mode of the database
-    connection = sqlite3.connect(path, check_same_thread=False, timeout=BUSY_S)
-    connection.execute("PRAGMA journal_mode=WAL")
-    connection.execute("PRAGMA synchronous=FULL")
-    connection.execute("PRAGMA secure_delete=ON")
-    return connection
-
-
-def _read_only_connection(path: Path) -> sqlite3.Connection:
-    """The database as it lies there. SQLite cannot read a write-ahead log without writing beside it."""
-    log = path.with_name(path.name + "-wal")
-    if log.exists() and log.stat().st_size:
-        raise StoreReadOnly(
-            f"{path.parent} cannot be written, and {log.name} holds commits that {path.name} does not. Open the store "
-            "once where it can be written, then copy it again."
-        )
-    source = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro&immutable=1", uri=True, check_same_thread=False)
-    if not MIGRATIONS.pending(Database(source)):
-        return source
-    memory = sqlite3.connect(":memory:", check_same_thread=False)  # an older format is brought up to date beside it
-    source.backup(memory)
-    source.close()
-    return memory

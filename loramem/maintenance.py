@@ -7,7 +7,7 @@ which never held the others would have: nothing of them can be left in it.
 
 import json
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from math import ceil
@@ -22,7 +22,7 @@ from loramem.records import Record
 from loramem.reports import CompactReport, EraseReport
 from loramem.settings import WriterSettings
 from loramem.staging import clean, collect
-from loramem.tables import StoredAdapter, StoredRecord
+from loramem.tables import StoredAdapter, StoredRecord, prompt_digest
 
 if TYPE_CHECKING:
     from loramem.transaction import Trained
@@ -151,15 +151,20 @@ def rewrite(
     request: dict[str, Any],
     progress: "ProgressCallback | None",
     executor: Executor | None,
+    values: Mapping[Identity, str] | None = None,
 ) -> Rewritten:
     """Train records of one namespace into new adapters.
+
+    Args:
+        values: By namespace and key; as the index or the weights give them if None.
 
     Raises as `compact`.
     """
     from loramem.transaction import stubborn
 
     transaction, settings = engine.transaction, WriterSettings(**request["settings"])
-    values = engine.reader.values(before)
+    if values is None:
+        values = engine.reader.values(before)
     encoded = transaction.encode([Record(r.key, values[r.namespace, r.key], r.namespace) for r in before])
     limits = RankLimits(settings.max_rank)
     plan = transaction.plan(encoded, request["goal"], request["rank"], limits, as_new=True)
@@ -170,13 +175,23 @@ def rewrite(
 
 
 def publish(engine: Engine, rewritten: Iterable[Rewritten]) -> tuple[list[StoredRecord], list[StoredAdapter]]:
-    """The rows to commit, after all is trained and its files are in place."""
+    """The rows to commit, after all is trained and its files are in place.
+
+    What a row says of the value it has from what was trained, so that no damage of the old row is sealed again.
+    """
     adapters, records = list[StoredAdapter](), list[StoredRecord]()
     for one in rewritten:
         known = {(record.namespace, record.key): record for record in one.before}
         adapters += engine.transaction.publish(one.trained.written, one.request)
         records += [
-            replace(known[entry.record.namespace, entry.record.key], adapter=written.shard.adapter, min_prob=min_prob)
+            replace(
+                known[entry.record.namespace, entry.record.key],
+                value=entry.record.value if engine.manifest.keep_values else None,
+                prompt_sha256=prompt_digest(entry.prompt_ids),
+                answer_tokens=entry.length,
+                adapter=written.shard.adapter,
+                min_prob=min_prob,
+            )
             for written in one.trained.written
             for entry, min_prob in written.proved()
         ]

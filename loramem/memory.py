@@ -278,7 +278,9 @@ class Memory:
         return record
 
     def _unknown(self, key: str, namespace: str) -> KeyNotFound:
-        return KeyNotFound(key, namespace=namespace, close=self._index.close_keys(namespace, key))
+        successor = self._index.successor(namespace, key)
+        close = self._index.close_keys(namespace, key) if successor is None else ()
+        return KeyNotFound(key, namespace=namespace, close=close, successor=successor)
 
 
 def _utc(time_of_day: datetime | None) -> str | None:

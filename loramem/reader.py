@@ -10,8 +10,9 @@ from loramem.adapters import AdaptedModel
 from loramem.checks import file_problems
 from loramem.errors import IntegrityError, RecallError, StoreChanged
 from loramem.index import Index
-from loramem.prompts import PromptTemplate, decode_answer
+from loramem.prompts import PromptTemplate, decode_answer, encode_record
 from loramem.recall import DECODE_RECORDS, DECODE_TOKENS, answer_probabilities, greedy_decode
+from loramem.records import Record
 from loramem.reports import Recall, TokenProbability
 from loramem.staging import ADAPTERS
 from loramem.tables import StoredRecord
@@ -83,11 +84,12 @@ class Reader:
             ids = greedy_decode(self.adapted.model, prompts, most, self.template.end_id)
         return list(zip(records, (decode_answer(tokenizer, row) for row in ids), strict=True))
 
+    def count_tokens(self, value: str) -> int:
+        """Answer tokens of a value."""
+        return encode_record(Record("?", value), self.adapted.base.tokenizer, self.template).length
+
     def token_probabilities(self, record: StoredRecord, value: str) -> tuple[TokenProbability, ...]:
         """Every answer token and the end token of a decoded value, with the adapter and without it, batch of one."""
-        from loramem.prompts import encode_record
-        from loramem.records import Record
-
         tokenizer = self.adapted.base.tokenizer
         encoded = encode_record(Record(record.key, value, record.namespace), tokenizer, self.template)
         with self._active(record.adapter):

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from loramem.checks import file_problems
-from loramem.commits import commit_repair
+from loramem.commits import Identity, commit_repair
 from loramem.engine import Engine
 from loramem.errors import IntegrityError, LoramemError
 from loramem.events import tell
@@ -31,6 +31,8 @@ class Damage:
 
     records: Mapping[str, list[StoredRecord]]
     """Records to write anew, by the adapter their rows name."""
+    values: Mapping[Identity, str]
+    """Theirs, which the rows of a store without values never hold."""
     lost: list[StoredRecord]
     requests: Mapping[str, dict[str, Any]]
     """How each of these adapters was asked to be written, where that is known."""
@@ -66,7 +68,7 @@ def repair(
         request = damage.requests.get(adapter, {"goal": "fast", "rank": None, "settings": asdict(WriterSettings())})
         for namespace in sorted({record.namespace for record in group}):
             mine = [record for record in group if record.namespace == namespace]
-            rewritten.append(rewrite(engine, mine, request, progress, executor))
+            rewritten.append(rewrite(engine, mine, request, progress, executor, damage.values))
     records, adapters = publish(engine, rewritten)
     commit_repair(index, records, adapters, [(r.namespace, r.key) for r in damage.lost] if drop_lost else [])
     tell("repaired", records=len(records), lost=len(damage.lost), missing=damage.missing)
@@ -90,14 +92,16 @@ def assess(engine: Engine) -> Damage:
     rows = [(record_of(_readable(row)), is_sealed(row)) for row in stored]
     affected = {record.adapter for record, whole in rows if not whole or record.adapter not in healthy}
     groups: dict[str, list[StoredRecord]] = {}
-    lost = []
-    for record, _ in rows:
+    lost, values = [], dict[Identity, str]()
+    for record, whole in rows:
         if record.adapter in affected:
-            known = _trusted(engine, record, decodable=record.adapter in healthy)
-            if known is None:
+            value = _trusted(engine, record, whole=whole, decodable=record.adapter in healthy)
+            if value is None:
                 lost.append(record)
-            else:
-                groups.setdefault(record.adapter, []).append(known)
+                continue
+            values[record.namespace, record.key] = value
+            digest = digest_of(record.salt, record.namespace, record.key, value)  # perhaps what was damaged
+            groups.setdefault(record.adapter, []).append(replace(record, digest=digest))
     tombstones = index.tombstones()
     held = {adapter: sum(record.adapter == adapter for record, _ in rows) for adapter in sealed}
     missing = sum(
@@ -106,28 +110,30 @@ def assess(engine: Engine) -> Damage:
         if id not in retired
     )
     requests = {id: request_of(adapter) for id, adapter in sealed.items()}
-    return Damage(groups, lost, requests, healthy, missing)
+    return Damage(groups, values, lost, requests, healthy, missing)
 
 
-def _trusted(engine: Engine, record: StoredRecord, *, decodable: bool) -> StoredRecord | None:
-    """The record with a value that can be believed, None if there is none."""
+def _trusted(engine: Engine, record: StoredRecord, *, whole: bool, decodable: bool) -> str | None:
+    """A value of the record that can be believed, None if there is none."""
     if record.value is not None and record.holds(record.value):
-        return record
+        return record.value
     if not decodable:
         return None
+    if not whole:  # the number of tokens may be what was damaged
+        prompt = engine.reader.template.prompt_ids(engine.base.tokenizer, record.key)
+        record = replace(record, answer_tokens=max(1, engine.base.max_tokens - len(prompt) - 2))
     try:
         ((_, value),) = engine.reader.decode_any([record])
     except LoramemError:
         return None
-    if record.holds(value):
-        return replace(record, value=value)
-    if value == record.value:  # the digest is what was damaged
-        return replace(record, digest=digest_of(record.salt, record.namespace, record.key, value))
-    return None
+    return value if record.holds(value) or value == record.value else None  # row and weights agree
 
 
 def _readable(row: dict[str, Any]) -> dict[str, Any]:
-    """The row, without metadata that are not JSON any more."""
+    """The row, with text where damage left bytes, and without metadata that are not JSON any more."""
+    row = {
+        name: column.decode(errors="replace") if isinstance(column, bytes) else column for name, column in row.items()
+    }
     try:
         record_of(row)
     except IntegrityError:

@@ -48,10 +48,16 @@ class ShardJob:
     staging: Path
     """Folder of the write, in which the job makes one of its own."""
 
+    @property
+    def namespace(self) -> str:
+        """Of all its records."""
+        return self.records[0].record.namespace
+
     @cached_property
     def folder(self) -> Path:
         """Where this job stages: a hash of everything that decides its result."""
         arguments = {
+            "namespace": self.namespace,
             "base": asdict(self.fingerprint),
             "device": self.device,
             "dtype": self.dtype,
@@ -154,7 +160,7 @@ def _finished(job: ShardJob) -> ShardResult | None:
         result = ShardResult.from_json((job.folder / RESULT).read_text())
         for shard in result.shards:
             files = {path.name: path.read_bytes() for path in (job.folder / shard.adapter).iterdir()}
-            if adapter_id(files) != shard.adapter:
+            if adapter_id(files, job.namespace) != shard.adapter:
                 return None
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -164,7 +170,7 @@ def _finished(job: ShardJob) -> ShardResult | None:
 def _save_and_prove(job: ShardJob, adapted: AdaptedModel, indices: Sequence[int], training: Training) -> Shard:
     records = [job.records[index] for index in indices]
     files = serialize(adapted.weights(UNSAVED), adapted.base, job.placement)
-    adapter = adapter_id(files)
+    adapter = adapter_id(files, job.namespace)
     write_directory(job.folder / adapter, files)
     adapted.remove(UNSAVED)
     adapted.load(adapter, job.folder / adapter)
@@ -191,7 +197,7 @@ def stored_adapter(job: ShardJob, shard: Shard, cost_bits: float, request: Mappi
     training: dict[str, Any] = {name: value for name, value in asdict(shard.training).items() if name != "stubborn"}
     return StoredAdapter(
         id=shard.adapter,
-        namespace=job.records[0].record.namespace,
+        namespace=job.namespace,
         rank=shard.training.rank,
         parameters=shard.training.parameters,
         size_bytes=sum(map(len, files.values())),

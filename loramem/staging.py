@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -36,14 +37,14 @@ def collect(store: Path, index: Index, grace_s: float = GRACE_S) -> tuple[int, i
     The caller holds the store's lock, so that no commit is under way.
 
     Args:
-        grace_s: Keep those that were retired less than so many seconds ago.
+        grace_s: Keep those that were retired less than so many seconds ago; 0 keeps none, whatever a clock said.
     """
     latest = (datetime.now(UTC) - timedelta(seconds=grace_s)).isoformat(timespec="seconds")
-    gone = [adapter for adapter, since in index.retired().items() if since <= latest]
+    gone = [adapter for adapter, since in index.retired().items() if since <= latest or not grace_s]
     if gone:
         commit_gc(index, gone)  # first: a row without files would be damage, files without a row are not
     known = {row["id"] for row in index.db.query("select id from adapters")}
-    orphans = [folder for folder in (store / ADAPTERS).glob("*") if folder.name not in known]
+    orphans = [folder for folder in (store / ADAPTERS).glob("*") if folder.name not in known and _ours(folder)]
     freed = sum(map(size_bytes, orphans))
     for folder in orphans:
         remove_directory(folder)
@@ -51,6 +52,11 @@ def collect(store: Path, index: Index, grace_s: float = GRACE_S) -> tuple[int, i
         remove_directory(store / NAME)
     tell("collected", adapters=len(orphans), bytes=freed)
     return len(orphans), freed
+
+
+def _ours(path: Path) -> bool:
+    """Whether a path looks like an adapter's folder; anything else in ``adapters`` is somebody's own."""
+    return re.fullmatch("[0-9a-f]{32}", path.name) is not None and path.is_dir() and not path.is_symlink()
 
 
 def take_back(store: Path, index: Index) -> None:
@@ -62,5 +68,5 @@ def take_back(store: Path, index: Index) -> None:
         with suppress(ValueError, KeyError, TypeError):
             for shard in json.loads(result.read_text())["shards"]:
                 published, staged = store / ADAPTERS / shard["adapter"], result.parent / shard["adapter"]
-                if published.exists() and not staged.exists() and index.adapter(shard["adapter"]) is None:
+                if published.exists() and not staged.exists() and not index.has_adapter(shard["adapter"]):
                     published.rename(staged)

@@ -4,10 +4,11 @@ This module is the order of things that change a store: what is checked before w
 `loramem.memory` reads it. Torch is imported only once the base model is needed.
 """
 
+import logging
 import sqlite3
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from loramem import bundle, maintenance
 from loramem.capacity import RankLimits, check_request
 from loramem.commits import commit_deletion, commit_records, end_write
 from loramem.creation import create_store
+from loramem.database import sqlite_errors
 from loramem.engine import ModelRequest
 from loramem.errors import (
     ConflictingRecord,
@@ -48,6 +50,12 @@ if TYPE_CHECKING:
     from loramem.prompts import EncodedRecord
     from loramem.settings import WriterSettings
     from loramem.writer import ProgressCallback
+
+
+log = logging.getLogger(__name__)
+
+LOG_S = 1.0
+"""A reader that sees one state for longer may keep the log from being emptied; the next change tries again."""
 
 
 class MemoryStore(Memory):
@@ -315,9 +323,11 @@ class MemoryStore(Memory):
         Records that shared an adapter with them are written anew from the frozen base; the new adapter is byte for
         byte what writing them alone would have given. Backups, exports and what the disk keeps of unlinked files are
         out of reach. A record that was deleted before can still be erased. Killed, it is finished by the same call.
+        A record that was renamed is erased by its new key, under all the names it had.
 
         Raises:
-            KeyNotFound: One of the keys is neither in the store nor in its history; nothing was changed.
+            KeyNotFound: One of the keys is neither in the store nor in its history, or was renamed (``successor``);
+                nothing was changed.
             StubbornRecords: A record that shared an adapter could not be certified again; the records are deleted,
                 not erased.
             StoreLocked: Another process is writing, or kept reading for 30 s.
@@ -392,10 +402,11 @@ class MemoryStore(Memory):
             StoreReadOnly, StoreLocked: See `write_lock`.
             UnfinishedWrite: A write is journalled, and this is not about it.
             StoreError: SQLite could not write, such as on a full disk.
+            IntegrityError: index.db is damaged.
         """
         if self._index.read_only:
             raise StoreReadOnly(f"{self.path} cannot be written. Change its permissions, or copy it.")
-        with write_lock(self.path, self.wait_s):
+        with write_lock(self.path, self.wait_s), sqlite_errors(self._index.path):
             if self._index.meta(VACUUM_DUE):
                 self._index.vacuum()
             if not resuming and (pending := self._index.pending_write()) is not None:
@@ -407,12 +418,20 @@ class MemoryStore(Memory):
                 )
             try:
                 yield
+            finally:
                 if not self.manifest.keep_values:
-                    self._index.empty_log()  # the journal held values while it was needed
-            except sqlite3.OperationalError as error:
-                raise StoreError(
-                    f"{self.path}: the index could not be written ({error}). No change is half done."
-                ) from None
+                    self._empty_log()
+
+    def _empty_log(self) -> None:
+        """Clear the values that the journal held while they were needed, whether the change came to be or not."""
+        with suppress(sqlite3.OperationalError):
+            if self._index.empty_log(LOG_S):
+                return
+        log.warning(
+            "%s: index.db-wal still holds values, since another process is reading or the disk failed; the next change "
+            "empties it, or the last process that closes the store",
+            self.path,
+        )
 
     def _require_pending(self) -> PendingWrite:
         pending = self._index.pending_write()

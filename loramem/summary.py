@@ -43,8 +43,8 @@ def stats(store: Path, index: Index, manifest: Manifest) -> Stats:
 def history(index: Index, namespace: str, key: str) -> list[Version]:
     """What the key held and holds, oldest first; empty if it was never there."""
     found = [
-        Version(**vars(version), in_weights=index.adapter(version.adapter) is not None)
-        for version in index.versions(namespace, key).values()
+        Version(**vars(version), in_weights=index.has_adapter(version.adapter))
+        for version in index.versions(namespace, key, renamed=True).values()
     ]
     if (live := index.find(namespace, key)) is not None:
         kept = {name: vars(live)[name] for name in ("written_at", "adapter", "answer_tokens", "min_prob")}

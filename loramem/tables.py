@@ -141,7 +141,8 @@ class StoredRecord:
 
     def holds(self, value: str) -> bool:
         """Whether ``value`` is the committed one, by its salted digest."""
-        return secrets.compare_digest(self.digest, digest_of(self.salt, self.namespace, self.key, value))
+        expected = digest_of(self.salt, self.namespace, self.key, value)
+        return secrets.compare_digest(self.digest.encode(), expected.encode())
 
     def has(self, metadata: Mapping[str, str]) -> bool:
         """Whether every one of these is in the record's metadata; what is not a string is compared as JSON text."""
@@ -237,7 +238,10 @@ def seal(row: dict[str, Any]) -> dict[str, Any]:
 def is_sealed(row: dict[str, Any]) -> bool:
     """Whether a row of a sealed table is as it was committed."""
     content = {name: value for name, value in row.items() if name != "row_sha256"}
-    return bool(seal(content)["row_sha256"] == row["row_sha256"])
+    try:
+        return bool(seal(content)["row_sha256"] == row["row_sha256"])
+    except TypeError:  # bytes where text was
+        return False
 
 
 def record_row(record: StoredRecord) -> dict[str, Any]:

@@ -114,6 +114,28 @@ def test_history_tells_every_version_and_no_value(store: MemoryStore) -> None:
         store.history("nobody")
 
 
+def test_the_history_of_a_renamed_record_is_not_that_of_a_new_one_with_its_old_key(store: MemoryStore) -> None:
+    store.rename("key 1", "moved")
+    with pytest.raises(KeyNotFound, match="renamed to 'moved'") as caught:
+        store.recall("key 1")
+    assert caught.value.successor == "moved"
+    store.write({"key 1": "7654"})
+    store.update("key 1", "1112")
+    assert [(v.key, v.ended_by) for v in store.history("moved")] == [("key 1", "renamed"), ("moved", None)]
+    assert [v.ended_by for v in store.history("key 1")] == ["renamed", "replaced", None]
+    store.erase("moved")
+    assert [(v.key, v.ended_by) for v in store.history("key 1")] == [("key 1", "replaced"), ("key 1", None)]
+    assert store.recall("key 1") == "1112"
+    store.rename("key 1", "a")
+    store.rename("a", "b")
+    store.rename("b", "key 1")  # and back
+    assert [v.key for v in store.history("key 1")] == ["key 1", "key 1", "a", "b", "key 1"]
+    store.erase("key 1")
+    for name in ("key 1", "a", "b"):
+        with pytest.raises(KeyNotFound):
+            store.history(name)
+
+
 def test_namespaces_are_separate_recall_spaces_and_never_share_a_shard(store: MemoryStore) -> None:
     store.write([Record("key 1", "team", "team/project"), Record("only here", "x", "team/project")])
     assert store.recall("key 1") == numbers(4)["key 1"]
@@ -126,6 +148,20 @@ def test_namespaces_are_separate_recall_spaces_and_never_share_a_shard(store: Me
     assert store.recall("key 1") == numbers(4)["key 1"]
     with pytest.raises(KeyNotFound, match="team/project"):
         store.recall("key 1", "team/project")
+
+
+def test_equal_records_of_two_namespaces_have_adapters_of_their_own_with_equal_weights(store: MemoryStore) -> None:
+    same = numbers(2)
+    assert store.write([Record(key, value, space) for space in "xy" for key, value in same.items()]).written == 4
+    store.write(same, namespace="z")  # and in a write of its own
+    adapters = [adapter for adapter in store.adapters() if adapter.namespace in ("x", "y", "z")]
+    assert sorted(adapter.namespace for adapter in adapters) == ["x", "y", "z"]
+    assert len({adapter.files["adapter_model.safetensors"] for adapter in adapters}) == 1
+    assert {recall.value for space in "xyz" for recall in store.recall_many(namespace=space)} == set(same.values())
+    assert store.verify().ok
+    store.erase("key 0", "y")
+    assert store.recall("key 0", "x") == store.recall("key 0", "z") == same["key 0"]
+    assert store.verify().ok
 
 
 def test_records_are_filtered_by_time_and_metadata(store: MemoryStore) -> None:

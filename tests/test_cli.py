@@ -94,6 +94,24 @@ def test_ls_never_shows_values(store: str, capsys) -> None:
     assert not any(value in shown for value in RECORDS.values())
 
 
+def test_ls_of_an_adapter_takes_the_digits_that_ls_shows(store: str, capsys) -> None:
+    assert run(["ls", "--store", store, "--json"]) == 0
+    adapter = json.loads(capsys.readouterr().out.splitlines()[0])["adapter"]
+    for given in (adapter, adapter[:12]):
+        assert run(["ls", "--adapter", given, "--store", store]) == 0
+        assert "key 0" in capsys.readouterr().out
+    code, shown = mistake(["ls", "--adapter", "nothing", "--store", store], capsys)
+    assert code == 2
+    assert "no adapters" in shown
+
+
+def test_an_argument_that_is_not_utf_8_is_wrong_usage(store: str, capsys) -> None:
+    strange = os.fsdecode(b"key \xff")
+    for arguments in (["rm", strange], ["recall", strange], ["update", "key 0", strange], ["history", strange]):
+        code, shown = mistake([*arguments, "--store", store], capsys)
+        assert (code, len(shown.splitlines())) == (2, 1), arguments
+
+
 def test_stats_and_verify_as_json(store: str, capsys) -> None:
     assert run(["stats", "--store", store, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["records"] == 4

@@ -1,8 +1,11 @@
 """Backups, exports and imports; repair; the lock; read-only media."""
 
+import errno
+import gzip
 import json
 import os
 import shutil
+import sqlite3
 import subprocess
 import sys
 import tarfile
@@ -115,6 +118,73 @@ def test_damaged_and_strange_bundles_are_refused(store: MemoryStore, tmp_path: P
         MemoryStore.import_bundle(tmp_path / "link.tar", tmp_path / "imported")
 
 
+def test_a_copy_is_synced_before_it_has_its_name(store: MemoryStore, tmp_path: Path, monkeypatch) -> None:
+    synced: list[str] = []
+    fsync = os.fsync
+
+    def note(descriptor: int) -> None:
+        synced.append(str(Path(f"/proc/self/fd/{descriptor}").readlink()))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", note)
+    for name in ("backup", "bundle", "bundle.tar"):
+        target = tmp_path / name
+        synced.clear()
+        store.backup(target) if name == "backup" else store.export(target)
+        made = target.with_name(f"{name}.partial") / ("packed" if target.is_file() else "store")
+        last = len(synced) - 1 - synced[::-1].index(str(tmp_path))  # the directory of the new name
+        for path in [target, *target.rglob("*")]:
+            assert str(made / path.relative_to(target)) in synced[:last], path
+
+
+def test_what_a_killed_export_left_is_removed(store: MemoryStore, tmp_path: Path) -> None:
+    (tmp_path / "bundle.tar.partial").write_text("cut")
+    store.export(tmp_path / "bundle.tar")
+    (tmp_path / "bundle.partial" / "store").mkdir(parents=True)
+    (tmp_path / "bundle.partial" / "store" / "index.db").write_text("cut")
+    store.export(tmp_path / "bundle")
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["bundle", "bundle.tar", "memory"]
+
+
+def test_what_is_erased_during_a_backup_is_not_in_it(store: MemoryStore, tmp_path: Path, monkeypatch) -> None:
+    from loramem import bundle
+
+    copied, before = [], {adapter.id for adapter in store.adapters()}
+
+    def copy(source: Path, target: Path) -> None:
+        copy_synced(source, target)
+        copied.append(source.parent.name)
+        if len(copied) == 3:  # all files of the first adapter
+            with MemoryStore(store.path, create=False) as other:
+                other.erase(list(FIRST))
+                other.erase(list(SECOND), "team")
+                other.write({"new": "1"})
+
+    copy_synced = bundle.copy_synced
+    monkeypatch.setattr(bundle, "copy_synced", copy)
+    store.backup(tmp_path / "copy")
+    with MemoryStore(tmp_path / "copy", create=False) as backup:
+        assert values(backup) == {"new": "1"}
+        assert not before & {path.name for path in (backup.path / "adapters").iterdir()}
+
+
+def test_a_cut_export_and_a_full_disk_are_told_apart(store: MemoryStore, tmp_path: Path, monkeypatch) -> None:
+    store.export(tmp_path / "whole.tar")
+    whole = (tmp_path / "whole.tar").read_bytes()
+    for name, content in (("cut.tar", whole[:40_000]), ("cut.tar.gz", gzip.compress(whole)[:3000])):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(BundleError):
+            MemoryStore.import_bundle(tmp_path / name, tmp_path / "imported")
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("loramem.bundle.write_synced", full)
+    with pytest.raises(OSError, match="No space"):
+        MemoryStore.import_bundle(tmp_path / "whole.tar", tmp_path / "imported")
+    assert not [entry for entry in tmp_path.iterdir() if "imported" in entry.name]
+
+
 def test_damaged_adapters_are_repaired_from_the_values_that_are_kept(store: MemoryStore) -> None:
     before = [adapter.id for adapter in store.adapters()]
     for weights in (store.path / "adapters").glob("*/*.safetensors"):
@@ -153,6 +223,30 @@ def test_damaged_rows_are_repaired(path: Path, statement: str) -> None:
         store.repair()
         assert values(store) == {**{key: FIRST[key] for key in ("key 0", "key 1")}, **SECOND}
         assert store.verify().ok
+
+
+@pytest.mark.parametrize(
+    "damaged", ["min_prob = 0.99", "answer_tokens = 1", "answer_tokens = 'abc'", "digest = x'ff00'"]
+)
+@pytest.mark.parametrize("keep_values", [True, False])
+def test_a_repaired_row_says_what_was_trained_and_holds_a_value_only_where_values_are_kept(
+    base: Path, tmp_path: Path, keep_values: bool, damaged: str
+) -> None:
+    path = tmp_path / "memory"
+    with MemoryStore(path, str(base), keep_values=keep_values) as store:
+        store.write({"secret": "4815162342", "other": "7"})
+        before = {record.key: record for record in store.records()}
+    execute(path, f"update records set {damaged} where key = 'secret'")
+    with MemoryStore(path, create=False) as store:
+        if damaged.startswith("digest") and not keep_values:
+            assert store.repair().lost == ("secret",)
+            return
+        assert store.repair().repaired == 2
+        assert {record.key: record for record in store.records()} == before
+        assert values(store) == {"secret": "4815162342", "other": "7"}
+        assert store.verify().ok
+    held = [file.name for file in path.iterdir() if file.is_file() and b"4815162342" in file.read_bytes()]
+    assert bool(held) == keep_values
 
 
 def test_lost_records_are_named_and_only_dropped_on_request(path: Path) -> None:
@@ -222,6 +316,33 @@ def test_a_store_that_cannot_be_written_is_read(path: Path, monkeypatch) -> None
     (path / "index.db-wal").write_bytes(b"commits that index.db does not hold")
     with pytest.raises(StoreReadOnly, match="commits"):
         MemoryStore(path, create=False)
+
+
+@pytest.mark.parametrize(
+    ("code", "kind"), [("BUSY", StoreError), ("IOERR_READ", StoreError), ("CORRUPT", IntegrityError)]
+)
+def test_a_database_that_cannot_be_read_now_is_not_called_damaged(path: Path, monkeypatch, code: str, kind) -> None:
+    def fail(_: object) -> None:
+        error = sqlite3.OperationalError("said by SQLite")
+        error.sqlite_errorcode = getattr(sqlite3, f"SQLITE_{code}")
+        raise error
+
+    monkeypatch.setattr("loramem.index.connect", fail)
+    with pytest.raises(kind, match="said by SQLite"):
+        MemoryStore(path, create=False)
+
+
+def test_an_older_format_is_brought_up_to_date_by_one_process_alone(tmp_path: Path, monkeypatch) -> None:
+    from .test_changes import copy_of_format_1
+
+    path = copy_of_format_1(tmp_path / "memory")
+    monkeypatch.setattr("loramem.index.BUSY_S", 0.1)
+    with holder(path) as process:
+        with pytest.raises(StoreLocked):
+            MemoryStore(path, create=False)
+        process.communicate()
+    with MemoryStore(path, create=False) as store:
+        assert store.recall("Jerry Becerra:") == "9100672710"
 
 
 def test_a_store_of_an_older_format_is_read_where_it_cannot_be_written(tmp_path: Path, monkeypatch) -> None:

@@ -175,6 +175,54 @@ def test_contending_processes_lose_and_duplicate_nothing(
         assert store.verify(quick=True).ok
 
 
+CREATOR = """
+import sys
+from loramem import MemoryStore, base_model
+
+base_model.load_base_model(sys.argv[2])
+print("ready", flush=True)
+sys.stdin.readline()
+with MemoryStore(sys.argv[1], sys.argv[2]) as store:
+    assert store.verify(quick=True).ok
+"""
+
+
+def test_processes_that_create_one_store_at_once_share_it(base: Path, tmp_path: Path) -> None:
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-c", CREATOR, str(tmp_path / "memory"), str(base)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(3)
+    ]
+    for process in running:
+        assert process.stdout and process.stdout.readline() == "ready\n"
+    for process in running:
+        assert process.stdin
+        process.stdin.write("\n")
+        process.stdin.flush()
+    assert [process.wait() for process in running] == [0] * 3
+
+
+def test_a_store_that_another_process_made_meanwhile_is_opened(base: Path, tmp_path: Path, monkeypatch) -> None:
+    from loramem import base_model
+
+    load, path = base_model.load_base_model, tmp_path / "memory"
+
+    def slow(*args: Any, **kwargs: Any) -> Any:
+        monkeypatch.setattr(base_model, "load_base_model", load)
+        with MemoryStore(path, str(base)) as other:
+            other.write({"a": "1"})
+        return load(*args, **kwargs)
+
+    monkeypatch.setattr(base_model, "load_base_model", slow)
+    with MemoryStore(path, str(base)) as store:
+        assert store.recall("a") == "1"
+        assert store.verify().ok
+
+
 READER = """
 import sys
 from loramem import MemoryStore

@@ -1,12 +1,16 @@
 """Compaction, collection and erasing: what is rewritten, what is left on disk, what readers see meanwhile."""
 
+import os
 import shutil
+import sqlite3
+from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from loramem import KeyNotFound, MemoryStore, Record
-from loramem.errors import StoreChanged, StoreError, StubbornRecords
+from loramem.errors import StoreChanged, StoreError, StubbornRecords, TrainingDiverged
 
 from .conftest import numbers
 
@@ -60,6 +64,19 @@ def test_compaction_gives_the_bytes_of_writing_the_remaining_records_alone(
     assert [record.metadata for record in store.records() if record.key == "key 3"] == [{"n": 3}]
     assert store.stats().tombstones == 0
     assert store.verify().ok
+
+
+def test_sizes_are_told_while_files_go(store: MemoryStore, monkeypatch) -> None:
+    scandir, staging = os.scandir, store.path / "staging" / "job"
+
+    def slow(path: str) -> Any:
+        if str(path).endswith("staging"):
+            shutil.rmtree(path)
+        return scandir(path)
+
+    staging.mkdir(parents=True)
+    monkeypatch.setattr(os, "scandir", slow)
+    assert store.stats().size_bytes > 0
 
 
 def test_a_compaction_that_does_not_pay_does_nothing(store: MemoryStore) -> None:
@@ -182,10 +199,95 @@ def test_every_earlier_version_is_erased_too(store: MemoryStore) -> None:
     assert store.verify().ok
 
 
+def test_a_renamed_record_is_erased_by_the_key_it_has_now(store: MemoryStore) -> None:
+    store.rename("secret", "public")
+    store.rename("public", "open")
+    with pytest.raises(KeyNotFound) as caught:
+        store.erase("secret")
+    assert caught.value.successor == "open"
+    assert store.recall("open") == SECRET
+    store.write({"secret": "12"})
+    store.erase("secret")  # the new record: the other one is left alone
+    assert store.recall("open") == SECRET
+    store.delete("open")
+    store.erase("open")
+    for text in (SECRET, "secret", "public"):
+        assert not holding(store.path, text)
+    assert store.verify().ok
+
+
+def test_a_clock_that_was_ahead_keeps_no_adapter_from_being_erased(store: MemoryStore, monkeypatch) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr("loramem.commits.now", lambda: "2999-01-01T00:00:00+00:00")
+        store.update("secret", "98765432")
+    store.erase("secret")
+    assert store.stats().retired_adapters == 0
+    assert len(list((store.path / "adapters").iterdir())) == len(store.adapters())
+
+
+def test_files_of_somebody_else_among_the_adapters_are_left_alone(store: MemoryStore) -> None:
+    own = store.path / "adapters" / "my-own-adapter"
+    own.mkdir()
+    for path in (own / "file", store.path / "adapters" / ".DS_Store", store.path / "adapters" / ("0" * 32)):
+        path.write_text("mine")
+    (store.path / "adapters" / ("1" * 32)).symlink_to(own)
+    store.erase("secret")
+    assert (own / "file").read_text() == (store.path / "adapters" / ".DS_Store").read_text() == "mine"
+    assert not holding(store.path, SECRET)
+
+
+def test_a_value_that_comes_back_leaves_no_tombstone_in_its_old_adapter(store: MemoryStore) -> None:
+    for value in ("one", "two", "one"):
+        store.write({"back": value}, rank=4, on_conflict="replace")
+    assert {v.adapter for v in store.history("back")} - {a.id for a in store.adapters()}  # of "two", retired
+    store.gc(grace_s=0)
+    assert store.stats().tombstones == 0
+    store.compact()
+    assert store.stats().advice is None
+
+
 def test_erasing_an_unknown_key_changes_nothing(store: MemoryStore) -> None:
     with pytest.raises(KeyNotFound):
         store.erase(["secret", "nobody"])
     assert store.recall("secret") == SECRET
+
+
+@pytest.mark.parametrize("reading", [False, True])
+def test_a_failed_write_leaves_no_value_in_a_store_without_values(
+    base: Path, tmp_path: Path, monkeypatch, caplog, reading: bool
+) -> None:
+    def diverge(*_: object) -> None:
+        raise TrainingDiverged("in vain", step=1, learning_rate=0.1)
+
+    with MemoryStore(tmp_path / "memory", str(base), keep_values=False) as store:
+        store.write({"a": "1"})
+        with closing(sqlite3.connect(store.path / "index.db")) as reader, monkeypatch.context() as patched:
+            patched.setattr("loramem.transaction.run_jobs", diverge)
+            if reading:
+                reader.execute("begin")
+                reader.execute("select count(*) from records").fetchone()
+            with pytest.raises(TrainingDiverged):
+                store.write({"secret": SECRET})
+            assert bool(holding(store.path, SECRET)) == reading
+            assert ("still holds values" in caplog.text) == reading
+        store.delete("a")
+        assert not holding(store.path, SECRET)
+
+
+def test_what_could_not_be_cleared_is_cleared_by_the_next_change(store: MemoryStore, monkeypatch) -> None:
+    def full(_: object) -> None:
+        error = sqlite3.OperationalError("database or disk is full")
+        error.sqlite_errorcode = sqlite3.SQLITE_FULL
+        raise error
+
+    with monkeypatch.context() as patched:
+        patched.setattr("loramem.index.Index.vacuum", full)
+        for _ in range(2):
+            with pytest.raises(StoreError, match="disk is full"):
+                store.erase("secret")
+    assert "secret" not in store
+    store.delete("key 0")
+    assert not holding(store.path, SECRET)
 
 
 def test_a_store_without_values_keeps_none_and_is_compacted_from_its_weights(base: Path, tmp_path: Path) -> None:

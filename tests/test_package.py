@@ -75,7 +75,8 @@ LAYERS = (
     ("loramem.runs", "loramem.joint_law", "loramem.capacity"),
     ("loramem.law_fit", "loramem.generators", "loramem.long_text", "loramem.staging"),
     ("loramem.commits",),
-    ("loramem.prompts", "loramem.index", "loramem.pace", "loramem.locks"),
+    ("loramem.prompts", "loramem.index", "loramem.pace"),
+    ("loramem.locks", "loramem.database"),
     ("loramem.tables",),
     ("loramem.boundary", "loramem.law"),
     (
@@ -153,7 +154,8 @@ def test_importing_and_help_do_not_import_torch(code: str) -> None:
 def test_reading_the_index_does_not_import_torch(tmp_path: Path) -> None:
     code = (
         "import sys\nfrom pathlib import Path\nfrom loramem.index import Index\n"
-        f"Index(Path({str(tmp_path / 'index.db')!r})).count()\nimport loramem.store\nassert 'torch' not in sys.modules"
+        f"index = Index(Path({str(tmp_path / 'index.db')!r}))\nindex.migrate()\nindex.count()\n"
+        "import loramem.store\nassert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 
