@@ -26,8 +26,8 @@ def command(
 ) -> None:
     """Delete records of the store (./memory unless named) for real, with every earlier version and their history.
 
-    A record that was renamed goes by its new key. What shared an adapter with them is written anew. Afterwards no file of the store holds their values; backups and
-    exports are out of reach.
+    A record that was renamed goes by its new key. What shared an adapter with them is written anew. Afterwards no file
+    of the store holds their values; backups and exports are out of reach.
     """
     with (
         options.open_store(store, model, device, wait_s=wait_s) as opened,
