@@ -33,7 +33,8 @@ def sqlite_errors(path: Path) -> Iterator[None]:
     except (sqlite3.ProgrammingError, sqlite3.IntegrityError):  # of this package, not of the file
         raise
     except sqlite3.DatabaseError as error:
-        if getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF in _PASSING:
+        code = vars(error).get("sqlite_errorcode", sqlite3.SQLITE_CORRUPT)  # Python's own errors about rows have none
+        if code & 0xFF in _PASSING:
             raise StoreError(
                 f"{path} could not be read or written now ({error}). What was committed before is whole. End what else "
                 "uses it, look after the disk, and call again."
