@@ -157,6 +157,7 @@ def _show_forms(laws: "list[FittedRuns]") -> None:
 def _show_boundaries(runs: "list[Run]") -> None:
     """The success boundary of every base model and placement, and how far it can be believed."""
     from loramem import boundary
+    from loramem.boundary import LENGTH
     from loramem.calibrations import outcomes_of
     from loramem.errors import BoundaryError
     from loramem.runs import place_name
@@ -183,6 +184,7 @@ def _show_boundaries(runs: "list[Run]") -> None:
                 str(fitted.certified),
                 f"{1 / fitted.parameters_per_bit:.3f}",
                 ", ".join(f"{kind} {1 / fitted.parameters_per_bit / need:.3f}" for kind, need in needs.items()),
+                ", ".join(f"{kind} {1 / fitted.parameters_for(0.9, 1.0, LENGTH, kind):.2f}" for kind in needs),
                 f"{fitted.length_exponent:.3f}",
                 f"{fitted.steepness:.1f}",
                 f"{tested.brier:.3f}",
@@ -200,6 +202,7 @@ def _show_boundaries(runs: "list[Run]") -> None:
             "certified",
             "bits per parameter at even odds",
             "by kind",
+            f"nine of ten, {LENGTH:,.0f} tokens",
             "τ",
             "steepness",
             "Brier score",
