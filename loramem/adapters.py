@@ -73,6 +73,20 @@ class Placement:
         )
 
 
+def tensor_shapes(model: PreTrainedModel, placement: Placement, rank: int) -> dict[str, tuple[int, int]]:
+    """The tensors of a saved adapter: PEFT name -> shape, lora_A (rank, inputs) and lora_B (outputs, rank)."""
+    shapes, layers = dict[str, tuple[int, int]](), decoder_layers(model)
+    paths = {module: path.replace(".base_layer", "") for path, module in model.named_modules()}
+    for layer in placement.layers:
+        for name, module in linears(layers[layer]):
+            if name in placement.modules:
+                inputs, outputs = features(module)
+                path = f"base_model.model.{paths[module]}"
+                shapes[f"{path}.lora_A.weight"] = (rank, inputs)
+                shapes[f"{path}.lora_B.weight"] = (outputs, rank)
+    return shapes
+
+
 class AdaptedModel:
     """A base model that adapters are attached to, one of them active at a time.
 

@@ -138,6 +138,13 @@ def commit_export(index: Index, manifest_sha256: str) -> None:
         index.seal_rows()
 
 
+def note_push(index: Index, repo: str, **known: str) -> None:
+    """Keep what this store knows of a repository that it is published in; see `Index.published`."""
+    with index.db.atomic():
+        for name, value in known.items():
+            index.set_meta(f"hub_{name}:{repo}", value)
+
+
 def _add_adapters(index: Index, adapters: Iterable[StoredAdapter]) -> None:
     for adapter in adapters:
         index.db.table("adapters").upsert(adapter_row(adapter), pk="id")

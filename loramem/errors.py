@@ -31,6 +31,13 @@
     │   └── OutOfReach                no rank or length gives this loss reduction
     ├── BoundaryError (ValueError)    the outcomes give no success boundary, or it has no answer
     ├── IntegrityError                a file or row is not what was committed
+    ├── HubError                      the Hub cannot be reached, or said no
+    │   ├── HubOffline                Hub calls are switched off
+    │   ├── HubAccess                 no such repository for this token, or no right to do this
+    │   ├── HubConflict               the repository has moved on since this store last knew it
+    │   ├── PublicRepository          everyone could extract the records, which was not asked for
+    │   ├── NotAPublication           the repository holds no store that loramem published
+    │   └── RefusedRepository         what it holds breaks a rule; nothing of it was taken
     └── BaseModelError
         ├── BaseModelNotFound         no such model, or it cannot be loaded
         ├── UnsupportedBaseModel      it loads, but adapters cannot be written for it
@@ -237,6 +244,46 @@ class IntegrityError(LoramemError):
 
     def __init__(self, message: str, *, what: str) -> None:
         super().__init__(message)
+        self.what = what
+
+
+class HubError(LoramemError):
+    """The Hub cannot be reached, or did not do what was asked. Attribute ``repo``."""
+
+    def __init__(self, message: str, *, repo: str) -> None:
+        super().__init__(message)
+        self.repo = repo
+
+
+class HubOffline(HubError):
+    """HF_HUB_OFFLINE forbids calls to the Hub."""
+
+
+class HubAccess(HubError):
+    """There is no such repository or revision that this token may see, or it may not be written."""
+
+
+class HubConflict(HubError):
+    """Somebody else has committed to the repository. Attributes ``expected`` and ``got``: commits, None if unknown."""
+
+    def __init__(self, message: str, *, repo: str, expected: str | None, got: str | None) -> None:
+        super().__init__(message, repo=repo)
+        self.expected, self.got = expected, got
+
+
+class PublicRepository(HubError):
+    """The repository is public: everyone could extract the records."""
+
+
+class NotAPublication(HubError):
+    """The repository holds no published store, such as one of a plain PEFT adapter."""
+
+
+class RefusedRepository(HubError):
+    """A published store breaks a rule of the format. Attribute ``what``: the file or thing that does."""
+
+    def __init__(self, message: str, *, repo: str, what: str) -> None:
+        super().__init__(message, repo=repo)
         self.what = what
 
 

@@ -2,8 +2,11 @@
 
 import os
 import shutil
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from loramem.errors import StoreError
 
 PRIVATE_FILE, PRIVATE_FOLDER = 0o600, 0o700
 
@@ -55,6 +58,34 @@ def remove_directory(path: Path) -> None:
 def copy_synced(source: Path, target: Path) -> None:
     """Copy a file durably, readable by its owner alone."""
     _write(target, source.read_bytes())
+
+
+@contextmanager
+def beside(target: Path) -> Iterator[Path]:
+    """A folder beside a new file or folder for all that it takes to make it; what a crash left there goes first.
+
+    Raises:
+        StoreError: There is something at ``target``.
+    """
+    if target.exists():
+        raise StoreError(f"{target} exists already. Give another path.")
+    partial = target.with_name(target.name + ".partial")
+    if partial.is_dir():
+        remove_directory(partial)
+    partial.unlink(missing_ok=True)  # a file of that name would block every later call
+    make_directory(partial)
+    try:
+        yield partial
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def publish_made(made: Path, target: Path) -> int:
+    """Rename what was made beside the target to it, durably; returns its bytes."""
+    sync_tree(made)
+    made.rename(target)
+    sync_directory(target.parent)
+    return target.stat().st_size if target.is_file() else size_bytes(target)
 
 
 def size_bytes(folder: Path) -> int:

@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from loramem.tables import (
     StoredRecord,
     StoredVersion,
     adapter_of,
+    hidden_names,
     is_sealed,
     now,
     record_of,
@@ -47,10 +49,15 @@ VACUUM_DUE = "vacuum_due"  # in meta: records were erased and the file may still
 
 
 class Index:
-    """The database of one store. Not thread-safe by itself: the store holds a lock around it."""
+    """The database of one store. Not thread-safe by itself: the store holds a lock around it.
+
+    Attributes:
+        key_salt: Set for a store whose rows hold digests in place of namespaces and keys: what `find` looks for then.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.key_salt: str | None = None
         self.read_only = path.exists() and not os.access(path.parent, os.W_OK)
         connection = connect_read_only(path) if self.read_only else connect(path)
         self.db = Database(connection)
@@ -100,8 +107,9 @@ class Index:
         Raises:
             IntegrityError: Its row is not what was committed.
         """
-        row = self._row("records", (namespace, key))
-        return None if row is None else record_of(row)
+        names = (namespace, key) if self.key_salt is None else hidden_names(self.key_salt, namespace, key)
+        row = self._row("records", names)
+        return None if row is None else replace(record_of(row), namespace=namespace, key=key)
 
     def find_prompt(self, namespace: str, prompt_sha256: str) -> str | None:
         """The key that has these prompt token ids, if any."""
@@ -359,6 +367,10 @@ class Index:
 
     def set_meta(self, name: str, value: str) -> None:
         self.db.table("meta").upsert({"name": name, "value": value}, pk="name")
+
+    def published(self, repo: str) -> tuple[str | None, str | None]:
+        """Commit of a Hub repository that this store is known to equal, and sha256 of what was last sent there."""
+        return self.meta(f"hub_commit:{repo}"), self.meta(f"hub_sent:{repo}")
 
     def rows_digest(self) -> str:
         """One digest over the seals of all rows: a lost row shows."""

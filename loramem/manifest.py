@@ -40,6 +40,8 @@ class Manifest:
     certify_threshold: float
     keep_values: bool = True
     """Whether the index holds the values, or only salted digests of them."""
+    key_salt: str | None = None
+    """Of the digests that stand for namespaces and keys; None where the index has them as they are."""
 
     def to_bytes(self) -> bytes:
         fields = {"format": FORMAT, "needs": NEEDS, **asdict(self)}

@@ -41,6 +41,7 @@ class Memory:
         except BaseException:
             self._index.close()
             raise
+        self._index.key_salt = self.manifest.key_salt
         self._engine = Engine(path, self._index, self.manifest, request)
 
     def __enter__(self) -> Self:

@@ -198,3 +198,39 @@ class Stats:
     """What compaction would do for the store, if it pays."""
     unfinished_records: int
     """Records of an interrupted write that waits to be resumed or discarded."""
+
+
+@dataclass(frozen=True)
+class PushPlan:
+    """What a push would send, before anything is sent."""
+
+    repo: str
+    private: bool
+    """Whether those alone who may read the repository can extract the records."""
+    records: int
+    """That become extractable by whoever may read the repository."""
+    keys: bool
+    """Whether the keys go along as text."""
+    values: bool
+    """Whether the values go along as text."""
+    adapters: int
+    uploaded: tuple[str, ...]
+    """Adapters that the repository does not have."""
+    removed: tuple[str, ...]
+    """Adapters that it has and the store has no more; the repository's history keeps them."""
+    size_bytes: int
+    """Of the adapters to upload."""
+
+
+@dataclass(frozen=True)
+class PushReport:
+    """A finished push."""
+
+    repo: str
+    commit: str
+    records: int
+    uploaded: tuple[str, ...]
+    removed: tuple[str, ...]
+    size_bytes: int
+    changed: bool
+    """False where the repository held all of it already."""

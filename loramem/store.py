@@ -7,7 +7,7 @@ This module is the order of things that change a store: what is checked before w
 import logging
 import sqlite3
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -38,6 +38,8 @@ from loramem.reports import (
     CompactReport,
     EraseReport,
     GcReport,
+    PushPlan,
+    PushReport,
     RepairReport,
     WriteReport,
 )
@@ -371,6 +373,100 @@ class MemoryStore(Memory):
         bundle.import_bundle(Path(source), Path(path))
         return cls(path, create=False)
 
+    # The Hub
+
+    def push(
+        self,
+        repo: str,
+        *,
+        include_keys: bool = False,
+        include_values: bool = False,
+        public: bool = False,
+        replace: bool = False,
+        license: str = "other",
+        message: str | None = None,
+        confirm: Callable[[PushPlan], None] | None = None,
+    ) -> PushReport:
+        """Publish the live records on the Hub: their adapters, what was proved of them, and a card.
+
+        One commit on a pinned parent; only adapters that the repository does not have are uploaded. The token is the
+        one of the environment or of ``hf auth login``. Whoever may read the repository can extract the values, by
+        asking for keys.
+
+        Args:
+            repo: "me/facts". Made, private unless ``public``, if there is none.
+            include_keys: Publish keys and namespaces as text; salted digests of them otherwise, by which whoever knows
+                a key finds its record.
+            include_values: Publish values and metadata as text; salted digests of the values otherwise.
+            public: Allow a public repository.
+            replace: Build on what the repository holds even if this store does not know it.
+            license: Identifier for the card.
+            message: Of the commit.
+            confirm: Called with what would be sent, before anything is; what it raises ends the push.
+
+        Raises:
+            PublicRepository: It is public, and ``public`` is False.
+            HubConflict: Somebody else has committed to it; nothing was changed there.
+            HubOffline, HubAccess, HubError: The Hub cannot be asked, or says no.
+            IntegrityError: The store is damaged; nothing was sent.
+            ValueError: Values without keys, or what this store does not hold.
+        """
+        from loramem.hub.push import push
+
+        with self._lock:
+            return push(
+                self.path,
+                self._index,
+                self.manifest,
+                repo,
+                include_keys=include_keys,
+                include_values=include_values,
+                public=public,
+                replace=replace,
+                license=license,
+                message=message,
+                confirm=confirm,
+            )
+
+    @classmethod
+    def pull(
+        cls,
+        repo: str,
+        path: str | Path,
+        base_model: str | None = None,
+        *,
+        revision: str | None = None,
+        device: str = "auto",
+        verify: bool = True,
+        max_bytes: int | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> "MemoryStore":
+        """A new store at ``path`` of what `push` published, as it is at one commit.
+
+        Nothing that was pulled is trusted: names, sizes, hashes, configs and tensors are checked one by one, and only
+        when all hold is there a store. Without published keys it can be read alone, by key given.
+
+        Args:
+            base_model: A local folder, where the base model is not on the Hub under its name.
+            revision: Branch, tag or commit.
+            verify: Load the base model, compare the adapters with it, and decode every record whose key is published.
+            max_bytes: Refuse larger adapters, taken together; 16 GiB unless given.
+            progress: Told how many records of how many were decoded.
+
+        Raises:
+            NotAPublication: The repository holds no published store.
+            RefusedRepository: It breaks a rule.
+            HubOffline, HubAccess, HubError: The Hub cannot be asked, or says no.
+            OtherBaseModel: The base model at hand is not the one the adapters were written for.
+            StoreError: There is something at ``path``.
+        """
+        from loramem.hub.pull import MAX_BYTES, pull
+
+        model = ModelRequest(base_model, None, device)
+        limit = MAX_BYTES if max_bytes is None else max_bytes
+        pull(repo, Path(path), revision=revision, model=model, verify=verify, max_bytes=limit, progress=progress)
+        return cls(path, base_model, device=device, create=False)
+
     # Helpers
 
     def _write(
@@ -406,6 +502,8 @@ class MemoryStore(Memory):
         """
         if self._index.read_only:
             raise StoreReadOnly(f"{self.path} cannot be written. Change its permissions, or copy it.")
+        if self.manifest.key_salt is not None:
+            raise StoreReadOnly(f"{self.path} was pulled without its keys, so that it can only be read.")
         with write_lock(self.path, self.wait_s), sqlite_errors(self._index.path):
             if self._index.meta(VACUUM_DUE):
                 self._index.vacuum()

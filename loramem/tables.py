@@ -201,6 +201,12 @@ def digest_of(salt: str, namespace: str, key: str, value: str) -> str:
     return hashlib.sha256(json.dumps([salt, namespace, key, value]).encode()).hexdigest()
 
 
+def hidden_names(key_salt: str, namespace: str, key: str) -> tuple[str, str]:
+    """What stands for a namespace and a key where they are not told: salted digests of 32 and 64 hex digits."""
+    digests = [hashlib.sha256(json.dumps([key_salt, *names]).encode()) for names in ([namespace], [namespace, key])]
+    return digests[0].hexdigest()[:32], digests[1].hexdigest()
+
+
 def stored_record(
     record: Record, prompt_ids: Sequence[int], answer_tokens: int, adapter: str, min_prob: float, *, keep_value: bool
 ) -> StoredRecord:

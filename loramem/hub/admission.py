@@ -1,0 +1,99 @@
+"""What a pulled adapter must be before a store takes it. Nothing here is loaded into a model or unpickled.
+
+An adapter from elsewhere is untrusted: its config may hold the fields that loramem writes and no others, its tensors
+are the ones that the config implies.
+"""
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from loramem.adapters import CONFIG, WEIGHTS, Placement, portable_config
+from loramem.hub.publication import Publication, PublishedAdapter
+
+_TENSOR = re.compile(r"base_model\.model\.(?:\w+\.)*?(\d+)\.(?:\w+\.)*?(\w+)\.lora_([AB])\.weight")
+
+Shapes = Mapping[str, tuple[int, int]]
+
+
+def inspect_adapter(
+    folder: Path, adapter: PublishedAdapter, publication: Publication, shapes: Shapes | None = None
+) -> None:
+    """Check the files of an adapter against what was published of it.
+
+    Args:
+        folder: Of this adapter.
+        shapes: The tensors as the base model implies them; None where it is not at hand, which leaves to check that
+            there is a pair of them for every module and layer of the placement, of the right rank.
+
+    Raises:
+        ValueError: What is wrong, in words, naming the file.
+    """
+    for name, file in adapter.files.items():
+        path = folder / name
+        if path.stat().st_size != file.size_bytes:
+            raise ValueError(f"{name} has {path.stat().st_size:,} bytes, not the {file.size_bytes:,} published")
+        with path.open("rb") as content:
+            if hashlib.file_digest(content, "sha256").hexdigest() != file.sha256:
+                raise ValueError(f"{name} has another sha256 than the one published")
+    placement = Placement(tuple(publication.placement.modules), tuple(publication.placement.layers))
+    base = publication.base_model
+    _check_config(folder / CONFIG, portable_config(adapter.rank, placement, base.id, base.revision))
+    _check_tensors(folder / WEIGHTS, adapter, placement, shapes)
+
+
+def _check_config(path: Path, expected: Mapping[str, object]) -> None:
+    try:
+        found = json.loads(path.read_bytes())
+        names = set(found)
+    except (ValueError, TypeError, RecursionError):
+        raise ValueError(f"{CONFIG} is not a JSON object") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{CONFIG} is not a JSON object")
+    if strange := sorted(names - set(expected)):
+        raise ValueError(f"{CONFIG} has {strange[0]!r}, which loramem never writes")
+    for name, value in expected.items():
+        if name not in found or type(found[name]) is not type(value) or found[name] != value:
+            raise ValueError(f"{CONFIG} has {name} = {found.get(name)!r}, where {value!r} was published")
+
+
+def _check_tensors(path: Path, adapter: PublishedAdapter, placement: Placement, shapes: Shapes | None) -> None:
+    try:
+        with safe_open(path, framework="np") as file:
+            described = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+            found = {name: tuple(tensor.get_shape()) for name, tensor in described.items()}
+            if other := [name for name, tensor in described.items() if tensor.get_dtype() != "F32"]:
+                raise ValueError(f"{WEIGHTS}: {other[0]} is {described[other[0]].get_dtype()}, not F32")
+            _check_shapes(found, adapter, placement, shapes)
+            for name in found:
+                if not np.isfinite(file.get_tensor(name)).all():
+                    raise ValueError(f"{WEIGHTS}: {name} holds NaN or Inf")
+    except SafetensorError as error:
+        raise ValueError(f"{WEIGHTS} is not a safetensors file ({error})") from None
+
+
+def _check_shapes(
+    found: Mapping[str, tuple[int, ...]], adapter: PublishedAdapter, placement: Placement, shapes: Shapes | None
+) -> None:
+    placed = {(layer, module, side) for layer in placement.layers for module in placement.modules for side in "AB"}
+    for name, shape in found.items():
+        match = _TENSOR.fullmatch(name)
+        if match is None or (place := (int(match[1]), match[2], match[3])) not in placed:
+            raise ValueError(f"{WEIGHTS} has a tensor {name!r} that its config does not imply")
+        placed.remove(place)
+        if len(shape) != 2 or shape[0 if match[3] == "A" else 1] != adapter.rank:
+            raise ValueError(f"{WEIGHTS}: {name} has shape {shape}, which is not of rank {adapter.rank}")
+    if placed:
+        layer, module, side = min(placed)
+        raise ValueError(f"{WEIGHTS} has no lora_{side} of {module} in layer {layer}")
+    if (parameters := sum(map(math.prod, found.values()))) != adapter.parameters:
+        raise ValueError(f"{WEIGHTS} has {parameters:,} parameters, not the {adapter.parameters:,} published")
+    if shapes is not None and found != dict(shapes):
+        name = min(name for name in {*found, *shapes} if found.get(name) != shapes.get(name))
+        raise ValueError(f"{WEIGHTS}: {name} has shape {found.get(name)}, the base model implies {shapes.get(name)}")

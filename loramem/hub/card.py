@@ -1,0 +1,121 @@
+"""The model card of a published store. It names no key, no value and no path."""
+
+from huggingface_hub import ModelCardData
+
+from loramem import embedded
+from loramem.hub.publication import Publication, PublishedAdapter
+
+TAGS = ["lora", "loramem", "memory"]
+
+
+def model_card(publication: Publication, repo: str, license: str, loramem_version: str) -> str:
+    """README.md of the repository: metadata for the Hub, then what is inside, how to use it and what is proved."""
+    base = publication.base_model
+    data = ModelCardData(
+        base_model=base.id if base.revision is not None else None,  # other ids are none of the Hub's
+        library_name="peft",
+        license=license,
+        tags=TAGS,
+    )
+    return f"---\n{data.to_yaml()}\n---\n" + _BODY.format(
+        name=repo.rpartition("/")[2],
+        base=_base(publication),
+        records=publication.records,
+        adapters=len(publication.adapters),
+        parameters=sum(adapter.parameters for adapter in publication.adapters),
+        inside=_inside(publication),
+        absent=_absent(publication),
+        load=_load(publication),
+        repo=repo,
+        prompt=_PROMPT[publication.prompt.kind],
+        first=publication.adapters[0].id if publication.adapters else "ID",
+        certificates="\n".join(map(_row, publication.adapters)),
+        threshold=publication.certify_threshold,
+        version=loramem_version,
+    )
+
+
+def _base(publication: Publication) -> str:
+    base = publication.base_model
+    if base.id == embedded.NAME:
+        return f"`{base.id}`, the base model inside the loramem package"
+    if base.revision is None:
+        return f"`{base.id}`, a local model that is not on the Hub under this name"
+    return f"[`{base.id}`](https://huggingface.co/{base.id}) at commit `{base.revision}`"
+
+
+def _row(adapter: PublishedAdapter) -> str:
+    proof = f"{adapter.proof.dtypes['adapter']} on {adapter.proof.dtypes['base']}, {adapter.proof.device}"
+    size = f"{adapter.rank} | {adapter.records:,} | {adapter.parameters:,}"
+    return f"| `{adapter.id}` | {size} | {adapter.min_prob:.3f} | {proof} |"
+
+
+def _inside(publication: Publication) -> str:
+    said = ["adapters in PEFT format", "a digest of every value, salted"]
+    said += ["the keys"] if publication.key_salt is None else ["a digest of every key, salted"]
+    return ", ".join([*said, "the values and metadata"] if publication.values else said)
+
+
+def _absent(publication: Publication) -> str:
+    absent = [] if publication.values else ["the values as text"]
+    absent += [] if publication.key_salt is None else ["the keys: recall works for whoever knows one"]
+    return "; ".join([*absent, "the base model", "records that were deleted or replaced"])
+
+
+def _load(publication: Publication) -> str:
+    base = publication.base_model
+    if base.id == embedded.NAME:
+        return "folder = loramem.base_path()  # pip install loramem"
+    return f'folder = "{base.id}"' + (f'  # revision="{base.revision}"' if base.revision else "  # where you have it")
+
+
+_PROMPT = {
+    "chat": """prompt = tokenizer.apply_chat_template(
+    [{"role": "user", "content": key}], add_generation_prompt=True, enable_thinking=False, return_tensors="pt"
+)""",
+    "plain": """prompt = tokenizer(key + "\\n", return_tensors="pt", add_special_tokens=False)""",
+}
+
+_BODY = """
+# {name}
+
+{records:,} records in {adapters:,} LoRA adapters ({parameters:,} parameters) of {base}, written verbatim by
+[loramem](https://pypi.org/project/loramem/) {version}: given a record's key, greedy decoding gives its value exactly.
+
+**Inside**: {inside}. **Not inside**: {absent}.
+
+Whoever has this repository and the base model can extract the values, by asking for keys. Do not make it public unless
+they may be.
+
+## Recall with loramem
+
+```console
+$ loramem pull {repo} --store memory
+$ loramem recall KEY --store memory
+```
+
+## Recall with PEFT alone
+
+Which adapter holds a key is in `records.jsonl`. With the adapter's folder at hand:
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+{load}
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), "adapters/{first}")
+{prompt}
+answer = model.generate(**prompt, do_sample=False, max_new_tokens=256)
+print(tokenizer.decode(answer[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True))
+```
+
+## What is proved
+
+Every value was decoded greedily from the adapter as saved, end token included, in two batch compositions; every token
+had p >= {threshold} under teacher forcing there. A certificate holds for its dtypes and device.
+
+| adapter | rank | records | parameters | lowest p | proved with |
+| --- | --- | --- | --- | --- | --- |
+{certificates}
+"""

@@ -1,0 +1,313 @@
+"""What a published repository says of itself: loramem.json and records.jsonl, checked field by field when read.
+
+Without keys, a record is published under a digest of its namespace and key, salted: whoever knows the key finds it.
+docs/hub.md is the specification.
+"""
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, StringConstraints, ValidationError, model_validator
+
+from loramem.manifest import Manifest
+from loramem.tables import StoredAdapter, StoredRecord, hidden_names
+
+FORMAT, NEEDS = 1, "0.1.0"
+NAME, RECORDS, CARD, ADAPTERS = "loramem.json", "records.jsonl", "README.md", "adapters"
+ADAPTER_FILE = re.compile(r"adapters/([0-9a-f]{32})/(adapter_model\.safetensors|adapter_config\.json|README\.md)")
+
+Hex32 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}$")]
+Hex64 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+Count = Annotated[int, Field(ge=0, lt=2**53)]
+Tokens = Annotated[int, Field(ge=1, le=2**20)]
+Probability = Annotated[FiniteFloat, Field(gt=0.0, le=1.0)]
+AdapterFile = Annotated[
+    str, StringConstraints(pattern=r"^(adapter_model\.safetensors|adapter_config\.json|README\.md)$")
+]
+ModelId = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$", max_length=200)]
+"""A Hub id or a bare name; no path and no address."""
+
+
+class _Strict(BaseModel):
+    """Nothing is converted, nothing unknown is let pass."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+class PublishedBase(_Strict):
+    """The base model that the adapters work on."""
+
+    id: ModelId
+    revision: str | None
+    fingerprint: dict[Annotated[str, StringConstraints(pattern="^(weights|config|tokenizer)$")], Hex64] = Field(
+        min_length=3
+    )
+    dtype: Annotated[str, StringConstraints(pattern="^(float32|bfloat16|float16)$")]
+
+
+class PublishedPrompt(_Strict):
+    """Fields of `loramem.prompts.PromptTemplate`."""
+
+    prefix_ids: list[Count]
+    suffix_ids: list[Count]
+    end_id: Count
+    kind: Literal["chat", "plain"]
+
+
+class PublishedPlacement(_Strict):
+    """Fields of `loramem.adapters.Placement`."""
+
+    modules: list[Annotated[str, StringConstraints(pattern=r"^\w+$")]] = Field(min_length=1)
+    layers: list[Count] = Field(min_length=1)
+
+
+class PublishedFile(_Strict):
+    """A file of an adapter."""
+
+    sha256: Hex64
+    size_bytes: Count
+
+
+class PublishedProof(BaseModel):
+    """The conditions under which an adapter was proved; others than these may stand beside them."""
+
+    model_config = ConfigDict(strict=True, extra="allow", frozen=True)
+
+    dtypes: dict[Literal["adapter", "base"], Annotated[str, StringConstraints(pattern=r"^\w+$")]] = Field(min_length=2)
+    device: Annotated[str, StringConstraints(pattern=r"^[\w:]+$")]
+
+
+class PublishedAdapter(_Strict):
+    """An adapter and what was proved of it where it was written."""
+
+    id: Hex32
+    namespace: str
+    """A digest where keys are not published."""
+    rank: Annotated[int, Field(ge=1, le=4096)]
+    parameters: Count
+    records: Tokens
+    min_prob: Probability
+    """Lowest certificate of its records."""
+    files: dict[AdapterFile, PublishedFile] = Field(min_length=3)
+    training: dict[str, Any]
+    proof: PublishedProof
+    created_at: str
+
+
+class PublishedRecord(_Strict):
+    """A line of records.jsonl."""
+
+    namespace: str
+    key: str = Field(min_length=1)
+    """A digest where keys are not published."""
+    value: str | None = None
+    metadata: dict[str, Any] | None = None
+    adapter: Hex32
+    salt: Hex32
+    digest: Hex64
+    answer_tokens: Tokens
+    min_prob: Probability
+    prompt_sha256: Hex64
+    written_at: str
+
+
+class Publication(_Strict):
+    """loramem.json: everything about a published store but its records."""
+
+    format: int
+    needs: str
+    base_model: PublishedBase
+    prompt: PublishedPrompt
+    placement: PublishedPlacement
+    train_threshold: Probability
+    certify_threshold: Probability
+    key_salt: Hex64 | None
+    """None where keys are published."""
+    values: bool
+    records: Count
+    records_sha256: Hex64
+    adapters: list[PublishedAdapter]
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        if self.values and self.key_salt is not None:
+            raise ValueError("it has values and no keys")
+        if len({adapter.id for adapter in self.adapters}) != len(self.adapters):
+            raise ValueError("it lists an adapter twice")
+        if self.records != sum(adapter.records for adapter in self.adapters):
+            raise ValueError("its adapters hold another number of records")
+        return self
+
+    def to_bytes(self) -> bytes:
+        return (json.dumps(self.model_dump(), indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Bytes of every adapter file by its path in the repository."""
+        return {
+            f"{ADAPTERS}/{adapter.id}/{name}": file.size_bytes
+            for adapter in self.adapters
+            for name, file in adapter.files.items()
+        }
+
+    def manifest(self, location: str | None) -> Manifest:
+        """The manifest of a store made of this."""
+        return Manifest(
+            base_model=self.base_model.id,
+            location=location,
+            revision=self.base_model.revision,
+            fingerprint=dict(self.base_model.fingerprint),
+            dtype=self.base_model.dtype,
+            prompt=self.prompt.model_dump(),
+            placement=self.placement.model_dump(),
+            train_threshold=self.train_threshold,
+            certify_threshold=self.certify_threshold,
+            keep_values=self.values,
+            key_salt=self.key_salt,
+        )
+
+
+def publish(
+    manifest: Manifest,
+    adapters: Iterable[StoredAdapter],
+    records: Sequence[StoredRecord],
+    sizes: Mapping[str, int],
+    *,
+    include_keys: bool,
+    include_values: bool,
+) -> tuple[Publication, bytes]:
+    """What is said of a store's live records, and the lines of records.jsonl.
+
+    Args:
+        sizes: Bytes of every adapter file by its path in the repository.
+        include_keys: Publish namespaces and keys; digests of them otherwise.
+        include_values: Publish values and metadata beside them.
+    """
+    salts = "".join(sorted(record.salt for record in records))
+    key_salt = manifest.key_salt or (None if include_keys else hashlib.sha256(salts.encode()).hexdigest())
+    hide = key_salt is not None and manifest.key_salt is None  # a store that was pulled without keys has none to hide
+
+    def published(record: StoredRecord) -> PublishedRecord:
+        namespace, key = record.namespace, record.key
+        if hide:
+            assert key_salt is not None
+            namespace, key = hidden_names(key_salt, namespace, key)
+        return PublishedRecord(
+            namespace=namespace,
+            key=key,
+            value=record.value if include_values else None,
+            metadata=record.metadata or None if include_values else None,
+            adapter=record.adapter,
+            salt=record.salt,
+            digest=record.digest,
+            answer_tokens=record.answer_tokens,
+            min_prob=record.min_prob,
+            prompt_sha256=key if hide else record.prompt_sha256,  # that of a short key could be guessed
+            written_at=record.written_at,
+        )
+
+    lines = "".join(
+        json.dumps(published(record).model_dump(exclude_none=True), ensure_ascii=False, sort_keys=True) + "\n"
+        for record in records
+    ).encode()
+    lowest: dict[str, list[float]] = {}
+    for record in records:
+        lowest.setdefault(record.adapter, []).append(record.min_prob)
+    described = [
+        PublishedAdapter(
+            id=adapter.id,
+            namespace=hidden_names(key_salt, adapter.namespace, "")[0] if hide and key_salt else adapter.namespace,
+            rank=adapter.rank,
+            parameters=adapter.parameters,
+            records=len(lowest[adapter.id]),
+            min_prob=min(lowest[adapter.id]),
+            files={
+                name: PublishedFile(sha256=sha256, size_bytes=sizes[f"{ADAPTERS}/{adapter.id}/{name}"])
+                for name, sha256 in adapter.files.items()
+            },
+            # The cost of few values, to the last bit of a float, would nearly tell which they are.
+            training={**adapter.training, "cost_bits": math.ceil(adapter.training["cost_bits"])},
+            proof=PublishedProof(**adapter.proof),
+            created_at=adapter.created_at,
+        )
+        for adapter in adapters
+        if adapter.id in lowest
+    ]
+    publication = Publication(
+        format=FORMAT,
+        needs=NEEDS,
+        base_model=PublishedBase(
+            id=manifest.base_model,
+            revision=manifest.revision,
+            fingerprint=manifest.fingerprint,
+            dtype=manifest.dtype,
+        ),
+        prompt=PublishedPrompt(**manifest.prompt),
+        placement=PublishedPlacement(**manifest.placement),
+        train_threshold=manifest.train_threshold,
+        certify_threshold=manifest.certify_threshold,
+        key_salt=key_salt,
+        values=include_values,
+        records=len(records),
+        records_sha256=hashlib.sha256(lines).hexdigest(),
+        adapters=described,
+    )
+    return publication, lines
+
+
+def read_publication(content: bytes) -> Publication:
+    """Parse loramem.json.
+
+    Raises:
+        ValueError: What is wrong with it, in words.
+    """
+    try:
+        found = json.loads(content)
+        found_format = found["format"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise ValueError("it is not the description of a published store") from None
+    if found_format != FORMAT:
+        raise ValueError(f"it has format {found_format!r}, this version reads {FORMAT}; upgrade loramem")
+    return _validated(Publication, content)
+
+
+def read_lines(content: bytes, publication: Publication) -> list[PublishedRecord]:
+    """Parse records.jsonl.
+
+    Raises:
+        ValueError: What is wrong with it, in words.
+    """
+    if hashlib.sha256(content).hexdigest() != publication.records_sha256:
+        raise ValueError("its sha256 is not the one that loramem.json gives")
+    records = [_validated(PublishedRecord, line) for line in content.splitlines()]
+    if len({(record.namespace, record.key) for record in records}) != len(records):
+        raise ValueError("it has a key twice")
+    expected = {adapter.id: (adapter.namespace, adapter.records) for adapter in publication.adapters}
+    counted = dict.fromkeys(expected, 0)
+    for record in records:
+        if record.adapter not in expected:
+            raise ValueError(f"it names adapter {record.adapter}, which is not published")
+        if record.namespace != expected[record.adapter][0]:
+            raise ValueError(f"a record of adapter {record.adapter} is of another namespace")
+        if (record.value is not None) != publication.values:
+            raise ValueError("it has values where loramem.json says otherwise")
+        counted[record.adapter] += 1
+    if wrong := [id for id, (_, count) in expected.items() if counted[id] != count]:
+        raise ValueError(f"it has {counted[wrong[0]]} records of adapter {wrong[0]}, not as many as loramem.json says")
+    return records
+
+
+def _validated(kind: type[Model], content: bytes) -> Model:
+    try:
+        return kind.model_validate_json(content)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(map(str, first["loc"])) or "it"
+        raise ValueError(f"{where}: {first['msg']}") from None

@@ -1,0 +1,217 @@
+"""A published store made a store here: the files of one commit, every one of them checked before it counts.
+
+What is pulled is untrusted. It is put together beside the target and renamed at the end, so that nothing of a
+repository that breaks a rule is left.
+"""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from huggingface_hub.hf_api import RepoFile
+
+from loramem.commits import commit_records, note_push, seal_index
+from loramem.engine import Engine, ModelRequest
+from loramem.errors import NotAPublication, RecordError, RefusedRepository
+from loramem.files import beside, copy_synced, make_directory, publish_made
+from loramem.hub.client import files_at, hub
+from loramem.hub.publication import (
+    ADAPTER_FILE,
+    ADAPTERS,
+    NAME,
+    RECORDS,
+    Publication,
+    PublishedRecord,
+    read_lines,
+    read_publication,
+)
+from loramem.index import NAME as INDEX
+from loramem.index import Index
+from loramem.manifest import Manifest
+from loramem.records import Record
+from loramem.staging import ADAPTERS as STORED
+from loramem.tables import StoredAdapter, StoredRecord
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+MAX_DESCRIPTION_BYTES, MAX_RECORDS_BYTES = 64 * 2**20, 2**30
+"""Of loramem.json and records.jsonl: far more than any store that one would share."""
+MAX_BYTES = 16 * 2**30
+"""Of the adapters, unless the caller allows more."""
+ORDERED = 0.5
+_TIDY = re.compile(r"[^/\\\x00-\x1f]+(/[^/\\\x00-\x1f]+)*")
+"""A relative path without empty parts, backslashes or control characters."""
+
+
+class Fetched:
+    """A repository's publication at one commit, as files in a folder."""
+
+    def __init__(self, api: "HfApi", repo: str, folder: Path, revision: str | None, max_bytes: int) -> None:
+        self.repo, self.folder = repo, folder
+        self.commit = str(api.model_info(repo, revision=revision).sha)
+        self._api, self._there = api, files_at(api, repo, self.commit)
+        self._check_paths()
+        self.publication = self._read_description()
+        self.records = self._read_records()
+        self._download_adapters(max_bytes)
+
+    def refused(self, what: str, why: object) -> RefusedRepository:
+        """The error for a file that breaks a rule."""
+        return RefusedRepository(
+            f"{self.repo} at {self.commit[:12]} is refused: {what}: {why}.", repo=self.repo, what=what
+        )
+
+    def _check_paths(self) -> None:
+        for path in self._there:
+            if not _TIDY.fullmatch(path) or {".", ".."} & set(path.split("/")):
+                raise self.refused(repr(path), "no file of a store has such a path")
+        if NAME not in self._there or RECORDS not in self._there:
+            plain = "adapter_config.json" in self._there
+            raise NotAPublication(
+                f"{self.repo} holds no store that loramem published, "
+                + ("but a plain PEFT adapter: load that with peft." if plain else "only something else."),
+                repo=self.repo,
+            )
+        for path in self._there:
+            if path.startswith(f"{ADAPTERS}/") and not ADAPTER_FILE.fullmatch(path):
+                raise self.refused(path, "the folder of an adapter holds its three files alone")
+
+    def _read_description(self) -> Publication:
+        content = self._download(NAME, MAX_DESCRIPTION_BYTES).read_bytes()
+        try:
+            return read_publication(content)
+        except ValueError as error:
+            raise self.refused(NAME, error) from None
+
+    def _read_records(self) -> list[PublishedRecord]:
+        content = self._download(RECORDS, MAX_RECORDS_BYTES).read_bytes()
+        try:
+            records = read_lines(content, self.publication)
+            for record in records:
+                Record(record.key, record.value or "?", record.namespace, record.metadata or {})
+        except (ValueError, RecordError) as error:
+            raise self.refused(RECORDS, error) from None
+        return records
+
+    def _download_adapters(self, max_bytes: int) -> None:
+        sizes = self.publication.sizes
+        if unlisted := {path for path in self._there if path.startswith(f"{ADAPTERS}/")} ^ set(sizes):
+            raise self.refused(min(unlisted), f"it is not both in the repository and in {NAME}")
+        if sum(sizes.values()) > max_bytes:
+            raise self.refused(
+                ADAPTERS, f"they have {sum(sizes.values()):,} bytes, {max_bytes:,} are allowed (--max-bytes)"
+            )
+        for path, size in sizes.items():
+            if self._there[path].size != size:
+                raise self.refused(path, f"it has {self._there[path].size:,} bytes, {NAME} says {size:,}")
+            self._download(path, size)
+
+    def _download(self, path: str, limit: int) -> Path:
+        file: RepoFile = self._there[path]
+        if file.size > limit:
+            raise self.refused(path, f"it has {file.size:,} bytes, {limit:,} are allowed")
+        local = Path(self._api.hf_hub_download(self.repo, path, revision=self.commit, local_dir=self.folder))
+        if local.is_symlink() or not local.resolve().is_relative_to(self.folder.resolve()):
+            raise self.refused(path, "it does not lie in the folder of the download")
+        if local.stat().st_size != file.size:
+            raise self.refused(path, f"{local.stat().st_size:,} bytes came, {file.size:,} were announced")
+        return local
+
+
+def pull(
+    repo: str,
+    target: Path,
+    *,
+    revision: str | None = None,
+    model: ModelRequest,
+    verify: bool = True,
+    max_bytes: int = MAX_BYTES,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Make a store at ``target`` of a published one; see `MemoryStore.pull`, whose arguments and errors these are."""
+    with beside(target) as partial:
+        with hub(repo) as api:
+            fetched = Fetched(api, repo, partial / "download", revision, max_bytes)
+        folder = partial / "store"
+        make_directory(folder)
+        index = Index(folder / INDEX)
+        try:
+            manifest = fetched.publication.manifest(_location(model))
+            _assemble(fetched, folder, index, manifest)
+            _admit(fetched, Engine(folder, index, manifest, model), verify, progress)
+        finally:
+            index.close()
+        publish_made(folder, target)
+
+
+def _location(model: ModelRequest) -> str | None:
+    """The folder of the base model, if the caller named one."""
+    if model.name is None or not Path(model.name).expanduser().is_dir():
+        return None
+    return str(Path(model.name).expanduser().resolve())
+
+
+def _assemble(fetched: Fetched, folder: Path, index: Index, manifest: Manifest) -> None:
+    """Files, index and manifest of the store, from what was downloaded."""
+    published = fetched.publication
+    make_directory(folder / STORED)
+    for path in sorted(published.sizes):
+        local = folder / path.replace(ADAPTERS, STORED, 1)
+        make_directory(local.parent)
+        copy_synced(fetched.folder / path, local)
+    adapters = [
+        StoredAdapter(
+            id=adapter.id,
+            namespace=adapter.namespace,
+            rank=adapter.rank,
+            parameters=adapter.parameters,
+            size_bytes=sum(file.size_bytes for file in adapter.files.values()),
+            files={name: file.sha256 for name, file in adapter.files.items()},
+            placement=published.placement.model_dump(),
+            training=adapter.training,
+            proof=adapter.proof.model_dump(),
+            created_at=adapter.created_at,
+        )
+        for adapter in published.adapters
+    ]
+    records = [StoredRecord(**{**line.model_dump(), "metadata": line.metadata or {}}) for line in fetched.records]
+    if published.values:
+        for record in records:
+            if record.value is None or not record.holds(record.value):
+                raise fetched.refused(RECORDS, f"the value of {record.key!r} is not the one of its digest")
+    index.migrate()
+    commit_records(index, records, adapters)
+    note_push(index, fetched.repo, commit=fetched.commit)
+    seal_index(index, manifest.sha256)
+    manifest.save(folder)
+
+
+def _admit(fetched: Fetched, engine: Engine, verify: bool, progress: Callable[[int, int], None] | None) -> None:
+    """Check every adapter, and with ``verify`` what it says and answers on the base model here."""
+    from loramem.adapters import tensor_shapes
+    from loramem.hub.admission import inspect_adapter
+    from loramem.recheck import recheck
+
+    for adapter in fetched.publication.adapters:
+        where = f"{ADAPTERS}/{adapter.id}"
+        shapes = tensor_shapes(engine.base.model, engine.manifest.placed(), adapter.rank) if verify else None
+        try:
+            inspect_adapter(engine.store / STORED / adapter.id, adapter, fetched.publication, shapes)
+        except ValueError as error:
+            raise fetched.refused(where, error) from None
+    if not verify:
+        return
+    if engine.base.template != engine.manifest.template():
+        raise fetched.refused(NAME, "its prompt is not the one of the base model")
+    if longest := [line for line in fetched.records if line.answer_tokens > engine.base.max_tokens]:
+        raise fetched.refused(RECORDS, f"{longest[0].answer_tokens:,} answer tokens exceed the base model's context")
+    if fetched.publication.key_salt is not None:
+        return  # there is nothing to ask for: recall checks every value against its digest
+    for check in recheck(engine, progress=progress):
+        where = f"{ADAPTERS}/{check.adapter}"
+        if check.failed:
+            raise fetched.refused(where, f"it does not give back {len(check.failed)} of its {check.records} records here")
+        if check.min_prob is not None and check.min_prob <= ORDERED:
+            raise fetched.refused(where, f"a token has p = {check.min_prob:.3f} here, which certifies nothing")
