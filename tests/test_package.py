@@ -52,7 +52,7 @@ LAYERS = (
     ("loramem",),
     ("loramem.store",),
     ("loramem.memory", "loramem.creation"),
-    ("loramem.summary", "loramem.verification", "loramem.repair"),
+    ("loramem.summary", "loramem.verification", "loramem.recheck", "loramem.repair"),
     ("loramem.maintenance", "loramem.bundle"),
     ("loramem.engine",),
     ("loramem.transaction", "loramem.reader"),
