@@ -23,7 +23,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from loramem.base_model import BaseModel
+from loramem.base_model import DTYPES, BaseModel
 from loramem.layers import decoder_layers, features, linear_modules, linears
 
 WEIGHTS, CONFIG, CARD = "adapter_model.safetensors", "adapter_config.json", "README.md"
@@ -91,11 +91,17 @@ class AdaptedModel:
     """A base model that adapters are attached to, one of them active at a time.
 
     Not safe to share between threads without a lock: which adapter is active is state of the model.
+
+    Args:
+        max_loaded: Saved adapters kept in memory.
+        adapter_dtype: What saved adapters are cast to when they are loaded; None leaves them to PEFT, which keeps
+            float32 and raises less to it, whatever the base's dtype.
     """
 
-    def __init__(self, base: BaseModel, max_loaded: int = 8) -> None:
+    def __init__(self, base: BaseModel, max_loaded: int = 8, adapter_dtype: str | None = None) -> None:
         self.base = base
         self.max_loaded = max_loaded
+        self.adapter_dtype = None if adapter_dtype is None else DTYPES[adapter_dtype]
         self._peft: PeftModel | None = None
         self._loaded: OrderedDict[str, None] = OrderedDict()
 
@@ -147,6 +153,10 @@ class AdaptedModel:
                     self._peft = PeftModel.from_pretrained(self.base.model, folder, adapter_name=name)
                 else:
                     self._peft.load_adapter(str(folder), adapter_name=name)
+            if self.adapter_dtype is not None:
+                for layer in self.lora_layers(name):
+                    layer.lora_A[name].to(self.adapter_dtype)
+                    layer.lora_B[name].to(self.adapter_dtype)
             while len(self._loaded) >= self.max_loaded:
                 self.remove(next(iter(self._loaded)))
         self._loaded[name] = None

@@ -1,6 +1,6 @@
 """The base model of a store and what works on it, loaded on first use: reading an index needs none of it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,8 +29,15 @@ class ModelRequest:
 class Engine:
     """Base model, reader and writer of one store."""
 
-    def __init__(self, store: Path, index: Index, manifest: Manifest, request: ModelRequest) -> None:
+    def __init__(
+        self, store: Path, index: Index, manifest: Manifest, request: ModelRequest, adapter_dtype: str | None = None
+    ) -> None:
         self.store, self.index, self.manifest, self._request = store, index, manifest, request
+        self._adapter_dtype = adapter_dtype
+
+    def served_in(self, dtype: str) -> "Engine":
+        """The same store as a server in this dtype holds it: the base model loaded in it, adapters cast to it."""
+        return Engine(self.store, self.index, self.manifest, replace(self._request, dtype=dtype), dtype)
 
     @cached_property
     def base(self) -> "BaseModel":
@@ -64,7 +71,7 @@ class Engine:
         """The base model that adapters are attached to."""
         from loramem.adapters import AdaptedModel
 
-        return AdaptedModel(self.base)
+        return AdaptedModel(self.base, adapter_dtype=self._adapter_dtype)
 
     @cached_property
     def reader(self) -> "Reader":

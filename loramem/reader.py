@@ -80,7 +80,7 @@ class Reader:
         tokenizer = self.adapted.base.tokenizer
         prompts = [self.template.prompt_ids(tokenizer, record.key) for record in records]
         most = max(record.answer_tokens for record in records) + 2  # the end token, and one beyond: it must have ended
-        with self._active(records[0].adapter):
+        with self.active(records[0].adapter):
             ids = greedy_decode(self.adapted.model, prompts, most, self.template.end_id)
         return list(zip(records, (decode_answer(tokenizer, row) for row in ids), strict=True))
 
@@ -92,7 +92,7 @@ class Reader:
         """Every answer token and the end token of a decoded value, with the adapter and without it, batch of one."""
         tokenizer = self.adapted.base.tokenizer
         encoded = encode_record(Record(record.key, value, record.namespace), tokenizer, self.template)
-        with self._active(record.adapter):
+        with self.active(record.adapter):
             ((_, probs),) = answer_probabilities(self.adapted.model, [encoded])
         ((_, base_probs),) = answer_probabilities(self.adapted.model, [encoded])
         return tuple(
@@ -101,7 +101,7 @@ class Reader:
         )
 
     @contextmanager
-    def _active(self, adapter: str) -> Iterator[None]:
+    def active(self, adapter: str) -> Iterator[None]:
         """`activate`, and the plain base again afterwards: no later computation meets the adapter unasked."""
         self.activate(adapter)
         try:

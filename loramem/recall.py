@@ -148,28 +148,50 @@ def prove(model: PreTrainedModel, records: Sequence[EncodedRecord], adapter: str
     """
     probs = dict(answer_probabilities(model, records))
     min_probs = [float(probs[index].min()) for index in range(len(records))]
-    shuffled = list(range(len(records)))
-    random.Random(len(records)).shuffle(shuffled)
-    least_certain = sorted(shuffled, key=lambda index: min_probs[index])[:ALONE]
-    compositions = {
-        "by length": group_by_length(records, range(len(records)), DECODE_RECORDS, DECODE_TOKENS),
-        "shuffled": [shuffled[start : start + SHUFFLED_RECORDS] for start in range(0, len(records), SHUFFLED_RECORDS)],
-        "alone": [[index] for index in least_certain],
-    }
-    for name, batches in compositions.items():
-        for index, ids in decode_records(model, records, batches):
-            if tuple(ids) != records[index].answer_ids[:-1]:
-                key = records[index].record.key
-                raise RecallError(
-                    f"Adapter {adapter} does not decode {key!r} exactly (batches {name}, lowest p "
-                    f"{min_probs[index]:.3f}). Nothing was committed; write again with a higher rank or another seed.",
-                    key=key,
-                    adapter=adapter,
-                )
+    batches = compositions(records, min_probs)
+    for index, name in misrecalled(model, records, batches):
+        key = records[index].record.key
+        raise RecallError(
+            f"Adapter {adapter} does not decode {key!r} exactly (batches {name}, lowest p {min_probs[index]:.3f}). "
+            "Nothing was committed; write again with a higher rank or another seed.",
+            key=key,
+            adapter=adapter,
+        )
     conditions: dict[str, object] = {
         "dtypes": dtypes,
         "device": model.device.type,
         "torch": torch.__version__,
-        "decoded_batches": {name: sorted({len(batch) for batch in batches}) for name, batches in compositions.items()},
+        "decoded_batches": batch_sizes(batches),
     }
     return Proof(tuple(min_probs), conditions)
+
+
+Compositions = dict[str, list[list[int]]]
+"""Batches of indices of records, by the name of the way in which they were put together."""
+
+
+def compositions(records: Sequence[EncodedRecord], min_probs: Sequence[float]) -> Compositions:
+    """The batches in which records must be decoded: two ways over all of them, the least certain also alone."""
+    shuffled = list(range(len(records)))
+    random.Random(len(records)).shuffle(shuffled)
+    least_certain = sorted(shuffled, key=lambda index: min_probs[index])[:ALONE]
+    return {
+        "by length": group_by_length(records, range(len(records)), DECODE_RECORDS, DECODE_TOKENS),
+        "shuffled": [shuffled[start : start + SHUFFLED_RECORDS] for start in range(0, len(records), SHUFFLED_RECORDS)],
+        "alone": [[index] for index in least_certain],
+    }
+
+
+def misrecalled(
+    model: PreTrainedModel, records: Sequence[EncodedRecord], batches: Compositions
+) -> Iterator[tuple[int, str]]:
+    """Records that the active adapter does not decode exactly, as they are found: (index, name of the composition)."""
+    for name, groups in batches.items():
+        for index, ids in decode_records(model, records, groups):
+            if tuple(ids) != records[index].answer_ids[:-1]:
+                yield index, name
+
+
+def batch_sizes(batches: Compositions) -> dict[str, list[int]]:
+    """Records per batch that occur in each composition, ascending."""
+    return {name: sorted({len(group) for group in groups}) for name, groups in batches.items()}

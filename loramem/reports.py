@@ -171,6 +171,39 @@ class VerifyReport:
 
 
 @dataclass(frozen=True)
+class AdapterCheck:
+    """The certificates of one adapter, looked at again: what `loramem.recheck` found."""
+
+    adapter: str
+    records: int
+    """Live records of the adapter."""
+    exact: int
+    """Those decoded exactly, end token included, in every batch composition."""
+    failed: tuple[str, ...]
+    """Keys of the others."""
+    unscored: int
+    """Failed records whose value is not kept, so that nothing could be scored."""
+    min_prob: float | None
+    """Lowest teacher-forced p of any answer or end token of the records that were scored; None if none was."""
+    committed_min_prob: float | None
+    """Lowest certificate of the same records, as committed; None without records."""
+    dtypes: dict[str, str]
+    """Of "base" and "adapter"."""
+    device: str
+    batches: dict[str, list[int]]
+    """Records per batch, by composition: those that a certificate rests on."""
+
+    @property
+    def ok(self) -> bool:
+        return not self.failed
+
+    @property
+    def margin(self) -> float | None:
+        """What is left of the lowest p above 0.5, where greedy decoding cannot choose otherwise."""
+        return None if self.min_prob is None else self.min_prob - 0.5
+
+
+@dataclass(frozen=True)
 class Stats:
     """Counts and sizes of a store."""
 

@@ -212,6 +212,8 @@ def _admit(fetched: Fetched, engine: Engine, verify: bool, progress: Callable[[i
     for check in recheck(engine, progress=progress):
         where = f"{ADAPTERS}/{check.adapter}"
         if check.failed:
-            raise fetched.refused(where, f"it does not give back {len(check.failed)} of its {check.records} records here")
+            raise fetched.refused(
+                where, f"it does not give back {len(check.failed)} of its {check.records} records here"
+            )
         if check.min_prob is not None and check.min_prob <= ORDERED:
             raise fetched.refused(where, f"a token has p = {check.min_prob:.3f} here, which certifies nothing")

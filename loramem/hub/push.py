@@ -156,10 +156,12 @@ def _check_parent(api: HfApi, repo: str, info: ModelInfo, there: Mapping[str, Re
             local = api.hf_hub_download(repo, publication.NAME, revision=info.sha, local_dir=folder)
             if hashlib.sha256(Path(local).read_bytes()).hexdigest() == sent:
                 return
-    relation = "which this store has nothing to do with" if known is None else f"not {known[:12]}, which this store knows"
+    relation = (
+        "which this store has nothing to do with" if known is None else f"not {known[:12]}, which this store knows"
+    )
     raise HubConflict(
-        f"{repo} is at commit {(info.sha or '?')[:12]}, {relation}. Pull it into a new folder and go on from there, push "
-        "to another repository, or give --replace (replace=True) to end what is there.",
+        f"{repo} is at commit {(info.sha or '?')[:12]}, {relation}. Pull it into a new folder and go on from there, "
+        "push to another repository, or give --replace (replace=True) to end what is there.",
         repo=repo,
         expected=known,
         got=info.sha,
