@@ -5,9 +5,11 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing in the tests may reach the network
 
+import importlib.util
 import math
 from collections.abc import Callable, Iterator
 
+import huggingface_hub.constants
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -20,6 +22,8 @@ from transformers import (
     Qwen3Config,
 )
 from transformers.models.auto import AutoModelForCausalLM
+
+from .hub_server import HubServer
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"  # the paper's data and a model pretrained by others; tests pass without it
@@ -142,3 +146,29 @@ def numbers(count: int, digits: int = 4) -> dict[str, str]:
 
     rng = random.Random(7)
     return {f"key {i}": "".join(rng.choices("0123456789", k=digits)) for i in range(count)}
+
+
+@pytest.fixture
+def hub(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    """A Hub of our own, and huggingface_hub pointed at it with an empty cache, in this process and those it starts.
+
+    huggingface_hub reads its environment into `huggingface_hub.constants` when it is first imported, long before
+    this fixture. So that module is read once more under the new environment and what came out otherwise is patched
+    into the one in use: its own functions look there at every call, `HfApi()` and `hf_hub_download` with no endpoint
+    included. Libraries that copied a constant at import keep theirs (transformers: the cache folder). A process that
+    the test starts needs the environment alone, which it inherits, or `hub.environment(home)` for another cache.
+    """
+    with HubServer() as server:
+        monkeypatch.delenv("HUGGING_FACE_HUB_TOKEN", raising=False)
+        monkeypatch.delenv("HF_HUB_CACHE", raising=False)
+        for name, value in server.environment(str(tmp_path_factory.mktemp("hub") / "home")).items():
+            monkeypatch.setenv(name, value)
+        spec = importlib.util.find_spec("huggingface_hub.constants")
+        assert spec and spec.loader
+        constants = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(constants)
+        for name, value in vars(constants).items():
+            if name.isupper() and value != getattr(huggingface_hub.constants, name):
+                monkeypatch.setattr(huggingface_hub.constants, name, value)
+        yield server
+        huggingface_hub.close_session()  # its connections, before the server goes
