@@ -22,6 +22,8 @@ from . import (
     import_,
     law,
     ls,
+    pull,
+    push,
     put,
     recall,
     rename,
@@ -45,6 +47,7 @@ EXIT_CODES: tuple[tuple[type[Exception], int], ...] = (
     (errors.StoreNotFound, 10),
     (errors.StoreLocked, 11),
     (errors.OtherBaseModel, 12),
+    (errors.HubError, 13),
     (errors.LoramemError, 1),
 )
 INTERRUPTED = 130
@@ -62,6 +65,7 @@ COMMANDS = (
     *(write, put, recall, explain, ls, stats, history),
     *(update, rename, rm, erase, compact, gc),
     *(verify, repair, export, import_, backup),
+    *(push, pull),
     *(capacity, calibrate, law, suite),
 )
 for command in COMMANDS:

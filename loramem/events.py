@@ -20,10 +20,12 @@ NAMES = (
     "repaired",
     "vacuumed",
 )
+"""Of changes to a store."""
+HUB = ("pushed", "pulled")
 
 
 def tell(event: str, **facts: object) -> None:
     """Log an event at level INFO."""
-    assert event in NAMES
+    assert event in NAMES + HUB
     shown = " ".join(f"{name}={value}" for name, value in facts.items())
     log.info("%s %s", event, shown, extra={"event": event, "facts": facts})

@@ -237,7 +237,8 @@ class Memory:
     def verify(self, *, quick: bool = False, progress: Callable[[int, int], None] | None = None) -> VerifyReport:
         """Check every file and row against its sha256, then decode every record from its adapter.
 
-        The base model's weights are hashed again too. Damage does not raise: the report lists it.
+        The base model's weights are hashed again too. Damage does not raise: the report lists it. A store that was
+        pulled without its keys cannot be asked for its records: there it is as with ``quick``.
 
         Args:
             quick: Structure and hashes alone: nothing is decoded, the base model is not loaded.
@@ -247,7 +248,7 @@ class Memory:
             OtherBaseModel: The base model given is not the store's at all.
         """
         with self._lock:
-            if quick:
+            if quick or self.manifest.key_salt is not None:
                 return quick_check(self.path, self._index)
             from loramem.verification import full_check
 

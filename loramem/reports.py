@@ -256,14 +256,10 @@ class PushPlan:
 
 
 @dataclass(frozen=True)
-class PushReport:
-    """A finished push."""
+class PushReport(PushPlan):
+    """A finished push: what was planned, and the commit that it made."""
 
-    repo: str
     commit: str
-    records: int
-    uploaded: tuple[str, ...]
-    removed: tuple[str, ...]
-    size_bytes: int
+    """That the repository is at now."""
     changed: bool
-    """False where the repository held all of it already."""
+    """False where it held all of it already."""

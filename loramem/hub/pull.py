@@ -14,6 +14,7 @@ from huggingface_hub.hf_api import RepoFile
 from loramem.commits import commit_records, note_push, seal_index
 from loramem.engine import Engine, ModelRequest
 from loramem.errors import NotAPublication, RecordError, RefusedRepository
+from loramem.events import tell
 from loramem.files import beside, copy_synced, make_directory, publish_made
 from loramem.hub.client import files_at, hub
 from loramem.hub.publication import (
@@ -144,6 +145,7 @@ def pull(
         finally:
             index.close()
         publish_made(folder, target)
+        tell("pulled", records=len(fetched.records), adapters=len(fetched.publication.adapters))
 
 
 def _location(model: ModelRequest) -> str | None:

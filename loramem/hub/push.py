@@ -98,7 +98,7 @@ def push(
         parent = None if info is None else info.sha
         if not uploads and not superfluous:
             assert parent is not None
-            note_push(index, repo, commit=parent)
+            note_push(index, repo, commit=parent, sent="")
             return PushReport(**vars(plan), commit=parent, changed=False)
         if confirm is not None:
             confirm(plan)
@@ -115,7 +115,7 @@ def push(
             commit_message=message or f"{description.records} records in {len(description.adapters)} adapters",
             parent_commit=parent,
         ).oid
-    note_push(index, repo, commit=commit)
+    note_push(index, repo, commit=commit, sent="")
     tell("pushed", records=description.records, adapters=len(plan.uploaded))
     return PushReport(**vars(plan), commit=commit, changed=True)
 
@@ -151,7 +151,7 @@ def _check_parent(api: HfApi, repo: str, info: ModelInfo, there: Mapping[str, Re
     known, sent = index.published(repo)
     if info.sha == known or (known is None and set(there) <= _NEUTRAL):
         return
-    if sent is not None and publication.NAME in there:  # a push that was killed after its commit
+    if sent and publication.NAME in there:  # a push that was killed after its commit
         with TemporaryDirectory() as folder:
             local = api.hf_hub_download(repo, publication.NAME, revision=info.sha, local_dir=folder)
             if hashlib.sha256(Path(local).read_bytes()).hexdigest() == sent:
