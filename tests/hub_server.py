@@ -78,6 +78,10 @@ class HubServer(Hub):
         with self._lock:
             self._faults += [(fault, method, re.compile(pattern))] * times
 
+    def clear_faults(self) -> None:
+        with self._lock:
+            self._faults.clear()
+
     def respond(self, call: Call) -> Answer:
         with self._lock:
             fault = next((f for f in self._faults if f[1] == call.method and f[2].search(call.path)), None)
