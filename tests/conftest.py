@@ -8,6 +8,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # nothing in the tests may reach the network
 import importlib.util
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import huggingface_hub.constants
 import pytest
@@ -148,27 +149,32 @@ def numbers(count: int, digits: int = 4) -> dict[str, str]:
     return {f"key {i}": "".join(rng.choices("0123456789", k=digits)) for i in range(count)}
 
 
-@pytest.fixture
-def hub(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
-    """A Hub of our own, and huggingface_hub pointed at it with an empty cache, in this process and those it starts.
+@contextmanager
+def hub_client(server: HubServer, home: Path) -> Iterator[None]:
+    """huggingface_hub pointed at a server of ours with an empty cache, in this process and those it starts.
 
     huggingface_hub reads its environment into `huggingface_hub.constants` when it is first imported, long before
-    this fixture. So that module is read once more under the new environment and what came out otherwise is patched
-    into the one in use: its own functions look there at every call, `HfApi()` and `hf_hub_download` with no endpoint
+    this. So that module is read once more under the new environment, and what came out otherwise is patched into
+    the one in use: its own functions look there at every call, `HfApi()` and `hf_hub_download` with no endpoint
     included. Libraries that copied a constant at import keep theirs (transformers: the cache folder). A process that
-    the test starts needs the environment alone, which it inherits, or `hub.environment(home)` for another cache.
+    a test starts needs the environment alone: it inherits it, or gets `server.environment(home)` for another cache.
     """
-    with HubServer() as server:
-        monkeypatch.delenv("HUGGING_FACE_HUB_TOKEN", raising=False)
-        monkeypatch.delenv("HF_HUB_CACHE", raising=False)
-        for name, value in server.environment(str(tmp_path_factory.mktemp("hub") / "home")).items():
-            monkeypatch.setenv(name, value)
+    with pytest.MonkeyPatch.context() as patched:
+        for name, value in server.environment(str(home)).items():
+            patched.setenv(name, value)
         spec = importlib.util.find_spec("huggingface_hub.constants")
         assert spec and spec.loader
         constants = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(constants)
         for name, value in vars(constants).items():
             if name.isupper() and value != getattr(huggingface_hub.constants, name):
-                monkeypatch.setattr(huggingface_hub.constants, name, value)
+                patched.setattr(huggingface_hub.constants, name, value)
+        yield
+    huggingface_hub.close_session()  # and its connections to this server
+
+
+@pytest.fixture
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HubServer]:
+    """A Hub of our own, empty, that the client of this process and of those it starts talks to."""
+    with HubServer() as server, hub_client(server, tmp_path_factory.mktemp("hub") / "home"):
         yield server
-        huggingface_hub.close_session()  # its connections, before the server goes

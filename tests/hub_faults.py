@@ -1,4 +1,4 @@
-"""Answers of the tests' Hub, and the ways to spoil one: test_hub_server.py says what the client makes of each."""
+"""Answers of the tests' Hub, and the ways to spoil one: test_hub_faults.py says what the client makes of each."""
 
 import json
 from collections.abc import Callable, Mapping

@@ -51,6 +51,7 @@ def test_a_commit_uploads_regular_files_and_lfs(hub: HubServer, pushed: str) -> 
     assert set(listed) == {".gitattributes", "README.md", "a.safetensors", "sub", "sub/b.json"}
     assert listed["a.safetensors"].size == listed["a.safetensors"].lfs.size == len(WEIGHTS)
     assert listed["README.md"].lfs is None
+    assert HfApi().get_paths_info("me/facts", ["README.md", "none"]) == [listed["README.md"]]
 
 
 def test_a_second_commit_uploads_only_what_is_new(hub: HubServer, pushed: str) -> None:
@@ -61,6 +62,12 @@ def test_a_second_commit_uploads_only_what_is_new(hub: HubServer, pushed: str) -
     assert hub.head("me/facts").deleted == ("sub/b.json",)
     assert len([r for r in hub.requests if r.method == "PUT"]) == 1
     assert [c.commit_id for c in HfApi().list_repo_commits("me/facts")][:2] == [hub.head("me/facts").id, pushed]
+
+
+def test_ignored_files_stay_behind(hub: HubServer, pushed: str) -> None:
+    operations = add(_gitignore=b"*.tmp\n", y_json=b"1", z_tmp=b"2")
+    HfApi().create_commit("me/facts", operations, commit_message="m")
+    assert hub.head("me/facts").added == (".gitignore", "y.json")
 
 
 def test_a_stale_parent_is_refused_and_nothing_changes(hub: HubServer, pushed: str) -> None:
