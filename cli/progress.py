@@ -61,12 +61,17 @@ def count_bar(what: str) -> Iterator[Callable[[int, int], None]]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn(f"[bold]{what}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = None
+    bar, task = Progress(*columns, console=Console(stderr=True)), None
 
-        def show(done: int, total: int) -> None:
-            nonlocal task
-            task = bar.add_task("", total=total) if task is None else task
-            bar.update(task, completed=done, total=total)
+    def show(done: int, total: int) -> None:
+        nonlocal task
+        if task is None:
+            bar.start()  # not before: what fails earlier has nothing to draw
+            task = bar.add_task("", total=total)
+        bar.update(task, completed=done, total=total)
 
+    try:
         yield show
+    finally:
+        if task is not None:
+            bar.stop()

@@ -369,7 +369,7 @@ class Index:
         self.db.table("meta").upsert({"name": name, "value": value}, pk="name")
 
     def published(self, repo: str) -> tuple[str | None, str | None]:
-        """Commit of a Hub repository that this store pushed or was pulled from, and the sha256 of loramem.json on its way."""
+        """Commit of a Hub repository that this store equals or began as; sha256 of a loramem.json on its way there."""
         return self.meta(f"hub_commit:{repo}"), self.meta(f"hub_sent:{repo}")
 
     def rows_digest(self) -> str:

@@ -18,7 +18,7 @@ from loramem.index import NAME as INDEX
 from loramem.index import Index
 from loramem.manifest import read_manifest
 from loramem.records import RecordLike, as_records
-from loramem.reports import Explanation, Recall, Stats, VerifyReport, Version
+from loramem.reports import Explanation, PushPlan, PushReport, Recall, Stats, VerifyReport, Version
 from loramem.summary import history, quick_check, stats
 from loramem.tables import PendingWrite, StoredAdapter, StoredRecord
 
@@ -272,6 +272,59 @@ class Memory:
         """
         with self._lock:
             return bundle.export(self.path, self._index, Path(target))
+
+    def push(
+        self,
+        repo: str,
+        *,
+        include_keys: bool = False,
+        include_values: bool = False,
+        public: bool = False,
+        replace: bool = False,
+        license: str = "other",
+        message: str | None = None,
+        confirm: Callable[[PushPlan], None] | None = None,
+    ) -> PushReport:
+        """Publish the live records on the Hub: their adapters, what was proved of them, and a card.
+
+        One commit on a pinned parent; only adapters that the repository does not have are uploaded. The token is the
+        one of the environment or of ``hf auth login``. Whoever may read the repository can extract the values, by
+        asking for keys.
+
+        Args:
+            repo: "me/facts". Made, private unless ``public``, if there is none.
+            include_keys: Publish keys and namespaces as text; salted digests of them otherwise, by which whoever knows
+                a key finds its record.
+            include_values: Publish values and metadata as text; salted digests of the values otherwise.
+            public: Allow a public repository.
+            replace: Build on what the repository holds even if this store does not know it.
+            license: Identifier for the card.
+            message: Of the commit.
+            confirm: Called with what would be sent, before anything is; what it raises ends the push.
+
+        Raises:
+            PublicRepository: It is public, and ``public`` is False.
+            HubConflict: Somebody else has committed to it; nothing was changed there.
+            HubOffline, HubAccess, HubError: The Hub cannot be asked, or says no.
+            IntegrityError: The store is damaged; nothing was sent.
+            ValueError: Values without keys, or what this store does not hold.
+        """
+        from loramem.hub.push import push
+
+        with self._lock:
+            return push(
+                self.path,
+                self._index,
+                self.manifest,
+                repo,
+                include_keys=include_keys,
+                include_values=include_values,
+                public=public,
+                replace=replace,
+                license=license,
+                message=message,
+                confirm=confirm,
+            )
 
     def _find(self, key: str, namespace: str) -> StoredRecord:
         record = self._index.find(namespace, key)

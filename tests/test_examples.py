@@ -10,6 +10,7 @@ from pathlib import Path
 import loramem.store
 
 from .conftest import ROOT
+from .hub_server import HubServer
 
 
 def run(*arguments: str, cwd: Path) -> str:
@@ -32,6 +33,11 @@ def test_quickstart_then_recall_from_another_process(tmp_path: Path) -> None:
     records.write_text("key,value\nAda Lindqvist:,9100672710\ndeploy token,ghx_7Qd2-94af\n")
     shown = run(str(ROOT / "examples" / "02_check_recall.py"), str(records), "memory", cwd=tmp_path)
     assert shown == "2 of 2 records exact\n"
+
+
+def test_sharing_over_the_hub(hub: HubServer, tmp_path: Path) -> None:
+    shown = run(str(ROOT / "examples" / "05_share.py"), "me/facts", str(tmp_path), cwd=tmp_path)
+    assert shown == "2 records, 1 adapter uploaded\nAsked for its key: 9100672710\nA key in the store as text: False\n"
 
 
 def test_the_phone_book_is_what_its_script_writes(tmp_path: Path) -> None:

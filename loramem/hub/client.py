@@ -9,18 +9,18 @@ from importlib.metadata import version
 
 from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError is of the HTTP library it uses
-    EntryNotFoundError,
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
     HTTPError,
     OfflineModeIsEnabled,
+    RemoteEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
 from huggingface_hub.hf_api import ModelInfo, RepoFile
 
-from loramem.errors import HubAccess, HubConflict, HubError, HubOffline
+from loramem.errors import HubAccess, HubConflict, HubError, HubOffline, LoramemError
 
 _LOGIN = "Log in with hf auth login, or set HF_TOKEN"
 
@@ -33,23 +33,26 @@ def hub(repo: str) -> Iterator[HfApi]:
         HubOffline: HF_HUB_OFFLINE is set: before anything is asked.
         HubAccess: No such repository or revision for this token, or no right to do this.
         HubConflict: Somebody else was faster.
-        HubError: No repository has this name; or the Hub cannot be reached, broke off, or failed five times.
+        HubError: No repository has such a name; or the Hub cannot be reached, broke off, or failed five times.
     """
     if constants.is_offline_mode():
         raise _offline(repo)
     try:
         yield HfApi(library_name="loramem", library_version=version("loramem"))
+    except LoramemError:
+        raise
     except OfflineModeIsEnabled:
         raise _offline(repo) from None
     except HFValidationError as error:
         raise HubError(f"{repo!r} is not the name of a repository ({_line(error)}).", repo=repo) from None
-    except (RepositoryNotFoundError, RevisionNotFoundError, EntryNotFoundError) as error:
+    except (RepositoryNotFoundError, RevisionNotFoundError, RemoteEntryNotFoundError) as error:
         raise HubAccess(
             f"{repo}: the Hub shows no such thing here ({_line(error)}). {_LOGIN}, if it is private.", repo=repo
         ) from None
     except HfHubHTTPError as error:
         raise _refusal(repo, error) from None
-    except (HTTPError, OSError) as error:
+    # The client lets through errors of its HTTP library, RuntimeError of uploads, what nonsense does to its parsers.
+    except (HTTPError, OSError, RuntimeError, KeyError, ValueError) as error:
         raise HubError(
             f"{repo}: the Hub cannot be reached, or broke off ({_line(error)}). Try again.", repo=repo
         ) from None

@@ -100,8 +100,9 @@ def push(
             assert parent is not None
             note_push(index, repo, commit=parent, sent="")
             return PushReport(**vars(plan), commit=parent, changed=False)
-        if confirm is not None:
-            confirm(plan)
+    if confirm is not None:
+        confirm(plan)
+    with hub(repo) as api:
         if info is None:
             api.create_repo(repo, private=not public)
             parent = api.model_info(repo).sha
