@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 from loramem import bundle
 from loramem.boundary import Outcome
 from loramem.capacity import ANY_RANK, Basis, Plan, RankLimits, check_request
+from loramem.database import sqlite_errors
 from loramem.engine import Engine, ModelRequest
-from loramem.errors import KeyNotFound, StoreChanged
+from loramem.errors import KeyNotFound, StoreChanged, StoreReadOnly
 from loramem.index import NAME as INDEX
 from loramem.index import Index
 from loramem.manifest import read_manifest
@@ -307,11 +308,14 @@ class Memory:
             HubConflict: Somebody else has committed to it; nothing was changed there.
             HubOffline, HubAccess, HubError: The Hub cannot be asked, or says no.
             IntegrityError: The store is damaged; nothing was sent.
+            StoreReadOnly: The commit could not be noted.
             ValueError: Values without keys, or what this store does not hold.
         """
         from loramem.hub.push import push
 
-        with self._lock:
+        if self._index.read_only:
+            raise StoreReadOnly(f"{self.path} cannot be written, and a push is noted in it. Copy it.")
+        with self._lock, sqlite_errors(self._index.path):
             return push(
                 self.path,
                 self._index,
