@@ -1,6 +1,6 @@
-"""The live bar of a write, on stderr."""
+"""Live bars on stderr: of a write, and of a verify."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -50,5 +50,28 @@ def write_bar() -> Iterator["ProgressCallback"]:
                 rank=told.rank,
                 step=told.step,
             )
+
+        yield show
+
+
+@contextmanager
+def verify_bar() -> Iterator[Callable[[int, int], None]]:
+    """A callback that draws records done, elapsed and estimated time."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("records"), TimeElapsedColumn(), TextColumn("left"))
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as bar:
+        task = bar.add_task("", total=None)
+
+        def show(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
 
         yield show
