@@ -6,20 +6,28 @@ import click
 
 from . import options
 from .output import note, print_facts, print_json
+from .progress import count_bar
 
 RECALL_INCOMPLETE, DAMAGED = 3, 4
 
 
 @click.command("verify")
 @click.option("--quick", is_flag=True, help="Structure and hashes alone; the base model is not loaded.")
+@click.option("--resume", is_flag=True, help="Go on where an interrupted verify stopped, if nothing has changed since.")
 @options.store_options
-def command(quick: bool, store: Path, model: str | None, device: str, as_json: bool) -> None:
+def command(quick: bool, resume: bool, store: Path, model: str | None, device: str, as_json: bool) -> None:
     """Check every file and row of the store (./memory unless named) and decode every record.
 
     Exit code 3 when a record does not come back, 4 when something is damaged.
     """
+    if quick and resume:
+        raise click.UsageError("--quick decodes nothing that could be resumed: give one of the two.")
     with options.open_store(store, model, device) as opened:
-        report = opened.verify(quick=quick)
+        if quick:
+            report = opened.verify(quick=True)
+        else:
+            with count_bar("records") as progress:
+                report = opened.verify(resume=resume, progress=progress)
     if as_json:
         print_json(report)
     else:
@@ -27,6 +35,7 @@ def command(quick: bool, store: Path, model: str | None, device: str, as_json: b
             [
                 ("records", report.records),
                 ("exact", "not decoded" if report.exact is None else report.exact),
+                *([("resumed", f"{report.resumed} of these decoded before")] if report.resumed else []),
                 ("damaged", len(report.damaged)),
                 ("seconds", f"{report.elapsed_s:.1f}"),
             ]

@@ -26,19 +26,18 @@ def problems(store: Path, index: Index) -> Iterator[str]:
         yield from index.damaged()
         live = "select id, namespace from adapters where id not in (select adapter from retired) order by rowid"
         adapters = {row["id"]: row["namespace"] for row in index.db.query(live)}
-        records = list(index.db.query("select namespace, key, adapter from records order by adapter, rowid"))
         index.pending_write()
+        for record in index.db.query("select namespace, key, adapter from records order by adapter, rowid"):
+            if record["adapter"] not in adapters:
+                yield f"The record {record['key']!r} is in adapter {record['adapter']!r}, which the index does not have"
+            elif adapters[record["adapter"]] != record["namespace"]:
+                yield f"The record {record['key']!r} is in an adapter of another namespace"
     except IntegrityError as error:  # what cannot be read leaves nothing to compare with
         yield str(error)
         return
     except (sqlite3.DatabaseError, TypeError, ValueError) as error:
         yield f"index.db cannot be read ({error})"
         return
-    for record in records:
-        if record["adapter"] not in adapters:
-            yield f"The record {record['key']!r} is in adapter {record['adapter']!r}, which the index does not have"
-        elif adapters[record["adapter"]] != record["namespace"]:
-            yield f"The record {record['key']!r} is in an adapter of another namespace"
     for id in adapters:
         with suppress(IntegrityError):  # its row is among the damaged ones
             if (adapter := index.adapter(id)) is not None:

@@ -20,6 +20,7 @@ from loramem.index import Index
 from loramem.manifest import read_manifest
 from loramem.records import RecordLike, as_records
 from loramem.reports import Explanation, PushPlan, PushReport, Recall, Stats, VerifyReport, Version
+from loramem.spool import Spool
 from loramem.summary import history, quick_check, stats
 from loramem.tables import PendingWrite, StoredAdapter, StoredRecord
 
@@ -195,22 +196,25 @@ class Memory:
         """Decode many values, batched by adapter and length; all of the namespace if ``keys`` is None.
 
         Yields in the order of batches, not of ``keys``, all values of the one committed state at the first of them.
+        Memory does not grow with the number of records: index rows wait in a temporary file, without values.
         Raises as `recall`, at the first record that fails.
 
         Raises:
             StoreChanged: A record was replaced or deleted while this went on, and its adapter removed.
+            StoreError: There is no room for the temporary file.
         """
-        from loramem.reader import decode_batches
+        from loramem.reader import cut_batches
 
-        with self._lock, self._index.snapshot():
-            if keys is None:
-                found = list(self._index.records(namespace))
-            else:
-                found = [self._find(key, namespace) for key in keys]
-        for batch in decode_batches(found):
-            with self._lock:
-                decoded = list(self._engine.reader.decode_current(batch))
-            yield from decoded
+        with Spool() as spool:
+            with self._lock, self._index.snapshot():
+                if keys is None:
+                    spool.add(self._index.records(namespace))
+                else:
+                    spool.add(self._find(key, namespace) for key in keys)
+            for batch in cut_batches(spool.records()):
+                with self._lock:
+                    decoded = list(self._engine.reader.decode_current(batch))
+                yield from decoded
 
     def explain(self, key: str, namespace: str = "") -> Explanation:
         """Probability of every answer token and the end token, with the adapter and without it.
@@ -235,7 +239,9 @@ class Memory:
             prompt_ids = self.manifest.template().prompt_ids(self._engine.base.tokenizer, key)
             return self._engine.adapted.model, prompt_ids
 
-    def verify(self, *, quick: bool = False, progress: Callable[[int, int], None] | None = None) -> VerifyReport:
+    def verify(
+        self, *, quick: bool = False, resume: bool = False, progress: Callable[[int, int], None] | None = None
+    ) -> VerifyReport:
         """Check every file and row against its sha256, then decode every record from its adapter.
 
         The base model's weights are hashed again too. Damage does not raise: the report lists it. A store that was
@@ -243,17 +249,22 @@ class Memory:
 
         Args:
             quick: Structure and hashes alone: nothing is decoded, the base model is not loaded.
-            progress: Told how many records of how many were decoded, after every batch.
+            resume: Leave out the adapters that an interrupted verify on this machine had decoded, if nothing has
+                changed since: no row, base model, device or library that decodes. All files are hashed in any case.
+            progress: Told how many records of how many are done, after every batch.
 
         Raises:
             OtherBaseModel: The base model given is not the store's at all.
+            ValueError: ``quick`` and ``resume``: a quick check decodes nothing that could be left out.
         """
+        if quick and resume:
+            raise ValueError("A quick check decodes nothing: give quick or resume, not both.")
         with self._lock:
             if quick or self.manifest.key_salt is not None:
                 return quick_check(self.path, self._index)
             from loramem.verification import full_check
 
-            return full_check(self._engine, progress)
+            return full_check(self._engine, progress, resume=resume)
 
     def backup(self, target: str | Path) -> int:
         """Copy the store, while it may be written to, as it was committed at one moment; returns the bytes.

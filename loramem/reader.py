@@ -116,14 +116,19 @@ class Reader:
             IntegrityError: No such adapter, or its files are not what was committed.
         """
         if not self.adapted.is_loaded(adapter):
-            self._check(adapter)
+            self.check(adapter)
         try:
             self.adapted.load(adapter, self.store / ADAPTERS / adapter)
         except (OSError, ValueError, SafetensorError):
-            self._check(adapter)  # gone between the check and now
+            self.check(adapter)  # gone between the check and now
             raise
 
-    def _check(self, adapter: str) -> None:
+    def check(self, adapter: str) -> None:
+        """Compare an adapter's files with their sha256.
+
+        Raises:
+            IntegrityError: No such adapter, or its files are not what was committed.
+        """
         row = self.index.adapter(adapter)
         if row is None:
             raise IntegrityError(f"The index has no adapter {adapter!r}.", what=adapter)
@@ -142,8 +147,13 @@ class Reader:
 
 def decode_batches(records: Iterable[StoredRecord]) -> Iterator[list[StoredRecord]]:
     """Records cut into batches of one adapter, each adapter once, with answers of similar length."""
+    return cut_batches(sorted(records, key=lambda record: (record.adapter, record.answer_tokens)))
+
+
+def cut_batches(records: Iterable[StoredRecord]) -> Iterator[list[StoredRecord]]:
+    """`decode_batches` of records that are in order already, of which no more than a batch is held."""
     batch: list[StoredRecord] = []
-    for record in sorted(records, key=lambda record: (record.adapter, record.answer_tokens)):
+    for record in records:
         tokens = (len(batch) + 1) * (
             record.answer_tokens + len(record.key.encode())
         )  # a key has no more tokens than bytes

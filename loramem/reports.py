@@ -164,6 +164,8 @@ class VerifyReport:
     damaged: tuple[str, ...]
     """Files and rows that are not as committed."""
     elapsed_s: float
+    resumed: int = 0
+    """Records that an interrupted verify had decoded, which this one took over (``resume``)."""
 
     @property
     def ok(self) -> bool:

@@ -1,62 +1,112 @@
 """The full check: every file and row against its sha256, every record decoded from its adapter."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
 
 from loramem.base_model import fingerprint
 from loramem.checks import problems
 from loramem.database import sqlite_errors
 from loramem.engine import Engine
 from loramem.errors import IntegrityError, OtherBaseModel
-from loramem.reader import decode_batches
+from loramem.index import Index
+from loramem.reader import Reader, cut_batches
 from loramem.reports import VerifyReport
-from loramem.tables import is_sealed, record_of
+from loramem.spool import Spool
+from loramem.tables import StoredRecord, is_sealed, record_of
+from loramem.verified import Verified, state_of
 
 
-def full_check(engine: Engine, progress: Callable[[int, int], None] | None = None) -> VerifyReport:
+@dataclass
+class Findings:
+    """What a check has come upon so far."""
+
+    failed: list[str] = field(default_factory=list)
+    """Keys whose value did not come back."""
+    damaged: list[str] = field(default_factory=list)
+
+    def count(self) -> int:
+        return len(self.failed) + len(self.damaged)
+
+
+def full_check(
+    engine: Engine, progress: Callable[[int, int], None] | None = None, *, resume: bool = False
+) -> VerifyReport:
     """Damage does not raise: the report lists it.
 
     Args:
-        progress: Told how many records of how many were decoded, after every batch.
+        progress: Told how many records of how many are done, after every batch.
+        resume: Take over what an interrupted check found whole, if nothing changed since; files are all hashed again.
 
     Raises:
         OtherBaseModel: The base model given is not the store's at all.
     """
-    started, index = time.monotonic(), engine.index
-    with index.snapshot():
-        damaged = list(problems(engine.store, index))
+    started, index, findings = time.monotonic(), engine.index, Findings()
+    with Spool() as spool:
+        with index.snapshot():
+            findings.damaged += problems(engine.store, index)
+            records = index.count()
+            try:
+                with sqlite_errors(index.path):
+                    spool.add(_whole_records(index, findings))
+                    rows = index.rows_digest()
+            except IntegrityError as error:  # rows that cannot be read leave nothing to decode by
+                damaged = findings.damaged or [str(error)]
+                return VerifyReport(records, 0, (), tuple(damaged), time.monotonic() - started)
+        found = fingerprint(engine.base.folder, rehash=True)
         try:
-            with sqlite_errors(index.path):
-                rows = list(index.db.table("records").rows_where(order_by="adapter, rowid"))
-        except IntegrityError:  # among the problems; rows that cannot be read leave nothing to decode by
-            return VerifyReport(index.count(), 0, (), tuple(damaged), time.monotonic() - started)
-    try:
-        fingerprint(engine.base.folder, rehash=True).check(engine.manifest.fingerprint, engine.base.id)
-    except OtherBaseModel as error:
-        damaged.append(str(error))
-    records = [record_of(row) for row in rows if is_sealed(row)]
-    failed = [str(row["key"]) for row in rows if not is_sealed(row)]  # among the problems as well
-    done = 0
-    for batch in decode_batches(records):
-        try:
-            for record, value in engine.reader.try_decode(batch):
-                if value is None:
-                    failed.append(record.key)
-                elif (tokens := engine.reader.count_tokens(value)) != record.answer_tokens:
-                    damaged.append(
-                        f"The record {record.key!r} has {tokens} answer tokens, its row says {record.answer_tokens}"
-                    )
-        except IntegrityError as error:
-            failed += [record.key for record in batch]
-            if not any(error.what in problem for problem in damaged):
-                damaged.append(str(error))
-        done += len(batch)
-        if progress is not None:
-            progress(done, len(records))
+            found.check(engine.manifest.fingerprint, engine.base.id)
+        except OtherBaseModel as error:
+            findings.damaged.append(str(error))
+        verified = Verified(engine.store, state_of(rows, engine.manifest, engine.base, found))
+        if not resume:
+            verified.forget()
+        known, done, total, resumed = verified.adapters(), 0, spool.count(), 0
+        for adapter, batches in groupby(cut_batches(spool.records()), key=lambda batch: batch[0].adapter):
+            before = findings.count()
+            for batch in batches:
+                _check_batch(engine.reader, batch, findings, decode=adapter not in known)
+                done += len(batch)
+                resumed += len(batch) if adapter in known else 0
+                if progress is not None:
+                    progress(done, total)
+            if adapter not in known and findings.count() == before:
+                verified.note(adapter)
+    verified.forget()
     return VerifyReport(
-        records=len(rows),
-        exact=len(rows) - len(failed),
-        failed=tuple(failed),
-        damaged=tuple(damaged),
+        records=records,
+        exact=records - len(findings.failed),
+        failed=tuple(findings.failed),
+        damaged=tuple(findings.damaged),
         elapsed_s=time.monotonic() - started,
+        resumed=resumed,
     )
+
+
+def _whole_records(index: Index, findings: Findings) -> Iterator[StoredRecord]:
+    """Those whose row is as committed; the other rows are among the problems already."""
+    for row in index.db.table("records").rows_where(order_by="adapter, rowid"):
+        if is_sealed(row):
+            yield record_of(row)
+        else:
+            findings.failed.append(str(row["key"]))
+
+
+def _check_batch(reader: Reader, batch: Sequence[StoredRecord], findings: Findings, *, decode: bool) -> None:
+    """Records of one adapter, decoded; otherwise its files alone are hashed."""
+    try:
+        if not decode:
+            reader.check(batch[0].adapter)
+            return
+        for record, value in reader.try_decode(batch):
+            if value is None:
+                findings.failed.append(record.key)
+            elif (tokens := reader.count_tokens(value)) != record.answer_tokens:
+                findings.damaged.append(
+                    f"The record {record.key!r} has {tokens} answer tokens, its row says {record.answer_tokens}"
+                )
+    except IntegrityError as error:
+        findings.failed += [record.key for record in batch]
+        if not any(error.what in problem for problem in findings.damaged):
+            findings.damaged.append(str(error))

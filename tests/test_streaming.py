@@ -1,0 +1,130 @@
+"""Reading a whole store holds a batch of its rows at a time, and sees the state at its first value."""
+
+import gc
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from loramem import KeyNotFound, MemoryStore
+from loramem.commits import commit_records
+from loramem.errors import StoreError
+from loramem.records import Record
+from loramem.reports import Recall
+from loramem.spool import Spool
+from loramem.tables import StoredRecord, stored_record
+
+from .conftest import numbers
+
+ADAPTERS, EACH, BATCH = 4, 40, 16
+
+
+@pytest.fixture(scope="module")
+def written(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("streaming") / "memory"
+    with MemoryStore(path, str(base)) as store:
+        store.write(numbers(3))
+    return path
+
+
+@pytest.fixture
+def store(written: Path, tmp_path: Path) -> Iterator[MemoryStore]:
+    shutil.copytree(written, tmp_path / "memory")
+    with MemoryStore(tmp_path / "memory", create=False) as opened:
+        yield opened
+
+
+@pytest.fixture
+def few_objects() -> Iterator[None]:
+    """What is in memory already is not looked through: seconds of it, after a thousand tests."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+def held() -> int:
+    """Rows of records in memory now."""
+    return sum(isinstance(thing, StoredRecord) for thing in gc.get_objects())
+
+
+def fill(store: MemoryStore) -> None:
+    """Rows of many more records, which no adapter's file holds."""
+    many = (Record(f"many {n}", "0") for n in range(ADAPTERS * EACH))
+    rows = (stored_record(r, [n], 1, f"{n % ADAPTERS:032}", 0.9, keep_value=True) for n, r in enumerate(many))
+    commit_records(store._index, rows)
+
+
+class Counting:
+    """A reader that decodes nothing and counts the rows in memory instead."""
+
+    def __init__(self) -> None:
+        self.most = 0
+
+    def decode_current(self, records: Sequence[StoredRecord]) -> Iterator[Recall]:
+        self.most = max(self.most, held())
+        return iter([Recall(record.key, "0", record.min_prob, record.adapter) for record in records])
+
+    def try_decode(self, records: Sequence[StoredRecord]) -> list[tuple[StoredRecord, str]]:
+        return [(record, recall.value) for record, recall in zip(records, self.decode_current(records), strict=True)]
+
+    def count_tokens(self, value: str) -> int:
+        return len(value)
+
+
+@pytest.mark.usefixtures("few_objects")
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda store: len(list(store.recall_many())),
+        lambda store: len(list(store.recall_many(f"many {n}" for n in range(ADAPTERS * EACH)))),
+        lambda store: store.verify().exact,
+    ],
+    ids=["recall all", "recall keys", "verify"],
+)
+def test_no_more_rows_than_a_batch_are_held_at_once(
+    store: MemoryStore, read: Callable[[MemoryStore], int], monkeypatch
+) -> None:
+    monkeypatch.setattr("loramem.reader.DECODE_RECORDS", BATCH)
+    fill(store)
+    reader = Counting()
+    store._engine.reader = reader  # type: ignore[assignment]
+    assert read(store) >= ADAPTERS * EACH
+    assert BATCH <= reader.most <= 2 * BATCH
+
+
+def test_all_values_are_of_the_state_at_the_first(store: MemoryStore) -> None:
+    store.write({"other": "1"}, rank=1)
+    recalls = store.recall_many()
+    first = next(recalls)
+    store.delete([key for key in (*numbers(3), "other") if key != first.key])
+    store.write({"later": "2"})
+    assert {recall.key for recall in [first, *recalls]} == {*numbers(3), "other"}
+
+
+def test_rows_are_set_aside_without_their_values_each_adapters_together() -> None:
+    def row(key: str, value: str, adapter: str) -> StoredRecord:
+        return stored_record(Record(key, value, metadata={"é": [1]}), [1], len(value), adapter, 0.75, keep_value=True)
+
+    records = [row("a", "long", "2"), row("b", "x", "1"), row("c", "y", "2"), row("a", "long", "2")]
+    with Spool() as spool:
+        spool.add(records)
+        assert spool.count() == 4
+        back = list(spool.records())
+    assert [(one.adapter, one.key) for one in back] == [("1", "b"), ("2", "c"), ("2", "a"), ("2", "a")]
+    assert {one.value for one in back} == {None}
+    assert all(one.holds(value) for one, value in zip(back, ["x", "y", "long", "long"], strict=True))
+    assert back[0].metadata == {"é": [1]}
+
+
+def test_a_full_temporary_folder_is_a_store_error(store: MemoryStore) -> None:
+    with Spool() as spool:
+        spool._db.execute("pragma max_page_count = 3")
+        with pytest.raises(StoreError, match="SQLITE_TMPDIR"):
+            spool.add(stored_record(Record(f"{n}", "0"), [n], 1, "a", 0.9, keep_value=False) for n in range(9999))
+
+
+def test_an_unknown_key_among_many_is_told_before_anything_is_decoded(store: MemoryStore) -> None:
+    with pytest.raises(KeyNotFound, match="nobody"):
+        next(store.recall_many(["key 0", "nobody"]))
