@@ -13,6 +13,7 @@ from loramem.tables import (
     DELETED,
     PENDING,
     REPLACED,
+    SEALED,
     StoredAdapter,
     StoredRecord,
     adapter_row,
@@ -95,7 +96,9 @@ def commit_repair(
         lost: Records to delete.
     """
     with index.db.atomic():
-        for table, name in (("adapters", "id"), ("versions", "id"), ("retired", "adapter"), ("writes", "id")):
+        for table, name in SEALED:
+            if table == "records":  # those are written anew below, or lost
+                continue
             for row in list(index.db.table(table).rows_where("row_sha256 is not null")):
                 if not is_sealed(row):
                     index.db.execute(f"delete from {table} where {name} = ?", [row[name]])
@@ -138,11 +141,12 @@ def commit_export(index: Index, manifest_sha256: str) -> None:
         index.seal_rows()
 
 
-def note_push(index: Index, repo: str, **known: str) -> None:
+def commit_publication(index: Index, repo: str, commit: str | None, sent: str | None = None) -> None:
     """Keep what this store knows of a repository that it is published in; see `Index.published`."""
     with index.db.atomic():
-        for name, value in known.items():
-            index.set_meta(f"hub_{name}:{repo}", value)
+        row = seal({"repo": repo, "commit": commit, "sent": sent})
+        index.db.table("publications").upsert(row, pk="repo")
+        index.seal_rows()
 
 
 def _add_adapters(index: Index, adapters: Iterable[StoredAdapter]) -> None:

@@ -345,7 +345,7 @@ class Index:
     def _checked(self, table: str, row: dict[str, Any]) -> dict[str, Any]:
         if is_sealed(row):
             return row
-        what = str(row["id"] if table == "adapters" else row["key"])
+        what = str(row[{"adapters": "id", "records": "key", "publications": "repo"}[table]])
         raise IntegrityError(
             f"{self.path}: the row of {what!r} in {table} is not what was committed. Run loramem repair.", what=what
         )
@@ -370,7 +370,8 @@ class Index:
 
     def published(self, repo: str) -> tuple[str | None, str | None]:
         """Commit of a Hub repository that this store equals or began as; sha256 of a loramem.json on its way there."""
-        return self.meta(f"hub_commit:{repo}"), self.meta(f"hub_sent:{repo}")
+        row = self._row("publications", repo)
+        return (None, None) if row is None else (row["commit"], row["sent"])
 
     def rows_digest(self) -> str:
         """One digest over the seals of all rows: a lost row shows."""

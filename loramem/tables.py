@@ -23,6 +23,7 @@ SEALED = (
     ("versions", "id"),
     ("retired", "adapter"),
     ("writes", "id"),
+    ("publications", "repo"),
 )
 """Tables whose rows are sealed, and the order in which the digest over all rows takes them."""
 PENDING, COMMITTED, FAILED, DISCARDED = "pending", "committed", "failed", "discarded"
@@ -117,6 +118,12 @@ def format_1_changes(db: Database) -> None:
     db.table("versions").create_index(["adapter"])
     db.table("retired").create({"adapter": str, "retired_at": str, "row_sha256": str}, pk="adapter")
     db.table("writes").add_column("row_sha256", str)
+
+
+@MIGRATIONS()
+def format_1_publications(db: Database) -> None:
+    """What the store knows of the Hub repositories that it is published in."""
+    db.table("publications").create({"repo": str, "commit": str, "sent": str, "row_sha256": str}, pk="repo")
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """Single bits of a store flipped, one at a time: python -m tests.damage STORE FLIPS [SEED]
 
 Over adapter files, store.json and the columns of index rows, and now and then a whole row lost. The quick check must
-report every one. The store is put back as it was after each.
+report every one, and no key may be answered with another value than the one it was committed with. The store is put
+back as it was after each.
 """
 
 import random
@@ -9,14 +10,17 @@ import shutil
 import sqlite3
 import sys
 import tempfile
-from contextlib import closing
+from collections.abc import Iterable
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
 from loramem import MemoryStore
+from loramem.adapters import AdaptedModel
 from loramem.errors import LoramemError
 
-TABLES = ("records", "adapters", "versions", "retired", "writes", "meta")
+ASKED = 4  # keys after every flip
+TABLES = ("records", "adapters", "versions", "retired", "writes", "publications", "meta")
 
 
 def flipped(value: Any, rng: random.Random) -> Any:
@@ -63,15 +67,35 @@ def reported(store: Path) -> bool:
         return True
 
 
-def main(store: Path, flips: int, seed: int = 0) -> list[str]:
-    """What was damaged and not reported."""
-    rng, unseen = random.Random(seed), list[str]()
+def answers(store: Path, adapted: AdaptedModel, keys: Iterable[str]) -> dict[str, str]:
+    """What recall gives for these keys, from disk; nothing for those that it refuses with an error of its own.
+
+    Args:
+        adapted: The base model, which would take longer to load anew than all the rest.
+    """
+    found: dict[str, str] = {}
+    with suppress(LoramemError), MemoryStore(store, create=False) as opened:
+        opened._engine.base, opened._engine.adapted = adapted.base, adapted
+        for key in keys:
+            with suppress(LoramemError):
+                found[key] = opened.recall(key)
+    for name in list(adapted._loaded):
+        adapted.remove(name)
+    return found
+
+
+def main(store: Path, flips: int, seed: int = 0) -> tuple[list[str], list[str]]:
+    """What was damaged and not reported, and what was damaged and gave a wrong value."""
+    rng, unseen, wrong = random.Random(seed), list[str](), list[str]()
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "memory"
         shutil.copytree(store, copy)
         assert not reported(copy)
         with MemoryStore(copy, create=False) as opened:
             live = [adapter.id for adapter in opened.adapters()]  # nothing is read from the retired ones
+            adapted = opened._engine.adapted
+            committed = {recall.key: recall.value for recall in opened.recall_many()}
+        assert answers(copy, adapted, committed) == committed
         files = [path for adapter in live for path in (copy / "adapters" / adapter).iterdir()] + [copy / "store.json"]
         for _ in range(flips):
             target = rng.choice([*files, copy / "index.db"])
@@ -79,13 +103,18 @@ def main(store: Path, flips: int, seed: int = 0) -> list[str]:
             what = damage_row(target, rng) if target.name == "index.db" else damage_file(target, rng)
             if not reported(copy):
                 unseen.append(what)
+            asked = rng.sample(sorted(committed), k=min(ASKED, len(committed)))
+            if any(committed[key] != value for key, value in answers(copy, adapted, asked).items()):
+                wrong.append(what)
             for beside in copy.glob("index.db-*"):
                 beside.unlink()
             target.write_bytes(before)
         assert not reported(copy)
-    return unseen
+        assert answers(copy, adapted, committed) == committed
+    return unseen, wrong
 
 
 if __name__ == "__main__":
-    missed = main(Path(sys.argv[1]), int(sys.argv[2]), *map(int, sys.argv[3:]))
-    print(f"{len(missed)} of {sys.argv[2]} flips not reported: {missed[:10]}")
+    unseen, wrong = main(Path(sys.argv[1]), int(sys.argv[2]), *map(int, sys.argv[3:]))
+    print(f"{len(unseen)} of {sys.argv[2]} flips not reported: {unseen[:10]}")
+    print(f"{len(wrong)} gave a wrong value: {wrong[:10]}")

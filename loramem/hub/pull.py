@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from huggingface_hub.hf_api import RepoFile
 
-from loramem.commits import commit_records, note_push, seal_index
+from loramem.commits import commit_publication, commit_records, seal_index
 from loramem.engine import Engine, ModelRequest
 from loramem.errors import NotAPublication, RecordError, RefusedRepository
 from loramem.events import tell
@@ -185,7 +185,7 @@ def _assemble(fetched: Fetched, folder: Path, index: Index, manifest: Manifest) 
                 raise fetched.refused(RECORDS, f"the value of {record.key!r} is not the one of its digest")
     index.migrate()
     commit_records(index, records, adapters)
-    note_push(index, fetched.repo, commit=fetched.commit)
+    commit_publication(index, fetched.repo, fetched.commit)
     seal_index(index, manifest.sha256)
     manifest.save(folder)
 

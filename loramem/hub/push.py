@@ -11,7 +11,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.hf_api import ModelInfo, RepoFile
 
 from loramem.checks import problems
-from loramem.commits import note_push
+from loramem.commits import commit_publication
 from loramem.errors import HubConflict, IntegrityError, PublicRepository
 from loramem.events import tell
 from loramem.hub import publication
@@ -98,7 +98,7 @@ def push(
         parent = None if info is None else info.sha
         if not uploads and not superfluous:
             assert parent is not None
-            note_push(index, repo, commit=parent, sent="")
+            commit_publication(index, repo, parent)
             return PushReport(**vars(plan), commit=parent, changed=False)
     if confirm is not None:
         confirm(plan)
@@ -106,7 +106,8 @@ def push(
         if info is None:
             api.create_repo(repo, private=not public)
             parent = api.model_info(repo).sha
-        note_push(index, repo, sent=files[publication.NAME].sha256)
+        known, _ = index.published(repo)
+        commit_publication(index, repo, known, files[publication.NAME].sha256)
         commit = api.create_commit(
             repo,
             [
@@ -116,7 +117,7 @@ def push(
             commit_message=message or f"{description.records} records in {len(description.adapters)} adapters",
             parent_commit=parent,
         ).oid
-    note_push(index, repo, commit=commit, sent="")
+    commit_publication(index, repo, commit)
     tell("pushed", records=description.records, adapters=len(plan.uploaded))
     return PushReport(**vars(plan), commit=commit, changed=True)
 
