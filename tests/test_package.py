@@ -23,6 +23,7 @@ LAYERS = (
         "loramem.suites.writing",
         "loramem.suites.write_speed",
         "loramem.suites.recall_speed",
+        "loramem.suites.store_life",
         "loramem.suites.large_base",
         "loramem.suites.budget",
         "loramem.suites.scenarios",

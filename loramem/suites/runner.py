@@ -30,6 +30,7 @@ SUITES = {
     "write-speed": "loramem.suites.write_speed",
     "write-scaling": "loramem.suites.write_scaling",
     "recall-speed": "loramem.suites.recall_speed",
+    "store-life": "loramem.suites.store_life",
     "large-base": "loramem.suites.large_base",
     "budget": "loramem.suites.budget",
     "phonebook": "loramem.suites.phonebook",

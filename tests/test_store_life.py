@@ -1,0 +1,40 @@
+"""The suite that grows a store, changes it, compacts it and opens it again."""
+
+from pathlib import Path
+
+import pytest
+
+from loramem.suites import store_life
+
+
+def test_a_small_life_keeps_what_lives_and_forgets_what_was_deleted(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, few in (("OPENINGS", 1), ("WARM", 2), ("LOOKUPS", 3), ("FRESH", 9)):
+        monkeypatch.setattr(store_life, name, few)
+    cell = store_life.Cell(10, 0, str(base), "cpu")
+
+    result = store_life.run(cell)
+
+    assert [write["records"] for write in result["growth"]] == list(range(1, 11))
+    assert (result["live"], result["exact"], result["wrong"], result["deleted_known"]) == (9, 9, 0, 0)
+    assert (result["verified"], result["damaged"], result["adapters"]) == (9, 0, 1)
+    assert len(result["erased_ranks"]) == 1 and 1 <= result["erased_ranks"][0] <= 10
+    line = {"cell": cell.identity, "result": result}
+    shown = store_life.table([line])
+    assert len(shown.rows) == 10 and "9 of 9 live records exact, 0 wrong, 0 of 1 deleted ones known" in shown.notes[0]
+    (plot,) = store_life.plots([line])
+    assert [point.x for point in plot.series[0].points] == list(range(1, 11))
+
+
+def test_places_that_are_not_uniform_have_a_small_p() -> None:
+    result = {
+        "growth": [{"records": 10, "seconds": 1.0, "visits": 40, "size_mb": 1.0, "peak_memory_mb": 500.0}],
+        **dict.fromkeys(("update_s", "delete_s", "compact_s", "before_compaction_mb", "size_mb"), 1.0),
+        **dict.fromkeys(("live", "exact", "wrong", "deleted_known", "damaged", "adapters"), 1),
+        **dict.fromkeys(("open_s", "plain_s", "warm_recall_ms", "lookup_ms"), 1.0),
+    }
+    for ranks, uniform in ((list(range(1, 101)), True), ([1, 2, 3, 4, 5] * 20, False)):
+        line = {"cell": {"records": 10, "seed": 0}, "result": {**result, "erased_ranks": ranks}}
+        p = float(store_life.table([line]).notes[1].rpartition("p = ")[2].rstrip("."))
+        assert (p > 0.9) == uniform and (p < 0.01) != uniform
