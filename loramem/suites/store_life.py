@@ -241,8 +241,8 @@ def table(lines: Sequence[Mapping[str, Any]]) -> Table:
         )
         notes.append(
             f"One recall in a new process {result['open_s']:.2f} s, plain transformers and PEFT "
-            f"{result['plain_s']:.2f} s (medians of {OPENINGS}); warm {result['warm_recall_ms']:.1f} ms; a key looked up "
-            f"in {result['lookup_ms']:.3f} ms."
+            f"{result['plain_s']:.2f} s (medians of {OPENINGS}); warm {result['warm_recall_ms']:.1f} ms; a key looked "
+            f"up in {result['lookup_ms']:.3f} ms."
         )
     return Table(columns, tuple(rows), tuple(notes))
 
