@@ -4,27 +4,31 @@ from pathlib import Path
 
 import pytest
 
+from loramem import MemoryStore
 from loramem.suites import store_life
 
 
 def test_a_small_life_keeps_what_lives_and_forgets_what_was_deleted(
     base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, few in (("OPENINGS", 1), ("WARM", 2), ("LOOKUPS", 3), ("FRESH", 9)):
+    for name, few in (("WRITES", 2), ("OPENINGS", 1), ("WARM", 2), ("LOOKUPS", 3), ("FRESH", 9)):
         monkeypatch.setattr(store_life, name, few)
+    programs: list[str] = []
+    monkeypatch.setattr(store_life, "_seconds", lambda program, *_: float(programs.append(program) or 1.5))
     cell = store_life.Cell(10, 0, str(base), "cpu")
 
     result = store_life.run(cell)
 
-    assert [write["records"] for write in result["growth"]] == list(range(1, 11))
+    assert [write["records"] for write in result["growth"]] == [5, 10]
     assert (result["live"], result["exact"], result["wrong"], result["deleted_known"]) == (9, 9, 0, 0)
     assert (result["verified"], result["damaged"], result["adapters"]) == (9, 0, 1)
     assert len(result["erased_ranks"]) == 1 and 1 <= result["erased_ranks"][0] <= 10
+    assert programs == [store_life.OPENING, store_life.PLAIN] and result["open_s"] == 1.5
     line = {"cell": cell.identity, "result": result}
     shown = store_life.table([line])
-    assert len(shown.rows) == 10 and "9 of 9 live records exact, 0 wrong, 0 of 1 deleted ones known" in shown.notes[0]
+    assert len(shown.rows) == 2 and "9 of 9 live records exact, 0 wrong, 0 of 1 deleted ones known" in shown.notes[0]
     (plot,) = store_life.plots([line])
-    assert [point.x for point in plot.series[0].points] == list(range(1, 11))
+    assert [point.x for point in plot.series[0].points] == [5, 10]
 
 
 def test_places_that_are_not_uniform_have_a_small_p() -> None:
@@ -38,3 +42,12 @@ def test_places_that_are_not_uniform_have_a_small_p() -> None:
         line = {"cell": {"records": 10, "seed": 0}, "result": {**result, "erased_ranks": ranks}}
         p = float(store_life.table([line]).notes[1].rpartition("p = ")[2].rstrip("."))
         assert (p > 0.9) == uniform and (p < 0.01) != uniform
+
+
+@pytest.mark.slow
+def test_the_programs_that_open_a_store_run(base: Path, tmp_path: Path) -> None:
+    with MemoryStore(tmp_path / "memory", str(base)) as store:
+        (adapter,) = store.write({"key": "1234"}).adapters
+    folder = str(tmp_path / "memory" / "adapters" / adapter)
+    assert store_life._seconds(store_life.OPENING, str(tmp_path / "memory"), "cpu", "key") > 0
+    assert store_life._seconds(store_life.PLAIN, str(base), "cpu", folder, "key") > 0

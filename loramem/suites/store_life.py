@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 OPTIONS = ("records", "model")
 RECORDS, QUICK_RECORDS = (10_000,), (40,)
+WRITES = 10
+"""Of as many records each, in which the store grows."""
 ERASED, FRESH = 100, 99
 OPENINGS, WARM, LOOKUPS = 3, 100, 1000
 """New processes of either kind, in turn; recalls from a loaded adapter; keys looked up."""
@@ -125,10 +127,10 @@ def run(cell: Cell) -> Result:
 
 
 def _grow(store: "MemoryStore", records: Sequence[Record]) -> Iterator[Result]:
-    """Ten writes of as many records each."""
+    """`WRITES` of as many records each."""
     from loramem.suites.timing import clock
 
-    step = max(1, len(records) // 10)
+    step = max(1, len(records) // WRITES)
     for first in range(0, len(records), step):
         some = records[first : first + step]
         started = clock(store.base.device)
