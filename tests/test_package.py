@@ -78,8 +78,9 @@ LAYERS = (
     ("loramem.prompts", "loramem.index", "loramem.pace"),
     ("loramem.locks", "loramem.database"),
     ("loramem.tables",),
-    ("loramem.boundary", "loramem.law"),
+    ("loramem.boundary", "loramem.law", "loramem.targets"),
     (
+        "loramem.adapter_header",
         "loramem.embedded.corpus",
         "loramem.events",
         "loramem.files",
