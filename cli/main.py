@@ -13,7 +13,9 @@ from . import (
     backup,
     calibrate,
     capacity,
+    check,
     compact,
+    deploy,
     erase,
     explain,
     export,
@@ -42,6 +44,7 @@ EXIT_CODES: tuple[tuple[type[Exception], int], ...] = (
     (errors.DoesNotFit, 5),
     (errors.TooLong, 5),
     (errors.KeyNotFound, 6),
+    (errors.NotServable, 7),
     (errors.StoreNotFound, 10),
     (errors.StoreLocked, 11),
     (errors.OtherBaseModel, 12),
@@ -62,6 +65,7 @@ COMMANDS = (
     *(write, put, recall, explain, ls, stats, history),
     *(update, rename, rm, erase, compact, gc),
     *(verify, repair, export, import_, backup),
+    *(check, deploy),
     *(capacity, calibrate, law, suite),
 )
 for command in COMMANDS:

@@ -7,7 +7,6 @@ folder, the journal), and lists every file with its sha256, as a directory or a 
 import hashlib
 import json
 import re
-import shutil
 import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,16 +16,8 @@ from pathlib import Path
 from loramem.checks import problems
 from loramem.commits import commit_export, commit_gc
 from loramem.database import sqlite_errors
-from loramem.errors import BundleError, IntegrityError, StoreError
-from loramem.files import (
-    copy_synced,
-    make_directory,
-    remove_directory,
-    size_bytes,
-    sync_directory,
-    sync_tree,
-    write_synced,
-)
+from loramem.errors import BundleError, IntegrityError
+from loramem.files import beside, copy_synced, make_directory, publish_new, remove_directory, write_synced
 from loramem.index import NAME as INDEX
 from loramem.index import Index
 from loramem.manifest import NAME as MANIFEST
@@ -46,11 +37,11 @@ def backup(store: Path, index: Index, target: Path) -> int:
         StoreError: There is something at ``target``.
         IntegrityError: A file is not what was committed: damage is not copied.
     """
-    with _beside(target) as partial:
+    with beside(target) as partial:
         folder = partial / "store"
         _copy(store, index, folder)
         copy_synced(store / MANIFEST, folder / MANIFEST)
-        return _publish(folder, target)
+        return publish_new(folder, target)
 
 
 def export(store: Path, index: Index, target: Path) -> int:
@@ -58,7 +49,7 @@ def export(store: Path, index: Index, target: Path) -> int:
 
     Raises as `backup`.
     """
-    with _beside(target) as partial:
+    with beside(target) as partial:
         folder = partial / "store"
         _copy(store, index, folder)
         _leave_behind(store, folder)
@@ -66,9 +57,9 @@ def export(store: Path, index: Index, target: Path) -> int:
         listed = {name: _sha256(folder / name) for name in names}
         write_synced(folder / NAME, (json.dumps({"format": FORMAT, "files": listed}, indent=2) + "\n").encode())
         if target.suffix != ".tar":
-            return _publish(folder, target)
+            return publish_new(folder, target)
         _pack(folder, [NAME, *names], partial / "packed")
-        return _publish(partial / "packed", target)
+        return publish_new(partial / "packed", target)
 
 
 def import_bundle(source: Path, target: Path) -> None:
@@ -81,7 +72,7 @@ def import_bundle(source: Path, target: Path) -> None:
         BundleError: Not an export, a damaged one, or one of a newer format.
         StoreError: There is something at ``target``.
     """
-    with _beside(target) as partial:
+    with beside(target) as partial:
         folder = partial / "store"
         with _read(source) as content:
             listed = _listed(content(NAME), source)
@@ -96,7 +87,7 @@ def import_bundle(source: Path, target: Path) -> None:
         index.close()
         if found:
             raise BundleError(f"{source} holds a damaged store: {found[0]}.")
-        _publish(folder, target)
+        publish_new(folder, target)
 
 
 def _copy(store: Path, index: Index, folder: Path) -> None:
@@ -140,30 +131,6 @@ def _leave_behind(store: Path, folder: Path) -> None:
         copy.vacuum()
     finally:
         copy.close()
-
-
-@contextmanager
-def _beside(target: Path) -> Iterator[Path]:
-    """A folder beside the target for all that it takes to make it; what a crash left there is removed first."""
-    if target.exists():
-        raise StoreError(f"{target} exists already. Give another path.")
-    partial = target.with_name(target.name + ".partial")
-    if partial.is_dir():
-        remove_directory(partial)
-    partial.unlink(missing_ok=True)  # a file of that name would block every later call
-    make_directory(partial)
-    try:
-        yield partial
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _publish(made: Path, target: Path) -> int:
-    """Rename what was made to the target, durably; returns its bytes."""
-    sync_tree(made)
-    made.rename(target)
-    sync_directory(target.parent)
-    return target.stat().st_size if target.is_file() else size_bytes(target)
 
 
 def _pack(folder: Path, names: list[str], target: Path) -> None:

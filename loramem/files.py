@@ -2,8 +2,11 @@
 
 import os
 import shutil
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from loramem.errors import StoreError
 
 PRIVATE_FILE, PRIVATE_FOLDER = 0o600, 0o700
 
@@ -43,6 +46,34 @@ def publish_directory(source: Path, target: Path) -> None:
         target.rename(source.with_name(source.name + ".damaged"))
     source.rename(target)
     sync_directory(target.parent)
+
+
+@contextmanager
+def beside(target: Path) -> Iterator[Path]:
+    """A folder beside the target for all that it takes to make it; what a crash left there is removed first.
+
+    Raises:
+        StoreError: There is something at ``target``.
+    """
+    if target.exists():
+        raise StoreError(f"{target} exists already. Give another path.")
+    partial = target.with_name(target.name + ".partial")
+    if partial.is_dir():
+        remove_directory(partial)
+    partial.unlink(missing_ok=True)  # a file of that name would block every later call
+    make_directory(partial)
+    try:
+        yield partial
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def publish_new(made: Path, target: Path) -> int:
+    """Rename what was made to the target, durably; returns its bytes."""
+    sync_tree(made)
+    made.rename(target)
+    sync_directory(target.parent)
+    return target.stat().st_size if target.is_file() else size_bytes(target)
 
 
 def remove_directory(path: Path) -> None:

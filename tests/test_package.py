@@ -52,6 +52,8 @@ LAYERS = (
     ("loramem",),
     ("loramem.store",),
     ("loramem.memory", "loramem.creation"),
+    ("loramem.deploy",),
+    ("loramem.serving",),
     ("loramem.summary", "loramem.verification", "loramem.recheck", "loramem.repair"),
     ("loramem.maintenance", "loramem.bundle"),
     ("loramem.engine",),
@@ -78,6 +80,7 @@ LAYERS = (
     ("loramem.prompts", "loramem.index", "loramem.pace"),
     ("loramem.locks", "loramem.database"),
     ("loramem.tables",),
+    ("loramem.serving_guide",),
     ("loramem.boundary", "loramem.law", "loramem.targets"),
     (
         "loramem.adapter_header",
