@@ -49,8 +49,8 @@ def _vllm(adapters: Sequence[AdapterHeader], base_name: str, prompt: Mapping[str
         *_revision(adapters),
     ]
     request = (
-        f'{{"model": "{adapters[0].name}", "prompt": [PROMPT IDS], "temperature": 0, "max_tokens": {_EXAMPLE_TOKENS}, '
-        f'"stop_token_ids": [{prompt["end_id"]}]}}'
+        f'{{"model": "{adapters[0].name}", "prompt": [PROMPT IDS], "temperature": 0, '
+        f'"repetition_penalty": 1, "max_tokens": {_EXAMPLE_TOKENS}, "stop_token_ids": [{prompt["end_id"]}]}}'
     )
     return [
         "In this folder (written from vLLM's documentation and sources; not run by loramem):",
@@ -74,7 +74,7 @@ def _sglang(adapters: Sequence[AdapterHeader], base_name: str, prompt: Mapping[s
     ]
     request = (
         f'{{"input_ids": [PROMPT IDS], "lora_path": "{adapters[0].name}", "sampling_params": {{"temperature": 0, '
-        f'"max_new_tokens": {_EXAMPLE_TOKENS}, "stop_token_ids": [{prompt["end_id"]}]}}}}'
+        f'"repetition_penalty": 1, "max_new_tokens": {_EXAMPLE_TOKENS}, "stop_token_ids": [{prompt["end_id"]}]}}}}'
     )
     return [
         "In this folder (written from SGLang's documentation and sources; not run by loramem):",
@@ -94,7 +94,7 @@ def _peft(adapters: Sequence[AdapterHeader], base_name: str, prompt: Mapping[str
         f'model = PeftModel.from_pretrained(base, "{adapters[0].name}", adapter_name="{adapters[0].name}")',
         "prompt = torch.tensor([PROMPT_IDS])",
         f"output = model.generate(prompt, max_new_tokens={_EXAMPLE_TOKENS}, do_sample=False, "
-        f"eos_token_id={prompt['end_id']})",
+        f"repetition_penalty=1.0, eos_token_id={prompt['end_id']})",
         "print(tokenizer.decode(output[0, prompt.shape[1]:], skip_special_tokens=True))",
     ]
     return ["In this folder:", _block("\n".join(lines), "python")]
@@ -112,7 +112,8 @@ def _routing(prompt: Mapping[str, Any], routed: bool) -> str:
     return (
         f"Every key has one adapter, and requests must go to it. {where}\n\nPrompt ids are the prefix, the key's own "
         f"ids without special tokens, and the suffix of `prompt.json`; token {prompt['end_id']} ends an answer. Give "
-        "ids, not text: a chat template may have changed since. Decode greedily; nothing is certified otherwise."
+        "ids, not text: a chat template may have changed since. Decode greedily and without the penalty on repetition "
+        "that the generation settings of many models ask for; nothing is certified otherwise."
     )
 
 

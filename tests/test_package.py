@@ -28,6 +28,7 @@ LAYERS = (
         "loramem.suites.scenarios",
         "loramem.suites.memory_law",
         "loramem.suites.locality",
+        "loramem.suites.merging",
         "loramem.suites.phonebook",
         "loramem.suites.long_context",
         "loramem.suites.linear_rule",
