@@ -1,6 +1,7 @@
 """loramem check: whether servers take the adapters, and what certificates are worth in a server's dtype."""
 
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,7 +11,7 @@ from . import options
 from .output import note, print_json, print_table
 
 if TYPE_CHECKING:
-    from loramem.reports import AdapterCheck, ServingReport
+    from loramem.reports import AdapterCheck, Finding, ServingReport
 
 RECALL_INCOMPLETE, NOT_SERVABLE = 3, 7
 TARGETS = ("peft", "vllm", "sglang")
@@ -77,12 +78,21 @@ def _show(report: "ServingReport") -> None:
         dtype = report.certificates[0].dtypes["adapter"]
         click.echo(f"\nin {dtype}:")
         print_table(["adapter", "exact", "lowest p", "committed", "margin"], map(_proved, report.certificates))
-    for finding in report.findings:
-        where = f" {finding.adapter}" if finding.adapter else ""
+    for finding, adapters in _alike(report.findings):
+        more = f" and {len(adapters) - 1} more" if len(adapters) > 1 else ""
+        where = f" {adapters[0]}{more}" if adapters[0] else ""
         note(f"{finding.target}{where}: {'' if finding.refused else 'note: '}{finding}")
     for one in report.certificates:
         for key in one.failed:
             note(f"not recalled in {one.dtypes['adapter']}: {key!r}")
+
+
+def _alike(findings: "Sequence[Finding]") -> "Iterator[tuple[Finding, list[str | None]]]":
+    """Findings that differ in their adapter alone, once, with these adapters."""
+    groups: dict[Finding, list[str | None]] = {}
+    for finding in findings:
+        groups.setdefault(replace(finding, adapter=None), []).append(finding.adapter)
+    yield from groups.items()
 
 
 def _proved(one: "AdapterCheck") -> list[str]:

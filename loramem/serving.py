@@ -99,7 +99,7 @@ def notes_of(manifest: Manifest, server: Server, tombstones: int, *, rechecked: 
         remedy = "loramem check --dtype bfloat16 (or float16) decodes every record there."
         found.append(Finding(server.target, None, "dtype", False, what, why, remedy))
     if tombstones:
-        what = f"{tombstones} records that were replaced or deleted"
+        what = f"replaced or deleted records, {tombstones} of them"
         why = "the weights of adapters in use still hold them"
         found.append(Finding(server.target, None, "tombstones", False, what, why, "Run loramem compact first."))
     return found
