@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from loramem import embedded
 from loramem.adapter_header import DTYPES, AdapterHeader, disagreements
 from loramem.reports import Finding
 
@@ -250,7 +251,7 @@ def _base(adapter: AdapterHeader, server: Server) -> Iterator[Finding]:
     if server.base_name is not None and named != server.base_name:
         why = f"{resolver}, {server.base_name!r}"
         yield _refused(adapter, server, "base", f"base_model_name_or_path {named!r}", why, remedy)
-    elif not named or (server.base_name is None and server.base_is_local):
+    elif not named or (server.base_name is None and (server.base_is_local or named == embedded.NAME)):
         why = f"{resolver}, and no server finds a model by this one"
         yield _refused(adapter, server, "base", f"base_model_name_or_path {named!r}", why, remedy)
 

@@ -67,6 +67,7 @@ def test_what_loramem_writes_is_taken_by_every_target() -> None:
         ({"target_modules": ["q_proj"]}, {"peft", "vllm", "sglang"}),
         ({"layers_to_transform": [4]}, {"peft", "vllm", "sglang"}),
         ({"base_model_name_or_path": None}, {"vllm"}),
+        ({"base_model_name_or_path": "loramem-tiny"}, {"vllm"}),
     ],
     ids=str,
 )
