@@ -13,7 +13,9 @@ from . import (
     backup,
     calibrate,
     capacity,
+    check,
     compact,
+    deploy,
     erase,
     explain,
     export,
@@ -44,6 +46,7 @@ EXIT_CODES: tuple[tuple[type[Exception], int], ...] = (
     (errors.DoesNotFit, 5),
     (errors.TooLong, 5),
     (errors.KeyNotFound, 6),
+    (errors.NotServable, 7),
     (errors.StoreNotFound, 10),
     (errors.StoreLocked, 11),
     (errors.OtherBaseModel, 12),
@@ -66,6 +69,7 @@ COMMANDS = (
     *(update, rename, rm, erase, compact, gc),
     *(verify, repair, export, import_, backup),
     *(push, pull),
+    *(check, deploy),
     *(capacity, calibrate, law, suite),
 )
 for command in COMMANDS:

@@ -23,10 +23,11 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from loramem.adapter_header import CONFIG, WEIGHTS
 from loramem.base_model import DTYPES, BaseModel
 from loramem.layers import decoder_layers, features, linear_modules, linears
 
-WEIGHTS, CONFIG, CARD = "adapter_model.safetensors", "adapter_config.json", "README.md"
+CARD = "README.md"
 ALPHA_PER_RANK = 2  # alpha = 2·r: the scaling alpha/r stays 2 when the rank grows, so growth keeps the function
 LAST_LAYERS = 2  # docs/writing.md holds the measurement
 

@@ -17,7 +17,7 @@ from loramem.checks import problems
 from loramem.commits import commit_export, commit_gc
 from loramem.database import sqlite_errors
 from loramem.errors import BundleError, IntegrityError
-from loramem.files import beside, copy_synced, make_directory, publish_made, remove_directory, write_synced
+from loramem.files import beside, copy_synced, make_directory, publish_new, remove_directory, write_synced
 from loramem.index import NAME as INDEX
 from loramem.index import Index
 from loramem.manifest import NAME as MANIFEST
@@ -41,7 +41,7 @@ def backup(store: Path, index: Index, target: Path) -> int:
         folder = partial / "store"
         _copy(store, index, folder)
         copy_synced(store / MANIFEST, folder / MANIFEST)
-        return publish_made(folder, target)
+        return publish_new(folder, target)
 
 
 def export(store: Path, index: Index, target: Path) -> int:
@@ -57,9 +57,9 @@ def export(store: Path, index: Index, target: Path) -> int:
         listed = {name: _sha256(folder / name) for name in names}
         write_synced(folder / NAME, (json.dumps({"format": FORMAT, "files": listed}, indent=2) + "\n").encode())
         if target.suffix != ".tar":
-            return publish_made(folder, target)
+            return publish_new(folder, target)
         _pack(folder, [NAME, *names], partial / "packed")
-        return publish_made(partial / "packed", target)
+        return publish_new(partial / "packed", target)
 
 
 def import_bundle(source: Path, target: Path) -> None:
@@ -87,7 +87,7 @@ def import_bundle(source: Path, target: Path) -> None:
         index.close()
         if found:
             raise BundleError(f"{source} holds a damaged store: {found[0]}.")
-        publish_made(folder, target)
+        publish_new(folder, target)
 
 
 def _copy(store: Path, index: Index, folder: Path) -> None:

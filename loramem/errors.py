@@ -30,6 +30,9 @@
     │   ├── DegeneratePoints          the measured runs determine no law
     │   └── OutOfReach                no rank or length gives this loss reduction
     ├── BoundaryError (ValueError)    the outcomes give no success boundary, or it has no answer
+    ├── AdapterError                  about adapters as files that other tools load
+    │   ├── UnreadableAdapter         a folder is no PEFT LoRA, or cannot be read as one
+    │   └── NotServable               a server would refuse the adapters, or serve something else
     ├── IntegrityError                a file or row is not what was committed
     ├── HubError                      the Hub cannot be reached, or said no
     │   ├── HubOffline                Hub calls are switched off
@@ -237,6 +240,22 @@ class StoreChanged(StoreError):
 
 class BundleError(StoreError):
     """The file or folder is not an export of a store, or not what was exported."""
+
+
+class AdapterError(LoramemError):
+    """Something about adapters as files that other tools load."""
+
+
+class UnreadableAdapter(AdapterError):
+    """The folder is no PEFT LoRA adapter, or one that cannot be read."""
+
+
+class NotServable(AdapterError):
+    """A server would refuse the adapters, or serve another function. Attributes ``target``, ``findings`` (lines)."""
+
+    def __init__(self, message: str, *, target: str, findings: Sequence[str]) -> None:
+        super().__init__(message)
+        self.target, self.findings = target, tuple(findings)
 
 
 class IntegrityError(LoramemError):

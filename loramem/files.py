@@ -48,21 +48,9 @@ def publish_directory(source: Path, target: Path) -> None:
     sync_directory(target.parent)
 
 
-def remove_directory(path: Path) -> None:
-    """Remove a directory and all in it, durably; one that is gone already is none to remove."""
-    if path.exists():
-        shutil.rmtree(path)
-        sync_directory(path.parent)
-
-
-def copy_synced(source: Path, target: Path) -> None:
-    """Copy a file durably, readable by its owner alone."""
-    _write(target, source.read_bytes())
-
-
 @contextmanager
 def beside(target: Path) -> Iterator[Path]:
-    """A folder beside a new file or folder for all that it takes to make it; what a crash left there goes first.
+    """A folder beside the target for all that it takes to make it; what a crash left there is removed first.
 
     Raises:
         StoreError: There is something at ``target``.
@@ -80,12 +68,24 @@ def beside(target: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def publish_made(made: Path, target: Path) -> int:
-    """Rename what was made beside the target to it, durably; returns its bytes."""
+def publish_new(made: Path, target: Path) -> int:
+    """Rename what was made to the target, durably; returns its bytes."""
     sync_tree(made)
     made.rename(target)
     sync_directory(target.parent)
     return target.stat().st_size if target.is_file() else size_bytes(target)
+
+
+def remove_directory(path: Path) -> None:
+    """Remove a directory and all in it, durably; one that is gone already is none to remove."""
+    if path.exists():
+        shutil.rmtree(path)
+        sync_directory(path.parent)
+
+
+def copy_synced(source: Path, target: Path) -> None:
+    """Copy a file durably, readable by its owner alone."""
+    _write(target, source.read_bytes())
 
 
 def size_bytes(folder: Path) -> int:

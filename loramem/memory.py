@@ -19,10 +19,22 @@ from loramem.index import NAME as INDEX
 from loramem.index import Index
 from loramem.manifest import read_manifest
 from loramem.records import RecordLike, as_records
-from loramem.reports import Explanation, PushPlan, PushReport, Recall, Stats, VerifyReport, Version
+from loramem.reports import (
+    DeployReport,
+    Explanation,
+    PushPlan,
+    PushReport,
+    Recall,
+    ServingReport,
+    Stats,
+    VerifyReport,
+    Version,
+)
+from loramem.serving import check_store
 from loramem.spool import Spool
 from loramem.summary import history, quick_check, stats
 from loramem.tables import PendingWrite, StoredAdapter, StoredRecord
+from loramem.targets import TARGETS
 
 if TYPE_CHECKING:
     from loramem.base_model import BaseModel
@@ -265,6 +277,63 @@ class Memory:
             from loramem.verification import full_check
 
             return full_check(self._engine, progress, resume=resume)
+
+    def check(
+        self,
+        targets: Iterable[str] = TARGETS,
+        *,
+        max_rank: int | None = None,
+        base_name: str | None = None,
+        dtype: str | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> ServingReport:
+        """Whether servers would take the adapters as they are, with the reason and remedy for each that they would not.
+
+        Args:
+            targets: Of "peft", "vllm" and "sglang".
+            max_rank: The server's maximum, where it runs already.
+            base_name: The model name or path that it is started with.
+            dtype: Also decode every record with base model and adapters cast to "bfloat16" or "float16", as servers do.
+            progress: Told how many records of how many were decoded.
+
+        Raises:
+            IntegrityError: An adapter's files are not what was committed.
+            ValueError: No such target.
+        """
+        with self._lock:
+            return check_store(
+                self._engine, list(targets), max_rank=max_rank, base_name=base_name, dtype=dtype, progress=progress
+            )
+
+    def deploy(
+        self,
+        target: str,
+        folder: str | Path,
+        *,
+        base_name: str | None = None,
+        pad_rank: int | None = None,
+        dtype: str = "float32",
+        include_keys: bool = False,
+    ) -> DeployReport:
+        """Write a new folder of adapters that a server takes as it is, and how to start it; no keys, no values.
+
+        Args:
+            target: "peft", "vllm" or "sglang".
+            base_name: What the server is started with; vLLM compares it with what the adapters say.
+            pad_rank: One rank for all, padded with zeros, which keeps their function.
+            dtype: Of the weights in the files.
+            include_keys: Also write which adapter answers which key, with its prompt ids: this names the keys.
+
+        Raises:
+            NotServable: The server would refuse the adapters, or serve something else; nothing was written.
+            AdapterError: ``pad_rank`` is below the rank of an adapter.
+            StoreError: There is something at ``folder``, or the store is empty.
+            IntegrityError: An adapter's files are not what was committed.
+        """
+        from loramem.deploy import Deployment, deploy
+
+        with self._lock:
+            return deploy(self._engine, Path(folder), Deployment(target, base_name, pad_rank, dtype, include_keys))
 
     def backup(self, target: str | Path) -> int:
         """Copy the store, while it may be written to, as it was committed at one moment; returns the bytes.

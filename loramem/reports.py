@@ -173,6 +173,27 @@ class VerifyReport:
 
 
 @dataclass(frozen=True)
+class Finding:
+    """What a server would make of an adapter that is not simply to load it."""
+
+    target: str
+    """"peft", "vllm" or "sglang"."""
+    adapter: str | None
+    """None where it concerns all of them together."""
+    rule: str
+    """A word: "rank", "bias", "base"…"""
+    refused: bool
+    """False for a note: the server takes the adapter if it is started as the remedy says."""
+    what: str
+    """The offending value, in words."""
+    why: str
+    remedy: str
+
+    def __str__(self) -> str:
+        return f"{self.what}: {self.why}. {self.remedy}"
+
+
+@dataclass(frozen=True)
 class AdapterCheck:
     """The certificates of one adapter, looked at again: what `loramem.recheck` found."""
 
@@ -203,6 +224,45 @@ class AdapterCheck:
     def margin(self) -> float | None:
         """What is left of the lowest p above 0.5, where greedy decoding cannot choose otherwise."""
         return None if self.min_prob is None else self.min_prob - 0.5
+
+
+@dataclass(frozen=True)
+class ServingReport:
+    """What `MemoryStore.check` found: whether servers take the adapters, and what certificates are worth there."""
+
+    targets: tuple[str, ...]
+    adapters: dict[str, int]
+    """Rank by name of the adapter's folder."""
+    findings: tuple[Finding, ...]
+    certificates: tuple[AdapterCheck, ...]
+    """Empty unless a dtype was asked for."""
+
+    def refused(self, target: str, adapter: str) -> bool:
+        """Whether the server would refuse this adapter, or serve something else than was written."""
+        return any(
+            finding.refused and finding.target == target and finding.adapter in (adapter, None)
+            for finding in self.findings
+        )
+
+    @property
+    def ok(self) -> bool:
+        return not any(finding.refused for finding in self.findings) and all(one.ok for one in self.certificates)
+
+
+@dataclass(frozen=True)
+class DeployReport:
+    """What `MemoryStore.deploy` wrote."""
+
+    folder: str
+    adapters: tuple[str, ...]
+    """Names that requests route by: the ids of the store's adapters."""
+    rank: int
+    """The largest rank, padding included."""
+    dtype: str
+    base_name: str
+    size_bytes: int
+    findings: tuple[Finding, ...]
+    """Notes: how the server must be started."""
 
 
 @dataclass(frozen=True)

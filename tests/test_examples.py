@@ -3,11 +3,15 @@
 import doctest
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import loramem.store
+from loramem import MemoryStore, base_path
 
 from .conftest import ROOT
 from .hub_server import HubServer
@@ -38,6 +42,28 @@ def test_quickstart_then_recall_from_another_process(tmp_path: Path) -> None:
 def test_sharing_over_the_hub(hub: HubServer, tmp_path: Path) -> None:
     shown = run(str(ROOT / "examples" / "05_share.py"), "me/facts", str(tmp_path), cwd=tmp_path)
     assert shown == "2 records, 1 adapter uploaded\nAsked for its key: 9100672710\nA key in the store as text: False\n"
+
+
+def test_peft_alone_recalls_what_was_deployed_one_by_one_and_in_a_mixed_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with MemoryStore(tmp_path / "memory") as store:
+        (adapter,) = store.write({"Ada Lindqvist:": "9100672710", "deploy token": "ghx_7Qd2-94af"}).adapters
+        store.write({"Marco Nakamura:": "9855226842"})
+        store.deploy("peft", tmp_path / "deployed", include_keys=True)
+
+    def shown(name: str, *arguments: str) -> str:  # in this process, which has torch and PEFT imported
+        monkeypatch.setattr(sys, "argv", [name, str(base_path()), str(tmp_path / "deployed"), *arguments])
+        capsys.readouterr()
+        runpy.run_path(str(ROOT / "examples" / name))
+        return capsys.readouterr().out
+
+    assert shown("03_peft_only.py", adapter, "deploy token", "Ada Lindqvist:") == "ghx_7Qd2-94af\n9100672710\n"
+    assert sorted(shown("04_mixed_batch.py").splitlines()) == [
+        "Ada Lindqvist:\t9100672710",
+        "Marco Nakamura:\t9855226842",
+        "deploy token\tghx_7Qd2-94af",
+    ]
 
 
 def test_the_phone_book_is_what_its_script_writes(tmp_path: Path) -> None:

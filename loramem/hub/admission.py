@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from loramem.adapters import CONFIG, WEIGHTS, Placement, portable_config
+from loramem.adapter_header import CONFIG, WEIGHTS
+from loramem.adapters import Placement, portable_config
 from loramem.hub.publication import Publication, PublishedAdapter
 
 _TENSOR = re.compile(r"base_model\.model\.(?:\w+\.)*?(\d+)\.(?:\w+\.)*?(\w+)\.lora_([AB])\.weight")

@@ -15,7 +15,7 @@ from loramem.commits import commit_publication, commit_records, seal_index
 from loramem.engine import Engine, ModelRequest
 from loramem.errors import NotAPublication, RecordError, RefusedRepository
 from loramem.events import tell
-from loramem.files import beside, copy_synced, make_directory, publish_made
+from loramem.files import beside, copy_synced, make_directory, publish_new
 from loramem.hub.client import files_at, hub
 from loramem.hub.publication import (
     ADAPTER_FILE,
@@ -144,7 +144,7 @@ def pull(
             _admit(fetched, Engine(folder, index, manifest, model), verify, progress)
         finally:
             index.close()
-        publish_made(folder, target)
+        publish_new(folder, target)
         tell("pulled", records=len(fetched.records), adapters=len(fetched.publication.adapters))
 
 

@@ -40,6 +40,7 @@ SUITES = {
     "phase": "loramem.suites.phase",
     "law": "loramem.suites.memory_law",
     "locality": "loramem.suites.locality",
+    "merging": "loramem.suites.merging",
 }
 METHODS = ("sft", "memft-ot", "memft-sw", "loramem")
 """The three published ones, and this package's writer."""

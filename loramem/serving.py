@@ -1,0 +1,122 @@
+"""Whether PEFT, vLLM and SGLang take adapters as they are, and what certificates are worth in a server's dtype."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from loramem import embedded
+from loramem.adapter_header import AdapterHeader, read_header
+from loramem.checks import file_problems
+from loramem.engine import Engine
+from loramem.errors import IntegrityError
+from loramem.manifest import Manifest
+from loramem.reports import AdapterCheck, Finding, ServingReport
+from loramem.staging import ADAPTERS
+from loramem.targets import NAMES, PEFT, Server, findings, findings_together
+
+
+def check_store(
+    engine: Engine,
+    targets: Sequence[str],
+    *,
+    max_rank: int | None = None,
+    base_name: str | None = None,
+    dtype: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> ServingReport:
+    """What servers would make of a store's adapters.
+
+    Args:
+        targets: Of `loramem.targets.TARGETS`.
+        max_rank: The server's maximum, where it runs already.
+        base_name: The model name or path that it is started with.
+        dtype: Decode every record with base model and adapters cast to it; None decodes nothing.
+        progress: Told how many records of how many were decoded.
+
+    Raises:
+        IntegrityError: An adapter's files are not what was committed.
+        ValueError: No such target.
+    """
+    with engine.index.snapshot():
+        adapters = list(engine.index.adapters())
+        for adapter in adapters:
+            if found := file_problems(engine.store, adapter):
+                raise IntegrityError(f"{found[0]}. Run loramem repair first.", what=adapter.id)
+        ended = engine.index.tombstones()
+    tombstones = sum(ended.get(adapter.id, 0) for adapter in adapters)
+    headers = [read_header(engine.store / ADAPTERS / adapter.id) for adapter in adapters]
+    servers = [server_of(engine.manifest, target, max_rank, base_name) for target in targets]
+    found_all = [finding for server in servers for finding in check_headers(headers, server)]
+    for server in servers:
+        found_all += notes_of(engine.manifest, server, tombstones, rechecked=dtype is not None)
+    certificates: tuple[AdapterCheck, ...] = ()
+    if dtype is not None:
+        from loramem.recheck import recheck
+
+        certificates = tuple(recheck(engine, [adapter.id for adapter in adapters], dtype, progress))
+    return ServingReport(
+        tuple(targets), {header.name: header.rank for header in headers}, tuple(found_all), certificates
+    )
+
+
+def check_folders(
+    folders: Sequence[Path], targets: Sequence[str], *, max_rank: int | None = None, base_name: str | None = None
+) -> ServingReport:
+    """The same for adapters in folders, whoever wrote them; what they hold is not known, so nothing is decoded.
+
+    Raises:
+        UnreadableAdapter: One of the folders is no PEFT LoRA.
+    """
+    headers = [read_header(folder) for folder in folders]
+    servers = [Server(target, max_rank, base_name) for target in targets]
+    found = tuple(finding for server in servers for finding in check_headers(headers, server))
+    return ServingReport(tuple(targets), {header.name: header.rank for header in headers}, found, ())
+
+
+def check_headers(headers: Sequence[AdapterHeader], server: Server) -> list[Finding]:
+    """What one server would make of these adapters, one by one and together."""
+    alone = [finding for header in headers for finding in findings(header, server)]
+    return alone + findings_together(headers, server)
+
+
+def server_of(manifest: Manifest, target: str, max_rank: int | None, base_name: str | None) -> Server:
+    """What a store's manifest says of the server that would load its adapters."""
+    is_local = manifest.location is not None or manifest.base_model == embedded.NAME
+    return Server(target, max_rank, base_name, is_local, _architecture(manifest))
+
+
+def notes_of(manifest: Manifest, server: Server, tombstones: int, *, rechecked: bool) -> list[Finding]:
+    """What whoever serves a store's adapters should know.
+
+    Args:
+        tombstones: Records that ended and that the adapters still hold.
+        rechecked: Whether the certificates were looked at in the server's dtype already.
+    """
+    found = []
+    if server.target != PEFT and not rechecked:
+        what = f"certificates of a base in {manifest.dtype} and adapters in float32"
+        why = f"{NAMES[server.target]} casts both to the dtype it serves in"
+        remedy = "loramem check --dtype bfloat16 (or float16) decodes every record there."
+        found.append(Finding(server.target, None, "dtype", False, what, why, remedy))
+    if tombstones:
+        what = f"replaced or deleted records, {tombstones} of them"
+        why = "the weights of adapters in use still hold them"
+        found.append(Finding(server.target, None, "tombstones", False, what, why, "Run loramem compact first."))
+    return found
+
+
+def _architecture(manifest: Manifest) -> str | None:
+    """The base model's, if its config is on this machine."""
+    if manifest.base_model == embedded.NAME:
+        path: object = embedded.base_path() / "config.json"
+    elif manifest.location is not None:
+        path = Path(manifest.location) / "config.json"
+    else:
+        from huggingface_hub import try_to_load_from_cache
+
+        path = try_to_load_from_cache(manifest.base_model, "config.json", revision=manifest.revision)
+    try:
+        names = json.loads(Path(path).read_bytes()).get("architectures") if isinstance(path, str | Path) else None
+    except (OSError, ValueError):
+        return None
+    return str(names[0]) if names else None
