@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -76,6 +77,26 @@ def test_the_card_names_what_it_needs_and_what_is_proved(store: MemoryStore, hub
     for adapter in store.adapters():
         assert f"| `{adapter.id}` | {adapter.rank} |" in card
     assert "the keys: recall works for whoever knows one" in card
+
+
+def test_the_code_of_the_card_recalls_with_peft_alone(
+    store: MemoryStore,
+    hub: HubServer,
+    base: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    store.push(REPO)
+    for path, content in hub.files(REPO).items():
+        (tmp_path / "repository" / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "repository" / path).write_bytes(content)
+    (code,) = re.findall(r"```python\n(.*?)```", hub.files(REPO)["README.md"].decode(), flags=re.DOTALL)
+    first = re.findall(r'adapter, key = "adapters/(\w+)"', code)[0]
+    record = next(record for record in store.records(adapter=first))
+    monkeypatch.chdir(tmp_path / "repository")
+    exec(code.replace(f'"{base.name}"', repr(str(base))).replace("your key", record.key), {})
+    assert capsys.readouterr().out.strip() == record.value
 
 
 def test_without_keys_recall_works_by_key_given_and_the_store_can_only_be_read(

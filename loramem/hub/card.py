@@ -27,7 +27,7 @@ def model_card(publication: Publication, repo: str, license: str, loramem_versio
         absent=_absent(publication),
         load=_load(publication),
         repo=repo,
-        prompt=_PROMPT[publication.prompt.kind],
+        dtype=base.dtype,
         first=publication.adapters[0].id if publication.adapters else "ID",
         certificates="\n".join(map(_row, publication.adapters)),
         threshold=publication.certify_threshold,
@@ -69,13 +69,6 @@ def _load(publication: Publication) -> str:
     return f'folder = "{base.id}"' + (f'  # revision="{base.revision}"' if base.revision else "  # where you have it")
 
 
-_PROMPT = {
-    "chat": """prompt = tokenizer.apply_chat_template(
-    [{"role": "user", "content": key}], add_generation_prompt=True, enable_thinking=False, return_tensors="pt"
-)""",
-    "plain": """prompt = tokenizer(key + "\\n", return_tensors="pt", add_special_tokens=False)""",
-}
-
 _BODY = """
 # {name}
 
@@ -99,15 +92,22 @@ $ loramem recall KEY --store memory
 Which adapter holds a key is in `records.jsonl`. With the adapter's folder at hand:
 
 ```python
+import json
+import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 {load}
+adapter, key = "adapters/{first}", "your key"
+prompt = json.load(open("loramem.json"))["prompt"]  # the ids around the key
 tokenizer = AutoTokenizer.from_pretrained(folder)
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), "adapters/{first}")
-{prompt}
-answer = model.generate(**prompt, do_sample=False, max_new_tokens=256)
-print(tokenizer.decode(answer[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True))
+model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.{dtype})
+model.generation_config = GenerationConfig()  # published ones sample, or penalise repetition
+model = PeftModel.from_pretrained(model, adapter)
+key_ids = tokenizer(key, add_special_tokens=False)["input_ids"]
+ids = torch.tensor([[*prompt["prefix_ids"], *key_ids, *prompt["suffix_ids"]]])
+answer = model.generate(input_ids=ids, do_sample=False, max_new_tokens=256, eos_token_id=prompt["end_id"])
+print(tokenizer.decode(answer[0, ids.shape[1] :], skip_special_tokens=True))
 ```
 
 ## What is proved
