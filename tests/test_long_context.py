@@ -327,9 +327,9 @@ def test_a_tiny_cell_gives_its_text_back(base: Path, method: str, unit: str) -> 
 def test_a_cut_is_one_of_the_writer_s_patience_too(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     patience: list[int] = []
 
-    def watched(model, name, records, rank, placement, settings):
+    def watched(model, name, records, rank, placement, settings, *more):
         patience.append(settings.patience_passes)
-        return train_adapter(model, name, records, rank, placement, settings)
+        return train_adapter(model, name, records, rank, placement, settings, *more)
 
     monkeypatch.setattr(writer, "train_adapter", watched)
     for cut in (1, 10):

@@ -120,7 +120,7 @@ def run(cell: Cell) -> Result:
             "steps": taken.steps,
             "visits": taken.visits,
             "parameters": taken.parameters,
-            "placement": taken.placement,
+            "placement": taken.where,
             "memory": _answers(base, memory),
             "generalisation": _answers(base, others),
             "error_of_mean": error_of_mean(*([int(one.record.value) for one in known] for known in (memory, others))),

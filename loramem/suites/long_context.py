@@ -222,7 +222,7 @@ def run(cell: Cell) -> Result:
         "seconds": round(taken.seconds, 3),
         "steps": taken.steps,
         "parameters": taken.parameters,
-        "placement": taken.placement,
+        "placement": taken.where,
         "length": record.length,
         "base_loss": finite(before.answer_loss),
         "base_accuracy": float(before.correct[:-1].double().mean()),

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from loramem.errors import InputError
 from loramem.generators import generate
 from loramem.records import Record, read_records
+from loramem.suites.methods import OWN
 from loramem.suites.phonebook_results import plots, table
 from loramem.suites.runner import METHODS, UNITS, Known, Request, Result, public_name
 
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 __all__ = ["Cell", "cells", "plots", "run", "table"]
 
 OPTIONS = ("lengths", "ranks", "methods", "model", "paper", "data", "unit", "layer")
-OURS = "loramem"
 LENGTHS, RANKS, SEEDS = (1000, 2000), (1, 2, 4, 8, 16, 32), 2
 PAPER_LENGTHS = (1000, 2000, 4000, 8000, 12_000, 16_000, 24_000, 32_000)
 PAPER_RANKS = (1, 2, 4, 8, 16, 32, 64)
@@ -120,17 +120,39 @@ def run(cell: Cell) -> Result:
         InputError: The file is shorter than the cell's length.
     """
     from loramem.base_model import load_base_model
-    from loramem.suites.scoring import mean_loss
+    from loramem.suites.methods import trained_adapter
+    from loramem.suites.paper_schedule import Schedule
+    from loramem.suites.scoring import mean_loss, score
     from loramem.suites.timing import conditions, warm_up
 
     base = load_base_model(cell.model, device=cell.device)
     records = encoded_records(base, cell)
     warm_up(base)
+    before = mean_loss(base, records)
+    answer_tokens = sum(record.length for record in records)
+    family = family_of(answer_tokens / len(records))
+    published = cell.method != OWN
+    schedule = Schedule.published(len(records), cell.method, family).shortened(cell.cut)
+    with trained_adapter(
+        base,
+        records,
+        cell.method,
+        cell.rank,
+        schedule,
+        seed=cell.seed,
+        unit=cell.unit,
+        layer=cell.layer,
+        cut=cell.cut,
+    ) as taken:
+        scored = score(base, records)
     return {
         "records": len(records),
-        "answer_tokens": sum(record.length for record in records),
-        "base_loss": mean_loss(base, records),
-        **(_ours(base, records, cell) if cell.method == OURS else _published(base, records, cell)),
+        "answer_tokens": answer_tokens,
+        "base_loss": before,
+        **asdict(scored),
+        **asdict(taken),
+        "seconds": round(taken.seconds, 3),
+        "schedule": {"family": family, **asdict(schedule)} if published else None,
         "base": conditions(base),
     }
 
@@ -167,63 +189,3 @@ def encoded_records(base: "BaseModel", cell: Cell) -> list["EncodedRecord"]:
 def family_of(tokens: float) -> str:
     """Whose published settings, by the answer tokens to a record."""
     return "qwen" if tokens >= DIGIT_TOKENS else "llama"
-
-
-def _published(base: "BaseModel", records: Sequence["EncodedRecord"], cell: Cell) -> Result:
-    from loramem.suites.paper_schedule import Schedule
-    from loramem.suites.published import train_published
-    from loramem.suites.scoring import score
-
-    family = family_of(sum(record.length for record in records) / len(records))
-    schedule = Schedule.published(len(records), cell.method, family).shortened(cell.cut)
-    trained = train_published(
-        base, records, cell.method, cell.rank, schedule, seed=cell.seed, unit=cell.unit, layer=cell.layer
-    )
-    with trained.attached():
-        scored = score(base, records)
-    return {
-        **asdict(scored),
-        "certified": None,
-        "placement": f"{cell.unit} of layer {trained.unit.layer}",
-        "rank": cell.rank,
-        "parameters": trained.parameters,
-        "steps": trained.steps,
-        "visits": trained.visits,
-        "seconds": round(trained.seconds, 3),
-        "curve": trained.curve,
-        "schedule": {"family": family, **asdict(schedule)},
-    }
-
-
-def _ours(base: "BaseModel", records: Sequence["EncodedRecord"], cell: Cell) -> Result:
-    from loramem.adapters import AdaptedModel
-    from loramem.layers import decoder_layers, linear_modules
-    from loramem.settings import WriterSettings
-    from loramem.suites.paper_unit import PaperUnit
-    from loramem.suites.placements import describe, equal_placement
-    from loramem.suites.published import moments
-    from loramem.suites.scoring import score
-    from loramem.writer import WriteProgress, train_adapter
-
-    allowed = PaperUnit(base.model, cell.rank, cell.seed, cell.unit, cell.layer).parameter_count
-    placement, rank = equal_placement(base.model, allowed)
-    curve: list[tuple[int, float]] = []
-
-    def watch(told: WriteProgress) -> None:
-        curve.append((told.step, round(told.tokens_ordered / told.tokens_total, 4)))
-
-    patience = max(1, WriterSettings.patience_passes // cell.cut)
-    settings = WriterSettings(max_rank=rank, seed=cell.seed, patience_passes=patience)
-    training = train_adapter(AdaptedModel(base), "ours", records, rank, placement, settings, watch)
-    return {
-        **asdict(score(base, records)),
-        "certified": len(records) - len(training.stubborn),
-        "placement": describe(placement, linear_modules(decoder_layers(base.model)[-1])),
-        "rank": training.rank,
-        "parameters": training.parameters,
-        "steps": training.steps,
-        "visits": training.visits,
-        "seconds": round(training.elapsed_s, 3),
-        "curve": [curve[step - 1] for step in moments(len(curve))],
-        "schedule": None,
-    }
