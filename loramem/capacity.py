@@ -13,9 +13,10 @@ A wrong rank costs time, not correctness: the writer raises it when progress sto
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 from loramem.boundary import SuccessBoundary
 from loramem.errors import DoesNotFit, OutOfReach
@@ -123,6 +124,15 @@ class Plan:
     kind: str | None
     """Kind of data whose law was asked."""
     warnings: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, fields: Mapping[str, Any]) -> "Plan":
+        """The plan that `dataclasses.asdict` took apart, also after JSON."""
+        shards = tuple(
+            ShardPlan(**{**shard, "law_rank": shard["law_rank"] and LawRank(**shard["law_rank"])})
+            for shard in fields["shards"]
+        )
+        return cls(**{**fields, "shards": shards, "warnings": tuple(fields["warnings"])})
 
     @property
     def parameters(self) -> int:

@@ -17,31 +17,42 @@ from loramem.tables import StoredAdapter
 
 
 def problems(store: Path, index: Index) -> Iterator[str]:
-    """Every row against its seal, all of them against the digest, every file against its sha256."""
+    """Every row against its seal, all of them against the digest, every file against its sha256.
+
+    Called outside a snapshot, it takes no file for lost that another process removed in the meantime.
+    """
     try:
         read_manifest(store, index)
     except (IntegrityError, StoreFormatError, OSError) as error:
         yield str(error)
+    found, adapters = list[str](), list[StoredAdapter]()
     try:
-        yield from index.damaged()
-        live = "select id, namespace from adapters where id not in (select adapter from retired) order by rowid"
-        adapters = {row["id"]: row["namespace"] for row in index.db.query(live)}
-        index.pending_write()
-        for record in index.db.query("select namespace, key, adapter from records order by adapter, rowid"):
-            if record["adapter"] not in adapters:
-                yield f"The record {record['key']!r} is in adapter {record['adapter']!r}, which the index does not have"
-            elif adapters[record["adapter"]] != record["namespace"]:
-                yield f"The record {record['key']!r} is in an adapter of another namespace"
+        with index.snapshot():
+            found += index.damaged()
+            index.pending_write()
+            found += _misplaced(index)
+            for id in index.live():
+                with suppress(IntegrityError):  # its row is among the damaged ones
+                    if (adapter := index.adapter(id)) is not None:
+                        adapters.append(adapter)
     except IntegrityError as error:  # what cannot be read leaves nothing to compare with
-        yield str(error)
-        return
+        found.append(str(error))
     except (sqlite3.DatabaseError, TypeError, ValueError) as error:
-        yield f"index.db cannot be read ({error})"
-        return
-    for id in adapters:
-        with suppress(IntegrityError):  # its row is among the damaged ones
-            if (adapter := index.adapter(id)) is not None:
-                yield from file_problems(store, adapter)
+        found.append(f"index.db cannot be read ({error})")
+    yield from found
+    for adapter in adapters:
+        if (missed := file_problems(store, adapter)) and adapter.id in index.live():  # not removed by a change since
+            yield from missed
+
+
+def _misplaced(index: Index) -> Iterator[str]:
+    """Records whose adapter is not there, or is another namespace's."""
+    adapters = index.live()
+    for record in index.db.query("select namespace, key, adapter from records order by adapter, rowid"):
+        if record["adapter"] not in adapters:
+            yield f"The record {record['key']!r} is in adapter {record['adapter']!r}, which the index does not have"
+        elif adapters[record["adapter"]] != record["namespace"]:
+            yield f"The record {record['key']!r} is in an adapter of another namespace"
 
 
 def file_problems(store: Path, adapter: StoredAdapter) -> list[str]:

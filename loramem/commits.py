@@ -30,14 +30,14 @@ Identity = tuple[str, str]
 
 def seal_index(index: Index, manifest_sha256: str) -> None:
     """Finish a new, empty index, or one that was given a new manifest: bind it to it."""
-    with index.db.atomic():
+    with index.change():
         index.set_meta("manifest_sha256", manifest_sha256)
         index.seal_rows()
 
 
 def end_write(index: Index, write_id: int, state: str, learnt: Iterable[Outcome] = ()) -> None:
     """Close a journalled write and forget its values, but not what it taught."""
-    with index.db.atomic():
+    with index.change():
         _end_write(index, write_id, state)
         _note_outcomes(index, learnt)
         index.seal_rows()
@@ -56,7 +56,7 @@ def commit_write(
     Args:
         ended: Other records that end with this write: identity -> how (such as "renamed"), and the new key if any.
     """
-    with index.db.atomic():
+    with index.change():
         _add_adapters(index, adapters)
         _end(index, {**{(r.namespace, r.key): (REPLACED, None) for r in records}, **(ended or {})})
         index.db.table("records").insert_all(record_row(record) for record in records)
@@ -68,7 +68,7 @@ def commit_write(
 
 def commit_deletion(index: Index, records: Iterable[Identity]) -> None:
     """End records."""
-    with index.db.atomic():
+    with index.change():
         _end(index, dict.fromkeys(records, (DELETED, None)))
         _retire(index)
         index.seal_rows()
@@ -79,7 +79,7 @@ def commit_records(index: Index, records: Iterable[StoredRecord], adapters: Iter
 
     For new metadata, and for the same values in new adapters.
     """
-    with index.db.atomic():
+    with index.change():
         _add_adapters(index, adapters)
         for record in records:
             index.db.table("records").upsert(record_row(record), pk=("namespace", "key"))
@@ -95,7 +95,7 @@ def commit_repair(
     Args:
         lost: Records to delete.
     """
-    with index.db.atomic():
+    with index.change():
         for table, name in SEALED:
             if table == "records":  # those are written anew below, or lost
                 continue
@@ -113,7 +113,7 @@ def commit_repair(
 
 def commit_gc(index: Index, adapters: Iterable[str]) -> None:
     """Forget retired adapters, whose files go next."""
-    with index.db.atomic():
+    with index.change():
         for adapter in adapters:
             index.db.execute("delete from adapters where id = ?", [adapter])
             index.db.execute("delete from retired where adapter = ?", [adapter])
@@ -122,7 +122,7 @@ def commit_gc(index: Index, adapters: Iterable[str]) -> None:
 
 def commit_oblivion(index: Index, records: Iterable[Identity]) -> None:
     """Forget the history of records, and of earlier writes all that could hint at their values."""
-    with index.db.atomic():
+    with index.change():
         for namespace, key in records:
             for number in index.versions(namespace, key):
                 index.db.execute("delete from versions where id = ?", [number])
@@ -135,7 +135,7 @@ def commit_oblivion(index: Index, records: Iterable[Identity]) -> None:
 
 def commit_export(index: Index, manifest_sha256: str) -> None:
     """In a copy: forget the journal, and bind the index to another manifest."""
-    with index.db.atomic():
+    with index.change():
         index.db.execute("delete from writes")
         index.set_meta("manifest_sha256", manifest_sha256)
         index.seal_rows()
@@ -143,7 +143,7 @@ def commit_export(index: Index, manifest_sha256: str) -> None:
 
 def commit_publication(index: Index, repo: str, commit: str | None, sent: str | None = None) -> None:
     """Keep what this store knows of a repository that it is published in; see `Index.published`."""
-    with index.db.atomic():
+    with index.change():
         row = seal({"repo": repo, "commit": commit, "sent": sent})
         index.db.table("publications").upsert(row, pk="repo")
         index.seal_rows()

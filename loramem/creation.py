@@ -1,5 +1,6 @@
 """A new, empty store."""
 
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -7,7 +8,7 @@ from loramem import embedded
 from loramem.commits import seal_index
 from loramem.engine import ModelRequest
 from loramem.errors import StoreFormatError, StoreLocked
-from loramem.files import make_directory
+from loramem.files import PRIVATE_FOLDER, make_directory
 from loramem.index import NAME as INDEX
 from loramem.index import Index
 from loramem.locks import HOLDER, LOCK, write_lock
@@ -41,6 +42,8 @@ def create_store(path: Path, request: ModelRequest, *, keep_values: bool) -> "Ba
     )
     manifest = Manifest.of(base, keep_values=keep_values)
     make_directory(path)
+    with suppress(PermissionError):  # an empty folder that was there already, perhaps somebody else's
+        path.chmod(PRIVATE_FOLDER)
     try:
         with write_lock(path, CREATION_S):
             if (path / MANIFEST).exists():

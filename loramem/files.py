@@ -42,6 +42,7 @@ def publish_directory(source: Path, target: Path) -> None:
     """
     if target.exists():
         if _contents(source) == _contents(target):
+            sync_directory(target.parent)  # whoever renamed it may have been killed before this
             return
         target.rename(source.with_name(source.name + ".damaged"))
     source.rename(target)

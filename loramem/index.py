@@ -9,7 +9,7 @@ import heapq
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -46,6 +46,7 @@ NAME = "index.db"
 CLOSE_KEYS = 20_000
 """So many keys are compared roughly with an unknown one, a hundredth of them closely."""
 VACUUM_DUE = "vacuum_due"  # in meta: records were erased and the file may still hold them
+META = frozenset({"manifest_sha256", "rows_sha256", VACUUM_DUE})
 
 
 class Index:
@@ -98,6 +99,17 @@ class Index:
     def snapshot(self) -> AbstractContextManager[Database]:
         """Within this context every query sees the same committed state; outside, each sees the newest."""
         return self.db.atomic()
+
+    @contextmanager
+    def change(self) -> Iterator[None]:
+        """One transaction that changes rows, all or nothing; it waits for others before it reads, not midway."""
+        self.db.conn.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+            self.db.commit()
+        except BaseException:
+            self.db.rollback()
+            raise
 
     # Reading
 
@@ -240,6 +252,11 @@ class Index:
         where = "id not in (select adapter from retired)"
         return map(adapter_of, self._rows("adapters", where, order_by="rowid"))
 
+    def live(self) -> dict[str, str]:
+        """Namespaces of the adapters that hold live records, whatever else their rows say; by id, oldest first."""
+        query = "select id, namespace from adapters where id not in (select adapter from retired) order by rowid"
+        return {row["id"]: row["namespace"] for row in self.db.query(query)}
+
     def retired(self) -> dict[str, str]:
         """Adapters that no live record needs, whose files are still there: id -> when that came (UTC, ISO 8601)."""
         return {row["adapter"]: row["retired_at"] for row in self.db.table("retired").rows}
@@ -267,14 +284,14 @@ class Index:
         self.db.execute("VACUUM")
         if not self.empty_log():
             raise StoreLocked(
-                f"Another process keeps reading {self.path}, so that its log still holds what was erased. End it and "
-                "erase again.",
+                f"Another process keeps reading {self.path}, so that its log still holds what was erased. End it; the "
+                "next change of the store clears the log (loramem gc is one).",
                 pid=None,
                 host=None,
                 since=None,
             )
-        with self.db.atomic():
-            self.set_meta(VACUUM_DUE, "")
+        with self.change():
+            self.db.execute("delete from meta where name = ?", [VACUUM_DUE])
 
     def empty_log(self, wait_s: float = BUSY_S) -> bool:
         """Move every commit from the write-ahead log into the database; False if a reader was in the way."""
@@ -292,7 +309,7 @@ class Index:
         rows = [
             {"key": r.key, "value": r.value, "namespace": r.namespace, "metadata": dict(r.metadata)} for r in records
         ]
-        with self.db.atomic():
+        with self.change():
             number = self.next_id("writes")
             row = {
                 "id": number,
@@ -392,5 +409,8 @@ class Index:
             for row in self.db.table(table).rows_where("row_sha256 is not null"):
                 if not is_sealed(row):
                     yield f"index row of {table} {', '.join(repr(row[name]) for name in names)}"
+        for row in self.db.query("select name from meta order by name"):
+            if row["name"] not in META:
+                yield f"index row of meta {row['name']!r}"
         if self.meta("rows_sha256") != self.rows_digest():
             yield "index.db: rows were lost, added or replaced"

@@ -47,8 +47,9 @@ def write_lock(store: Path, wait_s: float = 0.0) -> Iterator[None]:
         raise _locked(store, wait_s) from None
     try:
         holder = Holder(os.getpid(), socket.gethostname(), now())
-        (store / HOLDER).touch(mode=0o600)
-        (store / HOLDER).write_text(json.dumps(asdict(holder)))
+        with suppress(OSError):  # nobody is kept from writing, or from making room, because this cannot be told
+            (store / HOLDER).touch(mode=0o600)
+            (store / HOLDER).write_text(json.dumps(asdict(holder)))
         yield
     finally:
         with suppress(OSError):

@@ -5,6 +5,7 @@ Torch is imported only once the base model is needed.
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -17,7 +18,8 @@ from loramem.engine import Engine, ModelRequest
 from loramem.errors import KeyNotFound, StoreChanged, StoreReadOnly
 from loramem.index import NAME as INDEX
 from loramem.index import Index
-from loramem.manifest import read_manifest
+from loramem.manifest import NAME as MANIFEST
+from loramem.manifest import Manifest, read_manifest
 from loramem.records import RecordLike, as_records
 from loramem.reports import (
     DeployReport,
@@ -49,9 +51,11 @@ class Memory:
     def __init__(self, path: Path, request: ModelRequest) -> None:
         self.path = path
         self._lock = threading.RLock()
+        Manifest.from_bytes((path / MANIFEST).read_bytes(), path)  # a newer format is refused, its index left alone
         self._index = Index.open(path / INDEX)
         try:
-            self.manifest = read_manifest(path, self._index)
+            with sqlite_errors(self._index.path):
+                self.manifest = read_manifest(path, self._index)
         except BaseException:
             self._index.close()
             raise
@@ -85,21 +89,21 @@ class Memory:
     # What is in the store
 
     def __len__(self) -> int:
-        with self._lock:
+        with self._turn():
             return self._index.count()
 
     def __contains__(self, key: object) -> bool:
-        with self._lock:
+        with self._turn():
             return isinstance(key, str) and self._index.find("", key) is not None
 
     def keys(self, namespace: str = "") -> Iterator[str]:
         """Keys of a namespace in the order they were written."""
-        with self._lock:
+        with self._turn():
             return iter(list(self._index.keys(namespace)))
 
     def namespaces(self) -> list[str]:
         """Those that hold records, sorted; "" is the default one."""
-        with self._lock:
+        with self._turn():
             return self._index.namespaces()
 
     def records(
@@ -118,13 +122,13 @@ class Memory:
             until: Written before this time.
             metadata: Names and values that a record's metadata must have; values that are not strings as JSON text.
         """
-        with self._lock:
+        with self._turn():
             chosen = self._index.records(namespace, adapter, since=_utc(since), until=_utc(until), metadata=metadata)
             return iter(list(chosen))
 
     def adapters(self) -> list[StoredAdapter]:
         """Committed adapters that hold live records, oldest first."""
-        with self._lock:
+        with self._turn():
             return list(self._index.adapters())
 
     def history(self, key: str, namespace: str = "") -> list[Version]:
@@ -133,19 +137,19 @@ class Memory:
         Raises:
             KeyNotFound: There is no such record and never was, or it was erased.
         """
-        with self._lock, self._index.snapshot():
+        with self._turn(), self._index.snapshot():
             if found := history(self._index, namespace, key):
                 return found
             raise self._unknown(key, namespace)
 
     def pending(self) -> PendingWrite | None:
         """The interrupted write that waits to be resumed or discarded, if any (or one that is running now)."""
-        with self._lock:
+        with self._turn():
             return self._index.pending_write()
 
     def stats(self) -> Stats:
         """Counts and sizes of what is committed, and whether compaction pays."""
-        with self._lock, self._index.snapshot():
+        with self._turn(), self._index.snapshot():
             return stats(self.path, self._index, self.manifest)
 
     # Plans
@@ -172,18 +176,18 @@ class Memory:
             DoesNotFit: A value is too much for the highest rank allowed.
         """
         check_request(goal, rank, limits)
-        with self._lock:
+        with self._turn():
             encoded, _ = self._engine.transaction.admit(as_records(records, namespace), on_conflict)
             return self._engine.transaction.plan(encoded, goal, rank, limits, kind)
 
     def basis(self, kind: str | None = None) -> Basis:
         """What plans for this store rest on: success boundary, pace, and the law of a kind of data."""
-        with self._lock:
+        with self._turn():
             return self._engine.transaction.basis(None, 0, kind, self._index.outcomes())
 
     def outcomes(self) -> list[Outcome]:
         """What the writes to this store came to at their first rank, oldest first."""
-        with self._lock:
+        with self._turn():
             return self._index.outcomes()
 
     # Reading
@@ -197,7 +201,7 @@ class Memory:
             IntegrityError: The adapter's files are not what was committed.
             OtherBaseModel: The base model is not the one the store was written with.
         """
-        with self._lock:
+        with self._turn():
             record = self._find(key, namespace)
             try:
                 return next(self._engine.reader.decode_current([record])).value
@@ -218,13 +222,13 @@ class Memory:
         from loramem.reader import cut_batches
 
         with Spool() as spool:
-            with self._lock, self._index.snapshot():
+            with self._turn(), self._index.snapshot():
                 if keys is None:
                     spool.add(self._index.records(namespace))
                 else:
                     spool.add(self._find(key, namespace) for key in keys)
             for batch in cut_batches(spool.records()):
-                with self._lock:
+                with self._turn():
                     decoded = list(self._engine.reader.decode_current(batch))
                 yield from decoded
 
@@ -234,7 +238,7 @@ class Memory:
         The value is decoded from the weights first, then scored under teacher forcing in a batch of one.
         Raises as `recall`.
         """
-        with self._lock:
+        with self._turn():
             record = self._find(key, namespace)
             value = next(self._engine.reader.decode_current([record])).value
             record = self._find(key, namespace)  # its adapter may have changed
@@ -246,7 +250,7 @@ class Memory:
         It stays active until the next call that decodes or writes; after any other the model is the plain base.
         Raises as `recall`, except RecallError.
         """
-        with self._lock:
+        with self._turn():
             self._engine.reader.activate(self._find(key, namespace).adapter)
             prompt_ids = self.manifest.template().prompt_ids(self._engine.base.tokenizer, key)
             return self._engine.adapted.model, prompt_ids
@@ -271,7 +275,7 @@ class Memory:
         """
         if quick and resume:
             raise ValueError("A quick check decodes nothing: give quick or resume, not both.")
-        with self._lock:
+        with self._turn():
             if quick or self.manifest.key_salt is not None:
                 return quick_check(self.path, self._index)
             from loramem.verification import full_check
@@ -300,7 +304,7 @@ class Memory:
             IntegrityError: An adapter's files are not what was committed.
             ValueError: No such target.
         """
-        with self._lock:
+        with self._turn():
             return check_store(
                 self._engine, list(targets), max_rank=max_rank, base_name=base_name, dtype=dtype, progress=progress
             )
@@ -332,7 +336,7 @@ class Memory:
         """
         from loramem.deploy import Deployment, deploy
 
-        with self._lock:
+        with self._turn():
             return deploy(self._engine, Path(folder), Deployment(target, base_name, pad_rank, dtype, include_keys))
 
     def backup(self, target: str | Path) -> int:
@@ -342,7 +346,7 @@ class Memory:
             StoreError: There is something at ``target``.
             IntegrityError: A file is not what was committed: damage is not copied.
         """
-        with self._lock:
+        with self._turn():
             return bundle.backup(self.path, self._index, Path(target))
 
     def export(self, target: str | Path) -> int:
@@ -351,7 +355,7 @@ class Memory:
         The base model's folder on this machine and unfinished writes are left out. Whoever has it can read the keys,
         and the values with the base model at hand. Raises as `backup`.
         """
-        with self._lock:
+        with self._turn():
             return bundle.export(self.path, self._index, Path(target))
 
     def push(
@@ -395,7 +399,7 @@ class Memory:
 
         if self._index.read_only:
             raise StoreReadOnly(f"{self.path} cannot be written, and a push is noted in it. Copy it.")
-        with self._lock, sqlite_errors(self._index.path):
+        with self._turn():
             return push(
                 self.path,
                 self._index,
@@ -409,6 +413,12 @@ class Memory:
                 message=message,
                 confirm=confirm,
             )
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """One thread at a time, and what SQLite says of the index as errors of ours."""
+        with self._lock, sqlite_errors(self._index.path):
+            yield
 
     def _find(self, key: str, namespace: str) -> StoredRecord:
         record = self._index.find(namespace, key)

@@ -43,12 +43,15 @@ def collect(store: Path, index: Index, grace_s: float = GRACE_S) -> tuple[int, i
     gone = [adapter for adapter, since in index.retired().items() if since <= latest or not grace_s]
     if gone:
         commit_gc(index, gone)  # first: a row without files would be damage, files without a row are not
+    pending = index.pending_write()
+    if pending is not None:
+        take_back(store, index)  # what it had proved is no orphan
     known = {row["id"] for row in index.db.query("select id from adapters")}
     orphans = [folder for folder in (store / ADAPTERS).glob("*") if folder.name not in known and _ours(folder)]
     freed = sum(map(size_bytes, orphans))
     for folder in orphans:
         remove_directory(folder)
-    if index.pending_write() is None:
+    if pending is None:
         remove_directory(store / NAME)
     tell("collected", adapters=len(orphans), bytes=freed)
     return len(orphans), freed

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loramem import bundle, maintenance
-from loramem.capacity import RankLimits, check_request
+from loramem.capacity import Plan, RankLimits, check_request
 from loramem.commits import commit_deletion, commit_records, end_write
 from loramem.creation import create_store
 from loramem.database import sqlite_errors
@@ -254,7 +254,10 @@ class MemoryStore(Memory):
             started, transaction, request = time.monotonic(), self._engine.transaction, pending.request
             encoded = transaction.encode(pending.records)
             limits = RankLimits(request["settings"]["max_rank"])
-            plan = transaction.plan(encoded, request["goal"], request["rank"], limits)
+            if "plan" in request:  # what a plan would come to now may differ, and nothing that was finished fit it
+                plan = Plan.of(request["plan"])
+            else:
+                plan = transaction.plan(encoded, request["goal"], request["rank"], limits)
             return transaction.run(pending.id, encoded, plan, request, 0, progress, executor, started=started)
 
     def discard(self) -> int:
@@ -428,7 +431,7 @@ class MemoryStore(Memory):
         started, transaction = time.monotonic(), self._engine.transaction
         settings = request["settings"] or WriterSettings()
         plan = transaction.plan(encoded, request["goal"], request["rank"], RankLimits(settings.max_rank))
-        request = {**request, "settings": asdict(settings)}
+        request = {**request, "settings": asdict(settings), "plan": asdict(plan)}
         write_id = self._index.begin_write((entry.record for entry in encoded), request)
         tell("journalled", records=len(encoded))
         return transaction.run(write_id, encoded, plan, request, skipped, progress, executor, started=started)

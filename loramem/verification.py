@@ -11,7 +11,7 @@ from loramem.database import sqlite_errors
 from loramem.engine import Engine
 from loramem.errors import IntegrityError, OtherBaseModel
 from loramem.index import Index
-from loramem.reader import Reader, cut_batches
+from loramem.reader import cut_batches
 from loramem.reports import VerifyReport
 from loramem.spool import Spool
 from loramem.tables import StoredRecord, is_sealed, record_of
@@ -25,6 +25,8 @@ class Findings:
     failed: list[str] = field(default_factory=list)
     """Keys whose value did not come back."""
     damaged: list[str] = field(default_factory=list)
+    changed: int = 0
+    """Records that another process replaced, moved or deleted, and whose adapter it removed, before they were read."""
 
     def count(self) -> int:
         return len(self.failed) + len(self.damaged)
@@ -44,8 +46,8 @@ def full_check(
     """
     started, index, findings = time.monotonic(), engine.index, Findings()
     with Spool() as spool:
+        findings.damaged += problems(engine.store, index)
         with index.snapshot():
-            findings.damaged += problems(engine.store, index)
             records = index.count()
             try:
                 with sqlite_errors(index.path):
@@ -66,7 +68,7 @@ def full_check(
         for adapter, batches in groupby(cut_batches(spool.records()), key=lambda batch: batch[0].adapter):
             before = findings.count()
             for batch in batches:
-                _check_batch(engine.reader, batch, findings, decode=adapter not in known)
+                _check_batch(engine, batch, findings, decode=adapter not in known)
                 done += len(batch)
                 resumed += len(batch) if adapter in known else 0
                 if progress is not None:
@@ -75,8 +77,8 @@ def full_check(
                 verified.note(adapter)
     verified.forget()
     return VerifyReport(
-        records=records,
-        exact=records - len(findings.failed),
+        records=records - findings.changed,
+        exact=records - findings.changed - len(findings.failed),
         failed=tuple(findings.failed),
         damaged=tuple(findings.damaged),
         elapsed_s=time.monotonic() - started,
@@ -93,8 +95,9 @@ def _whole_records(index: Index, findings: Findings) -> Iterator[StoredRecord]:
             findings.failed.append(str(row["key"]))
 
 
-def _check_batch(reader: Reader, batch: Sequence[StoredRecord], findings: Findings, *, decode: bool) -> None:
+def _check_batch(engine: Engine, batch: Sequence[StoredRecord], findings: Findings, *, decode: bool) -> None:
     """Records of one adapter, decoded; otherwise its files alone are hashed."""
+    reader = engine.reader
     try:
         if not decode:
             reader.check(batch[0].adapter)
@@ -107,6 +110,9 @@ def _check_batch(reader: Reader, batch: Sequence[StoredRecord], findings: Findin
                     f"The record {record.key!r} has {tokens} answer tokens, its row says {record.answer_tokens}"
                 )
     except IntegrityError as error:
+        if batch[0].adapter not in engine.index.live():
+            findings.changed += len(batch)
+            return
         findings.failed += [record.key for record in batch]
         if not any(error.what in problem for problem in findings.damaged):
             findings.damaged.append(str(error))

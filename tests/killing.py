@@ -1,4 +1,4 @@
-"""A store in the hands of processes that are killed: python -m tests.killing BASE FOLDER KILLS [SEED]
+"""A store in the hands of processes that are killed: python -m tests.killing BASE FOLDER KILLS [SEED [RECORDS]]
 
 Every child first compares the store with the log of what its predecessors did (each line synced), then changes it
 until it is killed: at a random moment, or the n-th time a named event is told. An operation whose end was logged must
@@ -13,7 +13,10 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from loramem import MemoryStore, jobs, maintenance, memory, reader, repair, transaction, verification, writer  # noqa: F401
@@ -33,15 +36,25 @@ class Log:
 
     def add(self, **line: Any) -> None:
         with self.path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write("\n" + json.dumps(line))
             file.flush()
             os.fsync(file.fileno())
 
+    def latest(self) -> Iterator[dict[str, Any]]:
+        """Entries, the last first; a line that its writer was killed in is none."""
+        for line in reversed(self.path.read_text().split("\n") if self.path.exists() else []):
+            with suppress(ValueError):
+                yield json.loads(line)
+
     def states(self) -> list[State]:
         """What the store may hold: one state, or two if an operation was under way."""
+        since: list[dict[str, Any]] = []
+        for entry in self.latest():
+            since.append(entry)
+            if "state" in entry:  # what was found supersedes all before
+                break
         possible: list[State] = [{}]
-        for line in self.path.read_text().splitlines() if self.path.exists() else ():
-            entry = json.loads(line)
+        for entry in reversed(since):
             if "after" in entry:
                 possible = [possible[0], entry["after"]]
             elif "done" in entry:
@@ -84,7 +97,8 @@ def change(store: MemoryStore, log: Log, state: State, rng: random.Random) -> St
     keys = sorted(state)
     operation = rng.choice(["write", "write", "update", "rename", "delete", "erase", "compact", "gc"])
     if operation == "write" or not keys:
-        new = {f"key {rng.randrange(99)}": value() for _ in range(rng.randint(1, 3))} if len(keys) < MOST else {}
+        room = len(keys) < MOST or len(keys) > 10 * MOST  # a store that began large may grow on
+        new = {f"key {rng.randrange(99)}": value() for _ in range(rng.randint(1, 3))} if room else {}
         new = {**new, **{key: value() for key in keys[: rng.randrange(2)]}}
         after = {**state, **new}
         log.add(after=after)
@@ -151,14 +165,27 @@ def child(base: str, folder: Path, seed: int) -> None:
         state = change(store, log, state, rng)
 
 
-def main(base: str, folder: Path, kills: int, seed: int = 0) -> int:
-    """How many children were killed; raises at the first that found something wrong."""
+def begin(base: str, folder: Path, records: int) -> None:
+    """So many records to begin with."""
+    state = {f"old {number}": f"{number:04}" for number in range(records)}
+    with MemoryStore(folder / "memory", base) as store:
+        store.write(state)
+    Log(folder / "log.jsonl").add(state=state)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def main(base: str, folder: Path, kills: int, seed: int = 0, records: int = 0) -> int:
+    """How many children were killed; raises at the first that found something wrong.
+
+    Args:
+        records: In the store when the first child comes.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    for number in range(kills + 1):
+    for number in range(-1 if records else 0, kills + 1):
         pid = os.fork()
         if pid == 0:
             try:
-                child(base, folder, seed * 1_000_003 + number)
+                child(base, folder, seed * 1_000_003 + number) if number >= 0 else begin(base, folder, records)
             except LoramemError as error:
                 sys.stderr.write(f"child {number}: {type(error).__name__}: {error}\n")
                 os._exit(3)
@@ -172,4 +199,6 @@ def main(base: str, folder: Path, kills: int, seed: int = 0) -> int:
 
 
 if __name__ == "__main__":
-    print(main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), *map(int, sys.argv[4:])), "kills, nothing lost")
+    kills = main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), *map(int, sys.argv[4:]))
+    opened_s = [entry["opened_s"] for entry in Log(Path(sys.argv[2]) / "log.jsonl").latest() if "opened_s" in entry]
+    print(f"{kills} kills, nothing lost; opened in {median(opened_s):.3f} s (median), {max(opened_s):.3f} s at most")

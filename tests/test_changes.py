@@ -197,9 +197,16 @@ def test_a_store_of_format_1_is_recalled_byte_for_byte_and_can_be_changed(tmp_pa
         assert store.verify().ok
 
 
-def test_a_newer_format_is_refused_with_the_version_it_needs(tmp_path: Path) -> None:
+@pytest.mark.parametrize("index", ["as now", "of another kind", "elsewhere"])
+def test_a_newer_format_is_refused_with_the_version_it_needs_and_left_alone(tmp_path: Path, index: str) -> None:
     path = copy_of_format_1(tmp_path / "memory")
     manifest = json.loads((path / "store.json").read_text())
     (path / "store.json").write_text(json.dumps({**manifest, "format": 2, "needs": "9.1"}))
+    if index == "of another kind":
+        (path / "index.db").write_bytes(b"a better database")
+    elif index == "elsewhere":
+        (path / "index.db").rename(path / "index.better")
+    before = {file: file.read_bytes() for file in path.rglob("*") if file.is_file()}
     with pytest.raises(StoreFormatError, match=r"format 2.* 9\.1 or later"):
         MemoryStore(path, create=False)
+    assert {file: file.read_bytes() for file in path.rglob("*") if file.is_file()} == before

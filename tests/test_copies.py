@@ -294,6 +294,12 @@ def test_the_error_says_who_is_writing_and_a_killed_writer_leaves_no_lock(path: 
     assert not (path / "store.holder").exists()
 
 
+def test_a_writer_that_cannot_say_who_it_is_writes_all_the_same(path: Path) -> None:
+    (path / "store.holder").mkdir()  # what cannot be written stands for a full disk, on which deleting makes room
+    with MemoryStore(path, create=False) as store:
+        assert store.delete("key 0") == 1
+
+
 def test_a_writer_waits_for_another(path: Path) -> None:
     import threading
 

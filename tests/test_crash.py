@@ -1,6 +1,8 @@
 """A write that is killed, interrupted or refused leaves every committed record as it was."""
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -8,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from loramem import MemoryStore, WriterSettings
+from loramem import MemoryStore, Record, WriterSettings, files
 from loramem.errors import StoreLocked, UnfinishedWrite, WriteError
 
 from .conftest import numbers
@@ -37,17 +39,20 @@ with FileLock(sys.argv[1]):
 """
 
 
-@pytest.fixture
-def killed(base: Path, tmp_path: Path) -> Path:
-    """A store with one committed record, whose second write was killed with SIGKILL while training."""
-    import json
-
-    path = tmp_path / "memory"
+@pytest.fixture(scope="module")
+def killed_once(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("crash") / "memory"
     with MemoryStore(path, str(base)) as store:
         store.write(BEFORE)
     done = subprocess.run([sys.executable, "-c", WRITER, str(path), json.dumps(LATER)], env=os.environ, check=False)
     assert done.returncode == -signal.SIGKILL
     return path
+
+
+@pytest.fixture
+def killed(killed_once: Path, tmp_path: Path) -> Path:
+    """A store with one committed record, whose second write was killed with SIGKILL while training."""
+    return shutil.copytree(killed_once, tmp_path / "memory")
 
 
 def test_a_killed_write_leaves_earlier_records_readable_and_is_visible(killed: Path) -> None:
@@ -78,6 +83,72 @@ def test_a_killed_write_can_be_discarded_and_its_values_are_forgotten(killed: Pa
     for path in killed.rglob("*"):
         if path.is_file():
             assert LATER["key 0"].encode() not in path.read_bytes()
+
+
+def test_a_resumed_write_keeps_its_plan_and_gc_what_it_had_proved(base: Path, tmp_path: Path, monkeypatch) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    def again(*_: object, **__: object) -> None:
+        raise AssertionError("done before")
+
+    with MemoryStore(tmp_path / "memory", str(base)) as store:
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr("loramem.transaction.commit_write", interrupt)
+            store.write([Record(key, value, space) for space in "xy" for key, value in LATER.items()])
+        assert len(list((store.path / "adapters").iterdir())) == 2
+        store.gc(grace_s=0)
+        with monkeypatch.context() as patched:
+            patched.setattr("loramem.transaction.Transaction.plan", again)  # it may come to something else by now
+            patched.setattr("loramem.shards.train_adapter", again)
+            assert store.resume().written == 10
+        assert store.verify().ok
+
+
+def test_files_then_their_folder_then_its_name_then_the_row(base: Path, tmp_path: Path, monkeypatch) -> None:
+    order: list[tuple[str, Path | str]] = []
+    fsync, rename = os.fsync, os.rename
+
+    def note_sync(descriptor: int) -> None:
+        order.append(("sync", Path(f"/proc/self/fd/{descriptor}").readlink()))
+        fsync(descriptor)
+
+    def note_rename(source: Path, target: Path) -> None:
+        rename(source, target)
+        order.append(("rename", Path(target)))
+
+    with MemoryStore(tmp_path / "memory", str(base)) as store:
+        assert list(store._index.db.query("pragma synchronous")) == [{"synchronous": 2}]  # FULL: COMMIT syncs
+        store._index.db.conn.set_trace_callback(
+            lambda statement: order.append(("sql", statement.split("(")[0].strip().lower()))
+        )
+        monkeypatch.setattr(os, "fsync", note_sync)
+        monkeypatch.setattr(os, "rename", note_rename)
+        (adapter,) = store.write(LATER).adapters
+        store._index.db.conn.set_trace_callback(None)
+    published = store.path / "adapters" / adapter
+    renamed = order.index(("rename", published))
+    staged = next(path for what, path in order if what == "sync" and Path(path).name == adapter)
+    assert isinstance(staged, Path) and "staging" in staged.parts
+    synced = [path for what, path in order[:renamed] if what == "sync"]
+    for file in published.iterdir():
+        assert synced.index(staged / file.name) < synced.index(staged)
+    assert synced.index(staged.parent) > synced.index(staged.parent.parent)  # the staged folder's own name
+    row = next(
+        place for place, (what, text) in enumerate(order) if what == "sql" and str(text) == 'insert into "records"'
+    )
+    commit = order.index(("sql", "commit"), row)
+    assert renamed < order.index(("sync", published.parent), renamed) < row < commit
+    assert order.index(("sql", "commit")) < order.index(("sync", staged))  # the journal comes before all
+
+
+def test_a_name_that_was_given_before_is_synced_all_the_same(tmp_path: Path, monkeypatch) -> None:
+    synced: list[Path] = []
+    for folder in ("staged", "adapters/one"):
+        files.write_directory(tmp_path / folder, {"file": b"content"})
+    monkeypatch.setattr(files, "sync_directory", synced.append)
+    files.publish_directory(tmp_path / "staged", tmp_path / "adapters" / "one")
+    assert synced == [tmp_path / "adapters"]
 
 
 def test_there_is_nothing_to_resume_after_a_finished_write(base: Path, tmp_path: Path) -> None:

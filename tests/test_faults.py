@@ -1,6 +1,7 @@
 """File operations that fail, one after the other; bits that flip; processes that contend; a dict as the model."""
 
 import errno
+import io
 import itertools
 import os
 import random
@@ -24,7 +25,7 @@ from loramem.errors import LoramemError, RecordError
 from . import damage
 from .conftest import ROOT, numbers
 
-OPERATIONS = ("open", "fsync", "replace", "rename", "mkdir", "unlink", "rmdir")
+OPERATIONS = ("open", "fsync", "replace", "rename", "mkdir", "unlink", "rmdir")  # of os, and io.open
 
 
 @pytest.fixture(scope="module")
@@ -44,10 +45,11 @@ def failing(number: int, code: int, store: Path) -> Iterator[Callable[[], bool]]
 
     def shim(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
         def operation(target: Any, *args: Any, **kwargs: Any) -> Any:
-            inside = isinstance(target, int) or str(store) in os.fspath(target)
-            if inside and not failed and next(left) == 0:
+            descriptor = target if isinstance(target, int) else kwargs.get("dir_fd")
+            where = Path(target) if descriptor is None else Path(f"/proc/self/fd/{descriptor}").readlink()
+            if store in (where, *where.parents) and not failed and next(left) == 0:
                 failed.append(name)
-                raise OSError(code, os.strerror(code), None if isinstance(target, int) else os.fspath(target))
+                raise OSError(code, os.strerror(code), str(where))
             return real(target, *args, **kwargs)
 
         return operation
@@ -55,19 +57,26 @@ def failing(number: int, code: int, store: Path) -> Iterator[Callable[[], bool]]
     with pytest.MonkeyPatch.context() as patched:
         for name in OPERATIONS:
             patched.setattr(os, name, shim(name, getattr(os, name)))
+        patched.setattr(io, "open", shim("io.open", io.open))
         yield lambda: bool(failed)
 
 
 @pytest.mark.parametrize("change", ["write", "compact", "erase"])
-@pytest.mark.parametrize("code", [errno.ENOSPC, pytest.param(errno.EIO, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("code", "step"),
+    [
+        (errno.ENOSPC, 5),
+        *(pytest.param(code, 1, marks=pytest.mark.slow) for code in (errno.ENOSPC, errno.EIO, errno.EACCES)),
+    ],
+)
 def test_whichever_file_operation_fails_the_committed_state_is_readable(
-    written: Path, tmp_path: Path, change: str, code: int
+    written: Path, tmp_path: Path, change: str, code: int, step: int
 ) -> None:
     before = {**numbers(3), "a": "1"}
     with MemoryStore(written, create=False) as opened:
         base = opened.base  # loaded once
-    # Every operation in the slow run, every third here; the first that nothing is left for ends it.
-    for number in itertools.count(1, 3 if code == errno.ENOSPC else 1):
+    # Every operation in the slow run, every fifth here; the first that nothing is left for ends it.
+    for number in itertools.count(1, step):
         path = shutil.copytree(written, tmp_path / str(number))
         with MemoryStore(path, create=False) as store:
             store._engine.base = base
@@ -120,6 +129,35 @@ def test_a_full_disk_leaves_what_was_committed_readable(base: Path, tmp_path: Pa
     assert len(expected) > 1
 
 
+@pytest.mark.slow
+def test_wherever_a_write_fills_the_disk_what_was_committed_is_readable(written: Path, tmp_path: Path) -> None:
+    before, page = {**numbers(3), "a": "1"}, 4096
+    with MemoryStore(written, create=False) as opened:
+        base = opened.base
+    with mounted(tmp_path / "disk", "6m") as disk:
+        for free in itertools.count(0, 2 * page):  # SQLite's own writes fail as well
+            path, filler = shutil.copytree(written, disk / "memory"), disk / "filler"
+            with MemoryStore(path, create=False) as store:
+                store._engine.base = base
+                filler.write_bytes(b"0" * (shutil.disk_usage(disk).free - free))
+                try:
+                    store.write({"new": "2", "a": "3"}, on_conflict="replace")
+                    raised = False
+                except (OSError, LoramemError):
+                    raised = True
+                filler.unlink()
+            with MemoryStore(path, create=False) as store:
+                store._engine.base = base
+                held = {recall.key: recall.value for recall in store.recall_many()}
+                assert held == (before if raised else {**before, "new": "2", "a": "3"}), free
+                assert store.verify(quick=True).ok
+                if store.pending() is not None:
+                    assert store.resume().written == 2
+            shutil.rmtree(path)
+            if not raised:
+                return
+
+
 def test_a_store_on_a_read_only_medium_is_read(written: Path, tmp_path: Path) -> None:
     with mounted(tmp_path / "disk", "4m") as disk:
         path = shutil.copytree(written, disk / "memory")
@@ -141,6 +179,47 @@ def test_flipped_bits_and_lost_rows_are_reported_by_the_quick_check(written: Pat
 @pytest.mark.slow
 def test_two_thousand_flipped_bits_are_reported(written: Path) -> None:
     assert damage.main(written, 2000, seed=2) == ([], [])
+
+
+def test_files_cut_zeroed_or_swapped_are_reported(written: Path) -> None:
+    assert damage.main(written, 40, seed=3, how=damage.ruin) == ([], [])
+
+
+@pytest.mark.slow
+def test_a_thousand_files_cut_zeroed_or_swapped_are_reported(written: Path) -> None:
+    assert damage.main(written, 1000, seed=4, how=damage.ruin) == ([], [])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [damage.flip, damage.ruin])
+def test_damage_of_a_store_over_the_embedded_base_is_reported(tmp_path: Path, how: damage.Damage) -> None:
+    with MemoryStore(tmp_path / "memory") as store:
+        store.write(numbers(6))
+        store.erase("key 0")  # what it leaves is no hole
+    assert damage.main(tmp_path / "memory", 100, seed=5, how=how) == ([], [])
+
+
+def test_a_damaged_write_ahead_log_gives_one_state_or_the_other(written: Path, tmp_path: Path) -> None:
+    rng, before = random.Random(6), {**numbers(3), "a": "1"}
+    path = shutil.copytree(written, tmp_path / "memory")
+    with MemoryStore(path, create=False) as store:
+        base = store.base
+        store.delete("a")
+        shutil.copytree(path, tmp_path / "killed")  # as a killed process leaves it: the commit is in the log alone
+    seen = set()
+    for number in range(12):
+        path = shutil.copytree(tmp_path / "killed", tmp_path / str(number))
+        log = bytearray((path / "index.db-wal").read_bytes())
+        if number:
+            log[rng.randrange(len(log))] ^= 1 << rng.randrange(8)
+        (path / "index.db-wal").write_bytes(log)
+        with MemoryStore(path, create=False) as store:
+            store._engine.base = base
+            held = {recall.key: recall.value for recall in store.recall_many()}
+            assert held in (before, numbers(3))
+            assert store.verify(quick=True).ok
+        seen.add("a" in held)
+    assert seen == {True, False}
 
 
 WRITER = """
@@ -195,7 +274,7 @@ def test_processes_that_create_one_store_at_once_share_it(base: Path, tmp_path: 
             stdout=subprocess.PIPE,
             text=True,
         )
-        for _ in range(3)
+        for _ in range(2)
     ]
     for process in running:
         assert process.stdout and process.stdout.readline() == "ready\n"
@@ -203,7 +282,7 @@ def test_processes_that_create_one_store_at_once_share_it(base: Path, tmp_path: 
         assert process.stdin
         process.stdin.write("\n")
         process.stdin.flush()
-    assert [process.wait() for process in running] == [0] * 3
+    assert [process.wait() for process in running] == [0] * 2
 
 
 def test_a_store_that_another_process_made_meanwhile_is_opened(base: Path, tmp_path: Path, monkeypatch) -> None:
@@ -227,29 +306,34 @@ READER = """
 import sys
 from loramem import MemoryStore
 
-seen = set()
+read, seen = 0, set()
 with MemoryStore(sys.argv[1], create=False) as store:
-    while "9" not in seen:
-        values = {recall.value for recall in store.recall_many()}
-        assert len(values) == 1, values
-        seen |= values
-print(len(seen))
+    while read < int(sys.argv[2]) or len(seen) < 3:
+        values = [recall.value for recall in store.recall_many()]
+        assert len(set(values)) == 1 and len(values) == int(sys.argv[3]), values
+        read += len(values)
+        seen.add(values[0])
+print(read, len(seen))
 """
 
 
-def test_a_reader_sees_one_committed_state_while_another_process_writes(base: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("reads", [200, pytest.param(100_000, marks=pytest.mark.slow)])
+def test_reads_during_commits_mix_no_two_states(base: Path, tmp_path: Path, reads: int) -> None:
+    keys = [f"{number}" for number in range(40)]
     with MemoryStore(tmp_path / "memory", str(base)) as store:
-        store.write(dict.fromkeys("abc", "0"))
-        with subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-c", READER, str(store.path)], stdout=subprocess.PIPE, text=True, cwd=ROOT
-        ) as reader:
-            for value in "13579":
-                store.write(dict.fromkeys("abc", value), on_conflict="replace")
-                if value in "37":
-                    store.compact()
-            out, _ = reader.communicate()
+        store.write(dict.fromkeys(keys, "0"))
+        command = [sys.executable, "-W", "ignore", "-c", READER, str(store.path), str(reads), str(len(keys))]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as reader:
+            for number in itertools.count(1):
+                store.write(dict.fromkeys(keys, f"{number}"), on_conflict="replace")
+                if number % 3 == 0:
+                    store.compact(everything=True)
+                if reader.poll() is not None:
+                    break
+            assert reader.stdout is not None
+            read, states = map(int, reader.stdout.read().split())
     assert reader.returncode == 0
-    assert int(out) >= 1
+    assert read >= reads and states >= 3
 
 
 class Model(RuleBasedStateMachine):

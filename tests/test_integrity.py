@@ -189,6 +189,23 @@ def test_another_chat_template_is_another_base_model(copy: Path, base: Path, tmp
         store.recall("key 0")
 
 
+@pytest.mark.parametrize("page", range(1, 12))
+def test_a_page_that_was_lost_is_an_error_of_ours_or_none(copy: Path, page: int) -> None:
+    content = bytearray((copy / "index.db").read_bytes())
+    content[page * 4096 : (page + 1) * 4096] = b"\xff" * 4096
+    (copy / "index.db").write_bytes(content)
+    looks = (
+        *(MemoryStore.stats, MemoryStore.namespaces, MemoryStore.adapters, MemoryStore.pending, MemoryStore.outcomes),
+        *(len, lambda store: list(store.keys()), lambda store: list(store.records()), lambda store: "key 1" in store),
+        *(lambda store: store.history("key 1"), lambda store: store.recall("nobody"), MemoryStore.compact),
+    )
+    with suppress(LoramemError), MemoryStore(copy, create=False) as store:
+        assert store.verify(quick=True).damaged
+        for look in looks:
+            with suppress(LoramemError):
+                look(store)
+
+
 @pytest.mark.parametrize("content", [None, b"", b"not a database at all" * 99])
 def test_an_index_that_cannot_be_read_is_refused(copy: Path, content: bytes | None) -> None:
     for path in copy.glob("index.db*"):

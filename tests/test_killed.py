@@ -1,7 +1,6 @@
 """Processes that change a store are killed at random moments and at every named event; nothing is lost."""
 
-import os
-import shutil
+import re
 import signal
 import subprocess
 import sys
@@ -15,24 +14,30 @@ from loramem.events import NAMES
 from .conftest import ROOT, numbers
 
 KILLED_AT = """
-import logging, sys
+import logging, os, shutil, sys
 from tests.killing import KillAt
 from loramem import MemoryStore
 
-events = logging.getLogger("loramem.events")
-events.setLevel(logging.INFO)
-events.addHandler(KillAt(sys.argv[2], 1))
-store = MemoryStore(sys.argv[1], create=False)
-store.write({"key 0": "other", "new": "1"}, on_conflict="replace")
-store.delete("key 1")
-store.compact()
-store.erase("key 2")
-store.repair()
-print("survived")
+for event in sys.argv[3:]:
+    path = shutil.copytree(sys.argv[1], os.path.join(sys.argv[2], event))
+    if os.fork() == 0:
+        try:
+            events = logging.getLogger("loramem.events")
+            events.setLevel(logging.INFO)
+            events.addHandler(KillAt(event, 1))
+            store = MemoryStore(path, create=False)
+            store.write({"key 0": "other", "new": "1"}, on_conflict="replace")
+            store.delete("key 1")
+            store.compact()
+            store.erase("key 2")
+            store.repair()
+        finally:
+            os._exit(1)
+    print(event, os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
 """
 
 
-def kill_many(base: Path, folder: Path, kills: int, seed: int) -> str:
+def kill_many(base: Path | str, folder: Path, kills: int, seed: int) -> str:
     command = [sys.executable, "-W", "ignore", "-m", "tests.killing", str(base), str(folder), str(kills), str(seed)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -40,15 +45,20 @@ def kill_many(base: Path, folder: Path, kills: int, seed: int) -> str:
 
 
 def test_a_few_kills_at_random_lose_nothing(base: Path, tmp_path: Path) -> None:
-    assert kill_many(base, tmp_path / "run", 6, seed=3) == "6 kills, nothing lost\n"
+    said = kill_many(base, tmp_path / "run", 6, seed=3)
+    assert re.fullmatch(r"6 kills, nothing lost; opened in 0\.\d{3} s \(median\), \d+\.\d{3} s at most\n", said), said
 
 
 @pytest.mark.slow
 def test_many_kills_at_random_lose_nothing(base: Path, tmp_path: Path) -> None:
-    assert kill_many(base, tmp_path / "run", 300, seed=5) == "300 kills, nothing lost\n"
+    assert kill_many(base, tmp_path / "run", 300, seed=5).startswith("300 kills, nothing lost; opened in 0.")
 
 
-OFTEN = ("published", "committed", "forgotten")
+@pytest.mark.slow
+def test_kills_over_the_embedded_base_lose_nothing(tmp_path: Path) -> None:
+    assert kill_many("loramem-tiny", tmp_path / "run", 5, seed=7).startswith("5 kills, nothing lost")
+
+
 AFTER = {
     "journalled": ({"key 0", "key 1", "key 2", "key 3"}, True),
     "trained": ({"key 0", "key 1", "key 2", "key 3"}, True),
@@ -65,21 +75,20 @@ AFTER = {
 
 
 @pytest.fixture(scope="module")
-def written(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("killed") / "memory"
-    with MemoryStore(path, str(base)) as store:
+def killed(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of stores by the event that their process was killed at; one that did the imports forks them all."""
+    folder = tmp_path_factory.mktemp("killed")
+    with MemoryStore(folder / "before", str(base)) as store:
         store.write(numbers(4))
-    return path
+    command = [sys.executable, "-W", "ignore", "-c", KILLED_AT, str(folder / "before"), str(folder), *NAMES]
+    done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    assert done.stdout.splitlines() == [f"{event} {-signal.SIGKILL}" for event in NAMES], done.stderr[-2000:]
+    return folder
 
 
-@pytest.mark.parametrize(
-    "event", [name if name in OFTEN else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
-)
-def test_killed_at_a_named_event_the_store_is_whole(written: Path, tmp_path: Path, event: str) -> None:
-    path = shutil.copytree(written, tmp_path / "memory")
-    command = [sys.executable, "-W", "ignore", "-c", KILLED_AT, str(path), event]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ, check=False, capture_output=True, text=True)
-    assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
+@pytest.mark.parametrize("event", NAMES)
+def test_killed_at_a_named_event_the_store_is_whole(killed: Path, event: str) -> None:
+    path = killed / event
     keys, pending = AFTER[event]
     expected = {key: value for key, value in numbers(4).items() if key in keys}
     if "new" in keys:

@@ -1,16 +1,21 @@
 """Compaction, collection and erasing: what is rewritten, what is left on disk, what readers see meanwhile."""
 
 import os
+import pkgutil
 import shutil
 import sqlite3
+import threading
 from contextlib import closing
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from loramem import KeyNotFound, MemoryStore, Record
-from loramem.errors import StoreChanged, StoreError, StubbornRecords, TrainingDiverged
+from loramem.commits import commit_publication
+from loramem.errors import StoreChanged, StoreError, StoreLocked, StubbornRecords, TrainingDiverged
+from loramem.index import Index
 
 from .conftest import numbers
 
@@ -200,8 +205,8 @@ def test_every_earlier_version_is_erased_too(store: MemoryStore) -> None:
 
 
 def test_a_renamed_record_is_erased_by_the_key_it_has_now(store: MemoryStore) -> None:
-    store.rename("secret", "public")
-    store.rename("public", "open")
+    store.rename("secret", "nickname")
+    store.rename("nickname", "open")
     with pytest.raises(KeyNotFound) as caught:
         store.erase("secret")
     assert caught.value.successor == "open"
@@ -211,7 +216,7 @@ def test_a_renamed_record_is_erased_by_the_key_it_has_now(store: MemoryStore) ->
     assert store.recall("open") == SECRET
     store.delete("open")
     store.erase("open")
-    for text in (SECRET, "secret", "public"):
+    for text in (SECRET, "secret", "nickname"):
         assert not holding(store.path, text)
     assert store.verify().ok
 
@@ -272,6 +277,61 @@ def test_a_failed_write_leaves_no_value_in_a_store_without_values(
             assert ("still holds values" in caplog.text) == reading
         store.delete("a")
         assert not holding(store.path, SECRET)
+
+
+def test_an_erasure_that_a_reader_is_in_the_way_of_is_finished_by_gc(store: MemoryStore, monkeypatch) -> None:
+    monkeypatch.setattr(Index, "empty_log", partialmethod(Index.empty_log, 0.1))
+    with closing(sqlite3.connect(store.path / "index.db")) as reader:
+        reader.execute("begin")
+        reader.execute("select count(*) from records").fetchone()
+        with pytest.raises(StoreLocked, match="loramem gc"):
+            store.erase("secret")
+    store.gc()
+    assert not holding(store.path, SECRET)
+    assert {row["name"] for row in store._index.db.table("meta").rows} == {"manifest_sha256", "rows_sha256"}
+
+
+@pytest.mark.parametrize(
+    ("meanwhile", "quick", "checked"),
+    [
+        ("loramem.checks.file_problems", True, 7),
+        ("loramem.checks.file_problems", False, 7),
+        ("loramem.verification.fingerprint", False, 4),  # the others were moved, and are not counted
+    ],
+)
+def test_a_check_takes_nothing_for_damaged_that_is_erased_meanwhile(
+    store: MemoryStore, monkeypatch, meanwhile: str, quick: bool, checked: int
+) -> None:
+    real = pkgutil.resolve_name(meanwhile)
+
+    def late(*arguments: Any, **how: Any) -> Any:
+        monkeypatch.undo()
+        with MemoryStore(store.path, create=False) as other:
+            other.erase("secret")
+        return real(*arguments, **how)
+
+    monkeypatch.setattr(meanwhile, late)
+    report = store.verify(quick=quick)
+    assert (report.damaged, report.failed, report.records) == ((), (), checked)
+    assert store.verify(quick=quick).records == 7
+
+
+def test_a_push_that_is_noted_in_the_middle_of_a_change_waits_for_it(store: MemoryStore, monkeypatch) -> None:
+    next_id = Index.next_id
+    with closing(Index.open(store.path / "index.db")) as other:
+        note = threading.Thread(target=commit_publication, args=(other, "me/facts", "c0ffee"))
+
+        def read_before_writing(index: Index, table: str) -> int:
+            found = next_id(index, table)
+            note.start()
+            note.join(0.3)
+            return found
+
+        monkeypatch.setattr(Index, "next_id", read_before_writing)
+        assert store.delete("key 0") == 1
+        note.join()
+        assert other.published("me/facts") == ("c0ffee", None)
+    assert store.verify(quick=True).ok
 
 
 def test_what_could_not_be_cleared_is_cleared_by_the_next_change(store: MemoryStore, monkeypatch) -> None:

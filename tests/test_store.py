@@ -1,5 +1,7 @@
 """Writing and reading a store, on a small random base model."""
 
+import logging
+import os
 import threading
 import time
 from pathlib import Path
@@ -10,11 +12,13 @@ from hypothesis import strategies as st
 
 from loramem import KeyNotFound, MemoryStore, Record
 from loramem.capacity import RankLimits
-from loramem.errors import ConflictingRecord, RecordError, StoreFormatError, StoreNotFound
+from loramem.errors import ConflictingRecord, LoramemError, RecordError, StoreFormatError, StoreNotFound
+from loramem.events import NAMES
 from loramem.index import Index
 from loramem.tables import record_row, stored_record
 
 from .conftest import numbers
+from .test_integrity import flip_bit
 
 AWKWARD = {
     "中文键": "值：一二三",
@@ -232,11 +236,51 @@ def test_a_newer_format_is_refused(store: MemoryStore, tmp_path: Path) -> None:
         MemoryStore(copy, create=False)
 
 
-def test_directories_are_private(store: MemoryStore) -> None:
-    assert store.path.stat().st_mode & 0o077 == 0
-    assert (store.path / "index.db").stat().st_mode & 0o077 == 0
-    for path in (store.path / "adapters").rglob("*"):
-        assert path.stat().st_mode & 0o077 == 0
+def test_all_is_private_also_while_a_write_goes_on(base: Path, tmp_path: Path) -> None:
+    modes: dict[str, int] = {}
+
+    def look(_: object = None) -> None:
+        for path in (folder, *folder.rglob("*")):
+            modes[path.name] = modes.get(path.name, 0) | path.stat().st_mode & 0o777
+
+    before, folder = os.umask(0), tmp_path / "memory"
+    try:
+        folder.mkdir()  # an empty folder is taken as it is, and closed
+        with MemoryStore(folder, str(base)) as store:
+            (adapter,) = store.write(numbers(2), progress=look).adapters
+            look()
+    finally:
+        os.umask(before)
+    folders = {"memory", "adapters", "staging", adapter}
+    assert folders | {"store.lock", "store.holder", "index.db", "index.db-wal", "adapter_config.json"} <= modes.keys()
+    assert {name for name, mode in modes.items() if mode == 0o700} >= folders
+    assert all(mode == 0o600 for name, mode in modes.items() if "." in name), modes
+
+
+def test_events_are_told_and_no_log_record_holds_a_key_or_a_value(base: Path, tmp_path: Path, caplog) -> None:
+    caplog.set_level(logging.INFO)  # below what is shown by default
+    with MemoryStore(tmp_path / "memory", str(base)) as store:
+        store.write({"agent": "4815162342", "other agent": "1123581321"})
+        store.write({"agent": "4815162342"})
+        store.update("agent", "2718281828")
+        store.rename("agent", "renamed agent")
+        store.delete("other agent")
+        store.compact()
+        store.erase("renamed agent")
+        store.repair()
+        store.write({"third agent": "1414213562"})
+        list(store.recall_many())
+        flip_bit(next((store.path / "adapters").rglob("*.safetensors")), 9999)
+        assert not store.verify().ok
+        for look in (lambda: store.recall("agent"), lambda: MemoryStore(store.path).recall("third agent")):
+            with pytest.raises(LoramemError):
+                look()
+    assert {record.event for record in caplog.records if record.name == "loramem.events"} == set(NAMES)
+    committed = [record.facts for record in caplog.records if getattr(record, "event", "") == "committed"]
+    assert committed[0] == {"adapters": 1, "records": 2}
+    told = "\n".join(f"{record.getMessage()} {vars(record)}" for record in caplog.records)
+    for secret in ("agent", "4815162342", "1123581321", "2718281828", "1414213562"):
+        assert secret not in told
 
 
 def test_no_adapter_file_names_a_path_or_a_value(store: MemoryStore) -> None:

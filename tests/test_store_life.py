@@ -1,10 +1,13 @@
 """The suite that grows a store, changes it, compacts it and opens it again."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import torch
 
-from loramem import MemoryStore
+from loramem import MemoryStore, Record
+from loramem.prompts import EncodedRecord
 from loramem.suites import store_life
 
 
@@ -29,6 +32,25 @@ def test_a_small_life_keeps_what_lives_and_forgets_what_was_deleted(
     assert len(shown.rows) == 2 and "9 of 9 live records exact, 0 wrong, 0 of 1 deleted ones known" in shown.notes[0]
     (plot,) = store_life.plots([line])
     assert [point.x for point in plot.series[0].points] == [5, 10]
+
+
+def test_every_erased_value_has_fresh_ones_of_its_own_beside_it(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[str]] = []
+
+    def equal(_: object, encoded: Sequence[EncodedRecord]) -> list[tuple[int, torch.Tensor]]:
+        asked.append([entry.record.value for entry in encoded])
+        return [(index, torch.ones(1)) for index in range(len(encoded))]
+
+    records = [Record(f"key {number}", f"{number}") for number in range(5)]
+    with MemoryStore(tmp_path / "memory", str(base)) as store:
+        store.write(records)
+        store.delete(["key 1", "key 3"])
+        monkeypatch.setattr("loramem.recall.answer_probabilities", equal)
+        monkeypatch.setattr(store_life, "FRESH", 2)
+        assert store_life._ranks(store, records, {"key 1": "1", "key 3": "3"}, ["90", "91", "92", "93"]) == [1, 1]
+    assert asked == [["1", "90", "91"], ["3", "92", "93"]]
 
 
 def test_places_that_are_not_uniform_have_a_small_p() -> None:

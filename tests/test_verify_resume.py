@@ -156,7 +156,7 @@ def test_the_command_shows_progress_and_resumes(path: Path, capsys) -> None:
     assert run(["verify", "--resume", "--store", str(path)]) == 0
     shown = capsys.readouterr()
     assert "resumed  4 of these" in shown.out
-    assert "6/6 records" in shown.err
+    assert "records" in shown.err and "6/6" in shown.err
     assert run(["verify", "--json", "--store", str(path)]) == 0
     assert json.loads(capsys.readouterr().out)["resumed"] == 0
     assert run(["verify", "--resume", "--quick", "--store", str(path)]) == 2

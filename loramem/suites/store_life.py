@@ -81,7 +81,7 @@ def run(cell: Cell) -> Result:
     from loramem.suites.timing import clock, conditions, warm_up
 
     rng = random.Random(cell.seed)
-    drawn = generate("phonebook", cell.records + cell.records // 10 + FRESH, cell.seed)
+    drawn = generate("phonebook", cell.records + cell.records // 10, cell.seed)
     records, spare = drawn[: cell.records], [record.value for record in drawn[cell.records :]]
     with TemporaryDirectory() as folder:
         place = Path(folder) / "memory"
@@ -105,7 +105,9 @@ def run(cell: Cell) -> Result:
             store.gc(grace_s=0)
             recalled = {recall.key: recall.value for recall in store.recall_many()}
             verified = store.verify()
-            ranks = _ranks(store, records, lost, spare[-FRESH:], rng)
+            erased = rng.sample(sorted(lost), min(ERASED, len(lost)))
+            others = [record.value for record in generate("phonebook", FRESH * len(erased), cell.seed + 1)]
+            ranks = _ranks(store, records, {key: lost[key] for key in erased}, others)
             return {
                 "growth": growth,
                 "update_s": update_s,
@@ -146,23 +148,26 @@ def _grow(store: "MemoryStore", records: Sequence[Record]) -> Iterator[Result]:
 
 
 def _ranks(
-    store: "MemoryStore", records: Sequence[Record], lost: Mapping[str, str], fresh: Sequence[str], rng: random.Random
+    store: "MemoryStore", records: Sequence[Record], erased: Mapping[str, str], fresh: Sequence[str]
 ) -> list[int]:
     """Place of each erased value, from 1, among itself and fresh ones, by the likelihood of its whole answer.
 
-    The adapter is the one that now holds the record that was written next to it.
+    The adapter is the one that now holds the record that was written next to it. Each is held against `FRESH` values
+    of its own: an adapter likes some values better than others whatever the key, so that places among the same ones
+    would hang together, and no test of uniformity would hold.
     """
     from loramem.prompts import encode_record
     from loramem.recall import answer_probabilities
 
     held, keys = {record.key: record.adapter for record in store.records()}, [record.key for record in records]
     ranks = []
-    for key in rng.sample(sorted(lost), min(ERASED, len(lost))):
+    for number, (key, value) in enumerate(erased.items()):
         place = keys.index(key)
         neighbour = next(other for other in [*keys[place + 1 :], *reversed(keys[:place])] if other in held)
         model, _ = store.load(neighbour)
         template = store.manifest.template()
-        encoded = [encode_record(Record(key, value), store.base.tokenizer, template) for value in (lost[key], *fresh)]
+        values = value, *fresh[number * FRESH : (number + 1) * FRESH]
+        encoded = [encode_record(Record(key, each), store.base.tokenizer, template) for each in values]
         scores = {index: float(probs.log().sum()) for index, probs in answer_probabilities(model, encoded)}
         ranks.append(1 + sum(scores[index] > scores[0] for index in range(1, len(encoded))))
     return ranks
