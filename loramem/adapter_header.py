@@ -67,7 +67,7 @@ def read_header(folder: Path) -> AdapterHeader:
                 f"{folder / CONFIG} is larger than {MAX_CONFIG_BYTES:,} bytes: no adapter's config."
             )
         config = json.loads((folder / CONFIG).read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UnreadableAdapter(f"{folder} is no PEFT adapter: {CONFIG} cannot be read ({error}).") from None
     if not isinstance(config, dict) or not isinstance(config.get("r", 0), int):
         raise UnreadableAdapter(f"{folder} is no PEFT LoRA: {CONFIG} holds no rank.")
@@ -108,5 +108,5 @@ def disagreements(adapter: AdapterHeader) -> Iterator[str]:
     wanted = config.get("layers_to_transform")
     if wanted is not None:
         layers = {int(number) for m in matrices for number in re.findall(r"\.(\d+)\.", f".{m}.")[:1]}
-        if layers != set(wanted if isinstance(wanted, list) else [wanted]):
+        if set(map(str, layers)) != set(map(str, wanted if isinstance(wanted, list) else [wanted])):
             yield f"layers {sorted(layers)} have matrices, layers_to_transform is {wanted}"

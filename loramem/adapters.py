@@ -267,9 +267,14 @@ def adapter_id(files: dict[str, bytes], namespace: str) -> str:
 
     Equal records in two namespaces give equal files; each namespace has an adapter of its own all the same.
     """
-    digest = hashlib.sha256()
-    for content in (files[WEIGHTS], files[CONFIG], namespace.encode()):
-        digest.update(hashlib.sha256(content).digest())
+    weights, config = (hashlib.sha256(files[name]).hexdigest() for name in (WEIGHTS, CONFIG))
+    return adapter_id_of(weights, config, namespace)
+
+
+def adapter_id_of(weights_sha256: str, config_sha256: str, namespace: str) -> str:
+    """The same of files whose hashes are known."""
+    digest = hashlib.sha256(bytes.fromhex(weights_sha256 + config_sha256))
+    digest.update(hashlib.sha256(namespace.encode()).digest())
     return digest.hexdigest()[:32]
 
 

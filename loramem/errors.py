@@ -25,6 +25,7 @@
     │   ├── StoreLocked               another process is writing
     │   ├── StoreReadOnly             the store's folder cannot be written
     │   ├── StoreChanged              a record was replaced or deleted while it was being read
+    │   ├── DeletedInWeights          adapters to be published still hold records that were deleted or replaced
     │   └── BundleError               not an export of a store, or a damaged one
     ├── LawError (ValueError)         a number of the memory law makes no sense
     │   ├── DegeneratePoints          the measured runs determine no law
@@ -236,6 +237,14 @@ class StoreChanged(StoreError):
     def __init__(self, message: str, *, key: str) -> None:
         super().__init__(message)
         self.key = key
+
+
+class DeletedInWeights(StoreError):
+    """Adapters that are to be published still hold deleted or replaced records. Attribute ``records``: how many."""
+
+    def __init__(self, message: str, *, records: int) -> None:
+        super().__init__(message)
+        self.records = records
 
 
 class BundleError(StoreError):

@@ -392,8 +392,10 @@ class Memory:
             HubConflict: Somebody else has committed to it; nothing was changed there.
             HubOffline, HubAccess, HubError: The Hub cannot be asked, or says no.
             IntegrityError: The store is damaged; nothing was sent.
+            DeletedInWeights: Adapters still hold records that were deleted or replaced: compact first.
             StoreReadOnly: The commit could not be noted.
-            ValueError: Values without keys, or what this store does not hold.
+            StoreError: The store does not hold the keys or values that are to be published.
+            ValueError: Values without keys.
         """
         from loramem.hub.push import push
 

@@ -13,6 +13,7 @@ from loramem_cli.main import run
 from safetensors.numpy import load, save
 
 from loramem import MemoryStore
+from loramem.adapters import adapter_id_of
 from loramem.errors import (
     HubAccess,
     HubError,
@@ -22,6 +23,7 @@ from loramem.errors import (
     RefusedRepository,
 )
 from loramem.hub.publication import read_publication
+from loramem.tables import digest_of
 
 from .conftest import numbers
 from .hub_faults import header, other_bytes, rewritten, slow, status, truncated
@@ -74,6 +76,33 @@ def adapter_file(files: Files, path: str, content: bytes) -> None:
     name = path.rpartition("/")[2]
     entry = {"sha256": hashlib.sha256(content).hexdigest(), "size_bytes": len(content)}
     described(files, lambda fields: fields["adapters"][0]["files"].update({name: entry}))
+    adapter = json.loads(files["loramem.json"])["adapters"][0]
+    hashes = (adapter["files"][file]["sha256"] for file in ("adapter_model.safetensors", "adapter_config.json"))
+    rename(files, adapter_id_of(*hashes, adapter["namespace"]))
+
+
+def rename(files: Files, new: str) -> None:
+    """Give the adapter another id, everywhere."""
+    old = json.loads(files["loramem.json"])["adapters"][0]["id"]
+    for path in list(files):
+        files[path.replace(old, new)] = files.pop(path)
+    described(files, lambda fields: fields["adapters"][0].update(id=new))
+    lines(files, lambda records: [record.update(adapter=new) for record in records])
+
+
+def forged(files: Files, **fields: Any) -> None:
+    """Change a record, and the digest of its value with it."""
+
+    def change(records: list[dict[str, Any]]) -> None:
+        record = records[0]
+        record.update(fields)
+        record["digest"] = digest_of(record["salt"], record["namespace"], record["key"], record["value"])
+
+    lines(files, change)
+
+
+def trained(files: Files, **fields: Any) -> None:
+    described(files, lambda found: found["adapters"][0]["training"].update(fields))
 
 
 def tensors(files: Files, change: Callable[[dict[str, np.ndarray]], object]) -> None:
@@ -117,10 +146,22 @@ HOSTILE: dict[str, Callable[[Files], object]] = {
     "a certificate above 1": lambda f: described(f, lambda d: d["adapters"][0].update(min_prob=1.5)),
     "another number of records": lambda f: described(f, lambda d: d["adapters"][0].update(records=3)),
     "values without keys": lambda f: described(f, lambda d: d.update(key_salt="0" * 64)),
+    "a revision that climbs": lambda f: described(f, lambda d: d["base_model"].update(revision="../../x")),
+    "a threshold that certifies nothing": lambda f: described(f, lambda d: d.update(certify_threshold=0.01)),
+    "a date for the terminal": lambda f: described(f, lambda d: d["adapters"][0].update(created_at="\x1b[2J")),
+    "a field with a line feed": lambda f: described(f, lambda d: d.update({"a\nError: \x1b[2J": 1})),
+    "a cost that is text": lambda f: trained(f, cost_bits="0"),
+    "a goal that there is not": lambda f: trained(f, request={"goal": "other", "rank": None}),
+    "a setting that there is not": lambda f: trained(f, settings={"run": None}),
+    "a setting that is text": lambda f: trained(f, settings={"max_rank": "8"}),
+    "settings that contradict each other": lambda f: trained(f, settings={"certify_threshold": 0.1}),
+    "a proof of other records": lambda f: described(f, lambda d: d["adapters"][0]["proof"].update(records=5)),
+    "a certificate that no record has": lambda f: described(f, lambda d: d["adapters"][0].update(min_prob=0.9999)),
     # records.jsonl
     "records of another sha256": lambda f: f.update({"records.jsonl": f["records.jsonl"] + b"\n"}),
     "a record too few": lambda f: lines(f, lambda r: r.pop()),
     "a key twice": lambda f: lines(f, lambda r: r[0].update(key=r[1]["key"])),
+    "two keys with one prompt": lambda f: lines(f, lambda r: r[0].update(prompt_sha256=r[1]["prompt_sha256"])),
     "an empty key": lambda f: lines(f, lambda r: r[0].update(key="")),
     "a record of no adapter": lambda f: lines(f, lambda r: r[0].update(adapter="0" * 32)),
     "a record in another namespace": lambda f: lines(f, lambda r: r[0].update(namespace="elsewhere")),
@@ -141,6 +182,11 @@ HOSTILE: dict[str, Callable[[Files], object]] = {
     "a tensor of another dtype": lambda f: tensors(f, lambda t: t.update({first(t): t[first(t)].astype(np.float64)})),
     "NaN": lambda f: tensors(f, lambda t: t.update({first(t): with_value(t[first(t)], math.nan)})),
     "Inf": lambda f: tensors(f, lambda t: t.update({first(t): with_value(t[first(t)], math.inf)})),
+    "a tensor name that takes for ever": lambda f: tensors(
+        f, lambda t: t.update({f"base_model.model.{'1.' * 100_000}x": np.zeros((1, 1), np.float32)})
+    ),
+    "another id than that of its content": lambda f: rename(f, "0" * 32),
+    "a config of two megabytes": lambda f: adapter_file(f, config_of(f), f[config_of(f)] + b" " * 2**21),
     "a config that is no object": lambda f: adapter_file(f, config_of(f), b"[1]"),
     "a config with code": lambda f: config(f, auto_mapping={"base_model_class": "os.system"}),
     "a config with DoRA": lambda f: config(f, use_dora=True),
@@ -156,10 +202,13 @@ HOSTILE: dict[str, Callable[[Files], object]] = {
     "a name from the root": lambda f: f.update({"/tmp/escaped.txt": b"x"}),
     "a name with a backslash": lambda f: f.update({"adapters\\..\\escaped.txt": b"x"}),
     "a name with a line feed": lambda f: f.update({"a\nb": b"x"}),
+    "a name that is written backwards": lambda f: f.update({"a\u202eb": b"x"}),
 }
 ON_THE_BASE: dict[str, Callable[[Files], object]] = {
     "a shape that the base does not imply": lambda f: tensors(f, _swap_shapes),
     "weights that do not give the values back": lambda f: tensors(f, lambda t: [a.fill(0) for a in _writable(t)]),
+    "a key longer than the context": lambda f: forged(f, key="x" * 200_000),
+    "a key of another prompt": lambda f: forged(f, key="another key"),
     "another prompt": lambda f: described(f, lambda d: d["prompt"]["suffix_ids"].append(7)),
 }
 
@@ -189,7 +238,7 @@ def refused(
         MemoryStore.pull(REPO, folder / "store", **{"verify": False, **given})
     assert [path.name for path in folder.iterdir()] == ["mine.txt"]
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
-    assert "\n" not in str(caught.value)
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 500
     return caught.value
 
 

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from loramem_cli.main import run
 
 from loramem import MemoryStore
 from loramem.errors import (
+    DeletedInWeights,
     HubAccess,
     HubConflict,
     HubError,
@@ -20,13 +22,14 @@ from loramem.errors import (
     IntegrityError,
     KeyNotFound,
     PublicRepository,
+    StoreError,
     StoreReadOnly,
 )
 from loramem.generators import generate
 from loramem.reports import PushPlan
 
 from .conftest import numbers
-from .hub_faults import dropped, stale_parent, status
+from .hub_faults import Fault, dropped, status
 from .hub_server import HubServer
 
 RECORDS, MORE = numbers(5, digits=9), {"another key": "471147114"}
@@ -170,12 +173,12 @@ def test_a_stale_parent_is_refused_and_nothing_changes(store: MemoryStore, hub: 
 def test_somebody_who_commits_while_a_push_is_under_way_is_not_overwritten(store: MemoryStore, hub: HubServer) -> None:
     store.push(REPO)
     store.write(MORE)
-    hub.fault(stale_parent(), "POST", "/commit/")
-    head = hub.head(REPO).id
+    before = {path: content for path, content in hub.files(REPO).items() if path != "LICENSE"}
     with pytest.raises(HubConflict, match="while this push was under way"):
+        store.push(REPO, confirm=lambda _: hub.commit(REPO, {"LICENSE": b"of somebody else"}) and None)
+    assert hub.files(REPO) == {**before, "LICENSE": b"of somebody else"}
+    with pytest.raises(HubConflict, match="Pull it into a new folder"):
         store.push(REPO)
-    assert hub.head(REPO).id == head
-    assert store.push(REPO).changed
 
 
 def test_a_push_that_lost_its_answer_goes_on(store: MemoryStore, hub: HubServer) -> None:
@@ -219,6 +222,53 @@ def test_who_is_asked_sees_the_plan_before_anything_is_sent(store: MemoryStore, 
     assert (plans[0].records, plans[0].adapters, len(plans[0].uploaded)) == (6, 2, 2)
     assert plans[0].private and plans[0].keys and not plans[0].values
     assert REPO not in hub.repositories
+
+
+def test_deleted_and_replaced_records_that_adapters_still_hold_are_not_published(
+    store: MemoryStore, hub: HubServer
+) -> None:
+    store.delete("key 0")
+    with pytest.raises(DeletedInWeights, match="compact --all") as caught:
+        store.push(REPO)
+    assert caught.value.records == 1 and REPO not in hub.repositories
+    store.compact(everything=True)
+    assert store.push(REPO).records == 5
+
+
+def test_a_folder_whose_name_is_no_id_of_the_hub_is_published_by_it(
+    written: Path, hub: HubServer, base: Path, tmp_path: Path
+) -> None:
+    for name, published in {"my model (v2)": True, "odd;name": False}.items():
+        shutil.copytree(base, tmp_path / name)
+        with MemoryStore(tmp_path / f"store {name}", str(tmp_path / name)) as store:
+            store.write(MORE)
+            if published:
+                store.push(REPO)
+                assert (
+                    MemoryStore.pull(REPO, tmp_path / "there", str(tmp_path / name)).recall("another key")
+                    == MORE["another key"]
+                )
+            else:
+                with pytest.raises(StoreError, match="cannot be published as it is: id"):
+                    store.push("me/other")
+
+
+def test_values_that_a_store_does_not_keep_are_refused_in_one_line(
+    hub: HubServer, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with MemoryStore(tmp_path / "store", str(base), keep_values=False) as store:
+        store.write(MORE)
+    arguments = ["push", REPO, "--store", str(tmp_path / "store"), "--yes", "--include-keys", "--include-values"]
+    assert run(arguments) == 1
+    shown = capsys.readouterr().err
+    assert "keeps digests of its values alone" in shown and shown.count("\n") == 1
+
+
+def test_a_card_that_the_hub_does_not_take_is_said_with_its_reason(store: MemoryStore, hub: HubServer) -> None:
+    refusal = json.dumps({"errors": [{"message": "license must be one of many"}], "warnings": []}).encode()
+    hub.fault(Fault(lambda answer: replace(answer, status=400, body=refusal)), "POST", "/validate-yaml")
+    with pytest.raises(HubError, match="license must be one of many"):
+        store.push(REPO, license="none that there is")
 
 
 def test_damage_is_not_published(store: MemoryStore, hub: HubServer) -> None:

@@ -66,6 +66,7 @@ def test_what_loramem_writes_is_taken_by_every_target() -> None:
         ({"target_modules": r".*\.[qv]_proj"}, {"sglang"}),
         ({"target_modules": ["q_proj"]}, {"peft", "vllm", "sglang"}),
         ({"layers_to_transform": [4]}, {"peft", "vllm", "sglang"}),
+        ({"layers_to_transform": [[4, 5]]}, {"peft", "vllm", "sglang"}),
         ({"base_model_name_or_path": None}, {"vllm"}),
         ({"base_model_name_or_path": "loramem-tiny"}, {"vllm"}),
     ],
@@ -184,12 +185,13 @@ def test_an_unknown_target_is_refused() -> None:
         (b"[]", b"", "no rank"),
         (b'{"r": "8"}', b"", "no rank"),
         (b" " * (1 << 20) + b"{}", b"", "1,048,576 bytes"),
+        (b"[" * 100_000, b"", "cannot be read"),
         (b'{"r": 8}', None, "Pickled"),
         (b'{"r": 8}', b"", "can be read"),
         (b'{"r": 8}', struct.pack("<Q", 1 << 40) + b"{}", "can be read"),
         (b'{"r": 8}', struct.pack("<Q", 2) + b"[]", "can be read"),
     ],
-    ids=range(9),
+    ids=range(10),
 )
 def test_a_folder_that_is_no_adapter_is_one_typed_error(
     config: bytes | None, weights: bytes | None, words: str, tmp_path: Path

@@ -7,18 +7,15 @@ are the ones that the config implies.
 import hashlib
 import json
 import math
-import re
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from loramem.adapter_header import CONFIG, WEIGHTS
-from loramem.adapters import Placement, portable_config
+from loramem.adapter_header import CONFIG, SAVED, WEIGHTS
+from loramem.adapters import Placement, adapter_id_of, portable_config
 from loramem.hub.publication import Publication, PublishedAdapter
-
-_TENSOR = re.compile(r"base_model\.model\.(?:\w+\.)*?(\d+)\.(?:\w+\.)*?(\w+)\.lora_([AB])\.weight")
 
 Shapes = Mapping[str, tuple[int, int]]
 
@@ -47,6 +44,10 @@ def inspect_adapter(
     base = publication.base_model
     _check_config(folder / CONFIG, portable_config(adapter.rank, placement, base.id, base.revision))
     _check_tensors(folder / WEIGHTS, adapter, placement, shapes)
+    if publication.key_salt is None:  # otherwise what is hashed is the namespace that is not told
+        expected = adapter_id_of(adapter.files[WEIGHTS].sha256, adapter.files[CONFIG].sha256, adapter.namespace)
+        if adapter.id != expected:
+            raise ValueError(f"its content has the id {expected}")
 
 
 def _check_config(path: Path, expected: Mapping[str, object]) -> None:
@@ -70,7 +71,7 @@ def _check_tensors(path: Path, adapter: PublishedAdapter, placement: Placement, 
             described = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
             found = {name: tuple(tensor.get_shape()) for name, tensor in described.items()}
             if other := [name for name, tensor in described.items() if tensor.get_dtype() != "F32"]:
-                raise ValueError(f"{WEIGHTS}: {other[0]} is {described[other[0]].get_dtype()}, not F32")
+                raise ValueError(f"{WEIGHTS}: {other[0]!r} is {described[other[0]].get_dtype()}, not F32")
             _check_shapes(found, adapter, placement, shapes)
             for name in found:
                 if not np.isfinite(file.get_tensor(name)).all():
@@ -84,11 +85,11 @@ def _check_shapes(
 ) -> None:
     placed = {(layer, module, side) for layer in placement.layers for module in placement.modules for side in "AB"}
     for name, shape in found.items():
-        match = _TENSOR.fullmatch(name)
-        if match is None or (place := (int(match[1]), match[2], match[3])) not in placed:
+        place = _place(name)
+        if place not in placed:
             raise ValueError(f"{WEIGHTS} has a tensor {name!r} that its config does not imply")
         placed.remove(place)
-        if len(shape) != 2 or shape[0 if match[3] == "A" else 1] != adapter.rank:
+        if len(shape) != 2 or shape[0 if place[2] == "A" else 1] != adapter.rank:
             raise ValueError(f"{WEIGHTS}: {name} has shape {shape}, which is not of rank {adapter.rank}")
     if placed:
         layer, module, side = min(placed)
@@ -98,3 +99,12 @@ def _check_shapes(
     if shapes is not None and found != dict(shapes):
         name = min(name for name in {*found, *shapes} if found.get(name) != shapes.get(name))
         raise ValueError(f"{WEIGHTS}: {name} has shape {found.get(name)}, the base model implies {shapes.get(name)}")
+
+
+def _place(name: str) -> tuple[int, str, str] | None:
+    """Layer, module and side of a tensor: the first number in its path, its last part, A or B."""
+    if (match := SAVED.fullmatch(name)) is None:
+        return None
+    path = match["module"].split(".")
+    number = next((part for part in path if part.isdecimal()), "")
+    return (int(number), path[-1], match["matrix"]) if 0 < len(number) < 10 else None

@@ -6,6 +6,7 @@ The token is the one of the environment or of ``hf auth login``; nothing here ta
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
+from json import JSONDecodeError
 
 from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError is of the HTTP library it uses
@@ -52,10 +53,12 @@ def hub(repo: str) -> Iterator[HfApi]:
     except HfHubHTTPError as error:
         raise _refusal(repo, error) from None
     # The client lets through errors of its HTTP library, RuntimeError of uploads, what nonsense does to its parsers.
-    except (HTTPError, OSError, RuntimeError, KeyError, ValueError) as error:
+    except (HTTPError, OSError, RuntimeError, KeyError, JSONDecodeError) as error:
         raise HubError(
             f"{repo}: the Hub cannot be reached, or broke off ({_line(error)}). Try again.", repo=repo
         ) from None
+    except ValueError as error:  # such as a card that the Hub does not take, with the reason in a later line
+        raise HubError(f"{repo}: refused on the way ({' '.join(str(error).split())}).", repo=repo) from None
 
 
 def repository(api: HfApi, repo: str) -> ModelInfo | None:

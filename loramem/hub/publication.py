@@ -9,11 +9,22 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, StringConstraints, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    StringConstraints,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from loramem.manifest import Manifest
+from loramem.settings import WriterSettings
 from loramem.tables import StoredAdapter, StoredRecord, hidden_names
 
 FORMAT, NEEDS = 1, "0.1.0"
@@ -28,8 +39,9 @@ Probability = Annotated[FiniteFloat, Field(gt=0.0, le=1.0)]
 AdapterFile = Annotated[
     str, StringConstraints(pattern=r"^(adapter_model\.safetensors|adapter_config\.json|README\.md)$")
 ]
-ModelId = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$", max_length=200)]
-"""A Hub id or a bare name; no path and no address."""
+Time = Annotated[str, StringConstraints(pattern=r"^[0-9]{4}(-[0-9]{2}){2}T[0-9]{2}(:[0-9]{2}){2}\+00:00$")]
+ModelId = Annotated[str, StringConstraints(pattern=r"^\w[\w .()+,=@-]*(/[A-Za-z0-9][\w.-]*)?$", max_length=200)]
+"""A Hub id, or the bare name of a folder; no path and no address."""
 
 
 class _Strict(BaseModel):
@@ -45,7 +57,7 @@ class PublishedBase(_Strict):
     """The base model that the adapters work on."""
 
     id: ModelId
-    revision: str | None
+    revision: Annotated[str, StringConstraints(pattern="^[0-9a-f]{40}$")] | None
     fingerprint: dict[Annotated[str, StringConstraints(pattern="^(weights|config|tokenizer)$")], Hex64] = Field(
         min_length=3
     )
@@ -82,6 +94,37 @@ class PublishedProof(BaseModel):
 
     dtypes: dict[Literal["adapter", "base"], Annotated[str, StringConstraints(pattern=r"^\w+$")]] = Field(min_length=2)
     device: Annotated[str, StringConstraints(pattern=r"^[\w:]+$")]
+    records: Tokens
+    min_prob: Probability
+
+
+class PublishedRequest(_Strict):
+    """How a write was asked for."""
+
+    goal: Literal["fast", "small"]
+    rank: Annotated[int, Field(ge=1, le=4096)] | None
+
+
+class PublishedTraining(BaseModel):
+    """How an adapter was trained: what rewriting it needs to know; what it came to may stand beside."""
+
+    model_config = ConfigDict(strict=True, extra="allow", frozen=True)
+
+    cost_bits: Count
+    settings: dict[str, Any]
+    """Fields of `loramem.settings.WriterSettings`."""
+    request: PublishedRequest = PublishedRequest(goal="fast", rank=None)
+
+    @field_validator("settings")
+    @classmethod
+    def _settings(cls, given: dict[str, Any]) -> dict[str, Any]:
+        defaults = asdict(WriterSettings())
+        for name, value in given.items():
+            kind = type(defaults.get(name))
+            if name not in defaults or type(value) not in ((float, int) if kind is float else (kind,)):
+                raise ValueError(f"{name} is not a setting, or not of its type")
+        WriterSettings(**given)
+        return given
 
 
 class PublishedAdapter(_Strict):
@@ -96,9 +139,9 @@ class PublishedAdapter(_Strict):
     min_prob: Probability
     """Lowest certificate of its records."""
     files: dict[AdapterFile, PublishedFile] = Field(min_length=3)
-    training: dict[str, Any]
+    training: PublishedTraining
     proof: PublishedProof
-    created_at: str
+    created_at: Time
 
 
 class PublishedRecord(_Strict):
@@ -115,7 +158,7 @@ class PublishedRecord(_Strict):
     answer_tokens: Tokens
     min_prob: Probability
     prompt_sha256: Hex64
-    written_at: str
+    written_at: Time
 
 
 class Publication(_Strict):
@@ -141,6 +184,10 @@ class Publication(_Strict):
             raise ValueError("it has values and no keys")
         if len({adapter.id for adapter in self.adapters}) != len(self.adapters):
             raise ValueError("it lists an adapter twice")
+        if not 0.5 <= self.certify_threshold <= self.train_threshold < 1.0:
+            raise ValueError("its thresholds certify nothing")
+        if any(adapter.proof.records != adapter.records for adapter in self.adapters):
+            raise ValueError("an adapter was proved with another number of records")
         if self.records != sum(adapter.records for adapter in self.adapters):
             raise ValueError("its adapters hold another number of records")
         return self
@@ -189,6 +236,9 @@ def publish(
         sizes: Bytes of every adapter file by its path in the repository.
         include_keys: Publish namespaces and keys; digests of them otherwise.
         include_values: Publish values and metadata beside them.
+
+    Raises:
+        ValidationError: The store has something that the format cannot say.
     """
     salts = "".join(sorted(record.salt for record in records))
     key_salt = manifest.key_salt or (None if include_keys else hashlib.sha256(salts.encode()).hexdigest())
@@ -233,7 +283,7 @@ def publish(
                 for name, sha256 in adapter.files.items()
             },
             # The cost of few values, to the last bit of a float, would nearly tell which they are.
-            training={**adapter.training, "cost_bits": math.ceil(adapter.training["cost_bits"])},
+            training=PublishedTraining(**{**adapter.training, "cost_bits": math.ceil(adapter.training["cost_bits"])}),
             proof=PublishedProof(**adapter.proof),
             created_at=adapter.created_at,
         )
@@ -289,8 +339,10 @@ def read_lines(content: bytes, publication: Publication) -> list[PublishedRecord
     records = [_validated(PublishedRecord, line) for line in content.splitlines()]
     if len({(record.namespace, record.key) for record in records}) != len(records):
         raise ValueError("it has a key twice")
+    if len({(record.namespace, record.prompt_sha256) for record in records}) != len(records):
+        raise ValueError("two keys have one prompt")
     expected = {adapter.id: (adapter.namespace, adapter.records) for adapter in publication.adapters}
-    counted = dict.fromkeys(expected, 0)
+    counted, lowest = dict.fromkeys(expected, 0), dict.fromkeys(expected, 1.0)
     for record in records:
         if record.adapter not in expected:
             raise ValueError(f"it names adapter {record.adapter}, which is not published")
@@ -299,8 +351,11 @@ def read_lines(content: bytes, publication: Publication) -> list[PublishedRecord
         if (record.value is not None) != publication.values:
             raise ValueError("it has values where loramem.json says otherwise")
         counted[record.adapter] += 1
+        lowest[record.adapter] = min(lowest[record.adapter], record.min_prob)
     if wrong := [id for id, (_, count) in expected.items() if counted[id] != count]:
         raise ValueError(f"it has {counted[wrong[0]]} records of adapter {wrong[0]}, not as many as loramem.json says")
+    if wrong := [adapter.id for adapter in publication.adapters if adapter.min_prob != lowest[adapter.id]]:
+        raise ValueError(f"the lowest p of adapter {wrong[0]} is not the one in loramem.json")
     return records
 
 
@@ -308,6 +363,10 @@ def _validated(kind: type[Model], content: bytes) -> Model:
     try:
         return kind.model_validate_json(content)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        where = ".".join(map(str, first["loc"])) or "it"
-        raise ValueError(f"{where}: {first['msg']}") from None
+        raise ValueError(first_fault(error)) from None
+
+
+def first_fault(error: ValidationError) -> str:
+    """Where and what, in a line."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    return f"{'.'.join(map(str, first['loc'])) or 'it'}: {first['msg']}"

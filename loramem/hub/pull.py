@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING
 
 from huggingface_hub.hf_api import RepoFile
 
+from loramem.adapter_header import WEIGHTS
 from loramem.commits import commit_publication, commit_records, seal_index
 from loramem.engine import Engine, ModelRequest
 from loramem.errors import NotAPublication, RecordError, RefusedRepository
 from loramem.events import tell
-from loramem.files import beside, copy_synced, make_directory, publish_new
+from loramem.files import PRIVATE_FILE, beside, make_directory, publish_new
 from loramem.hub.client import files_at, hub
 from loramem.hub.publication import (
     ADAPTER_FILE,
@@ -32,18 +33,20 @@ from loramem.index import Index
 from loramem.manifest import Manifest
 from loramem.records import Record
 from loramem.staging import ADAPTERS as STORED
-from loramem.tables import StoredAdapter, StoredRecord
+from loramem.tables import StoredAdapter, StoredRecord, prompt_digest
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-MAX_DESCRIPTION_BYTES, MAX_RECORDS_BYTES = 64 * 2**20, 2**30
-"""Of loramem.json and records.jsonl: far more than any store that one would share."""
+MAX_DESCRIPTION_BYTES, MAX_RECORDS_BYTES, MAX_TEXT_BYTES = 64 * 2**20, 2**30, 2**20
+"""Of loramem.json, of records.jsonl, and of config and card of an adapter: far more than one would share."""
 MAX_BYTES = 16 * 2**30
 """Of the adapters, unless the caller allows more."""
 ORDERED = 0.5
-_TIDY = re.compile(r"[^/\\\x00-\x1f]+(/[^/\\\x00-\x1f]+)*")
-"""A relative path without empty parts, backslashes or control characters."""
+_TIDY = re.compile(r"[^/\\]+(/[^/\\]+)*")
+"""A relative path without empty parts or backslashes."""
+SAID_CHARACTERS = 300
+"""Of what a repository is refused for: names in it may be of any length."""
 
 
 class Fetched:
@@ -59,15 +62,17 @@ class Fetched:
         self._download_adapters(max_bytes)
 
     def refused(self, what: str, why: object) -> RefusedRepository:
-        """The error for a file that breaks a rule."""
+        """The error for a file that breaks a rule, whose names may be made for the terminal that shows it."""
+        said = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in f"{what}: {why}")
+        said = said if len(said) <= SAID_CHARACTERS else f"{said[:SAID_CHARACTERS]}…"
         return RefusedRepository(
-            f"{self.repo} at {self.commit[:12]} is refused: {what}: {why}.", repo=self.repo, what=what
+            f"{self.repo} at {self.commit[:12]} is refused: {said.rstrip('.')}.", repo=self.repo, what=what
         )
 
     def _check_paths(self) -> None:
         for path in self._there:
-            if not _TIDY.fullmatch(path) or {".", ".."} & set(path.split("/")):
-                raise self.refused(repr(path), "no file of a store has such a path")
+            if not _TIDY.fullmatch(path) or not path.isprintable() or {".", ".."} & set(path.split("/")):
+                raise self.refused(path, "no file of a store has such a path")
         if NAME not in self._there or RECORDS not in self._there:
             plain = "adapter_config.json" in self._there
             raise NotAPublication(
@@ -105,6 +110,8 @@ class Fetched:
                 ADAPTERS, f"they have {sum(sizes.values()):,} bytes, {max_bytes:,} are allowed (--max-bytes)"
             )
         for path, size in sizes.items():
+            if not path.endswith(WEIGHTS) and size > MAX_TEXT_BYTES:
+                raise self.refused(path, f"it has {size:,} bytes, {MAX_TEXT_BYTES:,} are allowed")
             if self._there[path].size != size:
                 raise self.refused(path, f"it has {self._there[path].size:,} bytes, {NAME} says {size:,}")
             self._download(path, size)
@@ -162,7 +169,8 @@ def _assemble(fetched: Fetched, folder: Path, index: Index, manifest: Manifest) 
     for path in sorted(published.sizes):
         local = folder / path.replace(ADAPTERS, STORED, 1)
         make_directory(local.parent)
-        copy_synced(fetched.folder / path, local)
+        (fetched.folder / path).rename(local)  # and synced with all of the store
+        local.chmod(PRIVATE_FILE)
     adapters = [
         StoredAdapter(
             id=adapter.id,
@@ -172,7 +180,7 @@ def _assemble(fetched: Fetched, folder: Path, index: Index, manifest: Manifest) 
             size_bytes=sum(file.size_bytes for file in adapter.files.values()),
             files={name: file.sha256 for name, file in adapter.files.items()},
             placement=published.placement.model_dump(),
-            training=adapter.training,
+            training=adapter.training.model_dump(),
             proof=adapter.proof.model_dump(),
             created_at=adapter.created_at,
         )
@@ -207,10 +215,16 @@ def _admit(fetched: Fetched, engine: Engine, verify: bool, progress: Callable[[i
         return
     if engine.base.template != engine.manifest.template():
         raise fetched.refused(NAME, "its prompt is not the one of the base model")
-    if longest := [line for line in fetched.records if line.answer_tokens > engine.base.max_tokens]:
+    if longest := [line for line in fetched.records if line.answer_tokens >= engine.base.max_tokens]:
         raise fetched.refused(RECORDS, f"{longest[0].answer_tokens:,} answer tokens exceed the base model's context")
     if fetched.publication.key_salt is not None:
         return  # there is nothing to ask for: recall checks every value against its digest
+    for line in fetched.records:
+        prompt = engine.base.template.prompt_ids(engine.base.tokenizer, line.key)
+        if len(prompt) + line.answer_tokens >= engine.base.max_tokens:
+            raise fetched.refused(RECORDS, f"key {line.key!r} and its value exceed the base model's context")
+        if prompt_digest(prompt) != line.prompt_sha256:
+            raise fetched.refused(RECORDS, f"the prompt of key {line.key!r} is another one")
     for check in recheck(engine, progress=progress):
         where = f"{ADAPTERS}/{check.adapter}"
         if check.failed:

@@ -9,15 +9,16 @@ from tempfile import TemporaryDirectory
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.hf_api import ModelInfo, RepoFile
+from pydantic import ValidationError
 
 from loramem.checks import problems
 from loramem.commits import commit_publication
-from loramem.errors import HubConflict, IntegrityError, PublicRepository
+from loramem.errors import DeletedInWeights, HubConflict, IntegrityError, PublicRepository, StoreError
 from loramem.events import tell
 from loramem.hub import publication
 from loramem.hub.card import model_card
 from loramem.hub.client import files_at, hub, repository
-from loramem.hub.publication import ADAPTER_FILE, ADAPTERS, CARD, RECORDS, Publication, publish
+from loramem.hub.publication import ADAPTER_FILE, ADAPTERS, CARD, RECORDS, Publication, first_fault, publish
 from loramem.index import Index
 from loramem.manifest import Manifest
 from loramem.reports import PushPlan, PushReport
@@ -129,9 +130,15 @@ def _contents(
     records = list(index.records())
     adapters = list(index.adapters())
     if values and any(record.value is None for record in records):
-        raise ValueError(f"{store} keeps digests of its values alone, so that they cannot be published.")
+        raise StoreError(f"{store} keeps digests of its values alone, so that they cannot be published.")
     if keys and manifest.key_salt is not None:
-        raise ValueError(f"{store} was pulled without its keys, so that they cannot be published.")
+        raise StoreError(f"{store} was pulled without its keys, so that they cannot be published.")
+    if ended := sum(count for id, count in index.tombstones().items() if id in {adapter.id for adapter in adapters}):
+        raise DeletedInWeights(
+            f"The adapters of {store} still hold {ended:,} deleted or replaced records, which whoever may read the "
+            "repository could extract. Run loramem compact --all first.",
+            records=ended,
+        )
     paths = {
         f"{ADAPTERS}/{adapter.id}/{name}": (store / STORED / adapter.id / name, sha256)
         for adapter in adapters
@@ -139,7 +146,10 @@ def _contents(
     }
     files = {path: _File(local, sha256, local.stat().st_size) for path, (local, sha256) in paths.items()}
     sizes = {path: file.size_bytes for path, file in files.items()}
-    description, lines = publish(manifest, adapters, records, sizes, include_keys=keys, include_values=values)
+    try:
+        description, lines = publish(manifest, adapters, records, sizes, include_keys=keys, include_values=values)
+    except ValidationError as error:
+        raise StoreError(f"{store} cannot be published as it is: {first_fault(error)}.") from None
     texts = {publication.NAME: description.to_bytes(), RECORDS: lines}
     return description, {**files, **{path: _File.of(content) for path, content in texts.items()}}
 
