@@ -1,6 +1,7 @@
 """loramem compact: small and half-dead adapters written anew."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -8,13 +9,19 @@ from . import options
 from .output import note, print_facts, print_json
 from .progress import write_bar
 
+if TYPE_CHECKING:
+    from loramem.maintenance import Which
+
 
 @click.command("compact")
-@click.option("--all", "everything", is_flag=True, help="Rewrite every adapter, whether it pays or not.")
+@click.option(
+    "--dead", "which", flag_value="dead", help="Rewrite every adapter that holds a deleted or replaced record."
+)
+@click.option("--all", "which", flag_value="all", help="Rewrite every adapter, whether it pays or not.")
 @options.change_options
 @options.workers_option
 def command(
-    everything: bool,
+    which: "Which | None",
     store: Path,
     model: str | None,
     device: str,
@@ -31,7 +38,7 @@ def command(
         options.pool(workers) as pool,
         write_bar() as progress,
     ):
-        report = opened.compact(everything=everything, progress=progress, executor=pool)
+        report = opened.compact(which=which or "advised", progress=progress, executor=pool)
     if as_json:
         print_json(report)
     elif report.adapters_before:
@@ -45,4 +52,4 @@ def command(
             ]
         )
     else:
-        note("Nothing to compact that pays; --all rewrites every adapter.")
+        note("Nothing to compact that pays; --dead and --all rewrite adapters in any case.")

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from math import ceil
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from loramem.capacity import GOALS, RankLimits
 from loramem.commits import Identity, commit_deletion, commit_oblivion, commit_records
@@ -27,6 +27,8 @@ from loramem.tables import StoredAdapter, StoredRecord, prompt_digest
 if TYPE_CHECKING:
     from loramem.transaction import Trained
     from loramem.writer import ProgressCallback
+
+Which = Literal["advised", "dead", "all"]
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,13 @@ def alike(chosen: Iterable[Shard]) -> list[list[Shard]]:
     for shard in chosen:
         groups.setdefault(json.dumps([shard.adapter.namespace, shard.request], sort_keys=True), []).append(shard)
     return list(groups.values())
+
+
+def chosen_for(index: Index, which: Which) -> list[list[Shard]]:
+    """Groups of shards to rewrite: those that pay, every one that holds a tombstone, or all."""
+    if which == "advised":
+        return worth_compacting(index)
+    return alike(shard for shard in shards(index) if which == "all" or shard.dead)
 
 
 def worth_compacting(index: Index) -> list[list[Shard]]:

@@ -101,7 +101,7 @@ def notes_of(manifest: Manifest, server: Server, tombstones: int, *, rechecked: 
     if tombstones:
         what = f"replaced or deleted records, {tombstones} of them"
         why = "the weights of adapters in use still hold them"
-        found.append(Finding(server.target, None, "tombstones", False, what, why, "Run loramem compact --all first."))
+        found.append(Finding(server.target, None, "tombstones", False, what, why, "Run loramem compact --dead first."))
     return found
 
 

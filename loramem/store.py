@@ -277,17 +277,18 @@ class MemoryStore(Memory):
     def compact(
         self,
         *,
-        everything: bool = False,
+        which: maintenance.Which = "advised",
         progress: "ProgressCallback | None" = None,
         executor: "Executor | None" = None,
     ) -> CompactReport:
-        """Rewrite small and half-dead shards from the frozen base, in one commit.
+        """Rewrite shards from the frozen base, in one commit.
 
         Each new adapter is byte for byte what writing its records alone would give, so nothing of what was deleted is
         left in it. The old ones go with `gc`, after its grace.
 
         Args:
-            everything: Rewrite every shard, whether it pays or not.
+            which: "advised": the small and half-dead ones, where it pays; "dead": every one that holds a deleted or
+                replaced record; "all".
 
         Raises:
             StoreLocked: Another process is writing.
@@ -296,8 +297,7 @@ class MemoryStore(Memory):
             RecallError: A value that the index does not keep did not come back; nothing changed.
         """
         with self._lock, self._writing():
-            groups = maintenance.alike(maintenance.shards(self._index))
-            groups = groups if everything else maintenance.worth_compacting(self._index)
+            groups = maintenance.chosen_for(self._index, which)
             return maintenance.compact(self._engine, groups, progress, executor)
 
     def gc(self, grace_s: float = GRACE_S) -> GcReport:

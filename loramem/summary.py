@@ -67,7 +67,8 @@ def _advice(index: Index) -> str | None:
     dead = sum(shard.dead for shard in chosen)
     return (
         f"Compaction would rewrite {sum(shard.records for shard in chosen)} records of {len(chosen)} of "
-        f"{len(shards(index))} adapters into fewer, without {dead} tombstones."
+        f"{len(shards(index))} adapters"
+        + (f", and leave {dead} deleted or replaced ones out." if dead else " into fewer.")
     )
 
 

@@ -327,7 +327,7 @@ def test_reads_during_commits_mix_no_two_states(base: Path, tmp_path: Path, read
             for number in itertools.count(1):
                 store.write(dict.fromkeys(keys, f"{number}"), on_conflict="replace")
                 if number % 3 == 0:
-                    store.compact(everything=True)
+                    store.compact(which="all")
                 if reader.poll() is not None:
                     break
             assert reader.stdout is not None
@@ -376,9 +376,9 @@ class Model(RuleBasedStateMachine):
             with pytest.raises(KeyNotFound):
                 self.store.delete(key)
 
-    @rule(everything=st.booleans(), grace_s=st.sampled_from([0, 3600]))
-    def tidy(self, everything: bool, grace_s: float) -> None:
-        self.store.compact(everything=everything)
+    @rule(which=st.sampled_from(["advised", "dead", "all"]), grace_s=st.sampled_from([0, 3600]))
+    def tidy(self, which: str, grace_s: float) -> None:
+        self.store.compact(which=which)
         self.store.gc(grace_s)
 
     @rule()

@@ -100,11 +100,26 @@ def test_stats_advise_compaction_when_it_pays(store: MemoryStore) -> None:
     assert stats.retired_bytes > 0
 
 
+def test_whoever_asks_for_it_has_no_tombstone_left_and_the_other_adapters_as_they_were(store: MemoryStore) -> None:
+    untouched, touched = (adapter.id for adapter in store.adapters())
+    held = [record.key for record in store.records() if record.adapter == touched]
+    store.delete(held[0])
+    assert store.stats().tombstones == 1
+
+    report = store.compact(which="dead")
+
+    assert (report.records, report.adapters_before) == (len(held) - 1, 1)
+    store.gc(grace_s=0)  # until then the old file holds it
+    now = {adapter.id for adapter in store.adapters()}
+    assert store.stats().tombstones == 0 and untouched in now and touched not in now
+    assert store.compact(which="dead").records == 0
+
+
 def test_namespaces_and_ways_of_writing_are_compacted_apart(store: MemoryStore) -> None:
     for key in ("a", "b"):
         store.write([Record(key, "1", "team")])
     store.write({"forced": "2"}, rank=4)
-    report = store.compact(everything=True)
+    report = store.compact(which="all")
     assert (report.adapters_before, report.adapters_after) == (5, 3)
     assert sorted(adapter.namespace for adapter in store.adapters()) == ["", "", "team"]
     assert [adapter.rank for adapter in store.adapters() if adapter.training["request"]["rank"] == 4] == [4]

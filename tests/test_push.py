@@ -228,10 +228,10 @@ def test_deleted_and_replaced_records_that_adapters_still_hold_are_not_published
     store: MemoryStore, hub: HubServer
 ) -> None:
     store.delete("key 0")
-    with pytest.raises(DeletedInWeights, match="compact --all") as caught:
+    with pytest.raises(DeletedInWeights, match="compact --dead") as caught:
         store.push(REPO)
     assert caught.value.records == 1 and REPO not in hub.repositories
-    store.compact(everything=True)
+    store.compact(which="dead")
     assert store.push(REPO).records == 5
 
 

@@ -136,7 +136,7 @@ def _contents(
     if ended := sum(count for id, count in index.tombstones().items() if id in {adapter.id for adapter in adapters}):
         raise DeletedInWeights(
             f"The adapters of {store} still hold {ended:,} deleted or replaced records, which whoever may read the "
-            "repository could extract. Run loramem compact --all first.",
+            "repository could extract. Run loramem compact --dead first.",
             records=ended,
         )
     paths = {

@@ -101,7 +101,7 @@ def run(cell: Cell) -> Result:
             lost = {key: live.pop(key) for key in deleted}
             live.update(fresh)
             before_mb = size_bytes(place) / 2**20
-            compacted = store.compact(everything=True)
+            compacted = store.compact(which="all")
             store.gc(grace_s=0)
             recalled = {recall.key: recall.value for recall in store.recall_many()}
             verified = store.verify()
