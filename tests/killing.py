@@ -143,7 +143,7 @@ def child(base: str, folder: Path, seed: int) -> None:
         events = logging.getLogger("loramem.events")
         events.setLevel(logging.INFO)
         events.addHandler(KillAt(event, rng.randint(1, 2)))
-        rest_s = 5.0  # where the event never comes
+        rest_s = 2.0  # where the event never comes
     else:
         rest_s = rng.uniform(0, 1.5)
     log.add(opened_s=opened_s)
