@@ -31,10 +31,10 @@ demo: venv
 	$(BIN)/python examples/02_check_recall.py examples/phonebook.jsonl $(DEMO_STORE)
 
 test: venv
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto
 
 test-slow: venv
-	$(BIN)/python -m pytest --runslow
+	$(BIN)/python -m pytest --numprocesses auto --runslow
 
 lint: venv
 	$(BIN)/ruff check .
