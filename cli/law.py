@@ -1,6 +1,7 @@
 """loramem law: what the calibration runs say, and what writes taught."""
 
 from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -88,7 +89,7 @@ def show(groups: "Iterable[tuple[str, list[Run]]]", *, as_json: bool, points: bo
     for remark in remarks:
         note(remark)
     if as_json:
-        print_json([{"name": one.name, "law": one.law.to_json(), "held_out_mape": one.held_out_mape} for one in fitted])
+        print_json([_as_json(one) for one in fitted])
         return fitted
     print_markdown(LAW_COLUMNS, [one.row for one in fitted])
     for one in fitted if points else ():
@@ -98,6 +99,11 @@ def show(groups: "Iterable[tuple[str, list[Run]]]", *, as_json: bool, points: bo
             [_point_row(run, one.law) for run in sorted(one.runs, key=lambda run: (run.length, run.rank))],
         )
     return fitted
+
+
+def _as_json(one: "FittedRuns") -> dict[str, object]:
+    means = {"of_means": asdict(one.of_means)} if one.of_means else {}
+    return {"name": one.name, "law": one.law.to_json(), "held_out_mape": one.held_out_mape, **means}
 
 
 def _point_row(run: "Run", law: "MemoryLaw") -> tuple[str, ...]:
@@ -175,7 +181,6 @@ def _show_boundaries(runs: "list[Run]") -> None:
         except BoundaryError as error:
             note(f"{name}: {error}")
             continue
-        needs = fitted.kind_needs
         needs = fitted.kind_needs
         rows.append(
             (

@@ -55,14 +55,13 @@ def fit(points: Sequence[Point], *, form: str = "paper") -> MemoryLaw:
     ranks, lengths = zip(*cells, strict=True)
     predicted = [c * r**alpha * n**-beta + b for r, n in cells]
     squares = sum((p - m) ** 2 for p, m in zip(predicted, measured, strict=True))
-    mean = sum(measured) / len(measured)
     return MemoryLaw(
         C=c,
         alpha=alpha,
         beta=beta,
         b=b,
         form=form,
-        r_squared=1 - squares / sum((m - mean) ** 2 for m in measured),
+        r_squared=_r_squared(predicted, measured),
         mape=_mape(predicted, measured),
         covariance=covariance,
         sigma=math.sqrt(squares / (len(kept) - shape.constants)),
@@ -80,6 +79,42 @@ def fit(points: Sequence[Point], *, form: str = "paper") -> MemoryLaw:
 
 
 @dataclass(frozen=True)
+class Agreement:
+    """How well a law says what was measured."""
+
+    r_squared: float
+    mape: float
+    """Percent."""
+    cells: int
+    """Ranks and lengths."""
+
+
+def means_agreement(law: MemoryLaw, points: Iterable[Point]) -> Agreement | None:
+    """A law of points that repeat each (r, ℓ) on other data, beside the mean ΔL of each.
+
+    Least squares gives the same constants for the points as for their means, weighted by how many there are; what
+    differs is what is left. One text can be easier than another at every rank, and only the mean over texts is about
+    the length. A cell counts if it has several points and none of them is saturated: one that is would pull the mean.
+
+    Returns:
+        None where fewer than two cells have several points.
+    """
+    cells: dict[tuple[float, float], list[Point]] = {}
+    shape = FORMS[law.form]
+    for point in points:
+        cells.setdefault((getattr(point, shape.rank), getattr(point, shape.length)), []).append(point)
+    repeated = {
+        cell: sum(point.loss_reduction for point in found) / len(found)
+        for cell, found in cells.items()
+        if len(found) > 1 and len(unsaturated(found)) == len(found)
+    }
+    if len(repeated) < 2:
+        return None
+    predicted, measured = [law.predict(*cell) for cell in repeated], list(repeated.values())
+    return Agreement(_r_squared(predicted, measured), _mape(predicted, measured), len(repeated))
+
+
+@dataclass(frozen=True)
 class HeldOut:
     """What a law fitted without some points says of them."""
 
@@ -92,6 +127,11 @@ class HeldOut:
     def mape(self) -> float:
         """Percent."""
         return _mape(self.predicted, [point.loss_reduction for point in self.points])
+
+    @property
+    def of_means(self) -> Agreement | None:
+        """As `means_agreement`, of the points that were held out."""
+        return means_agreement(self.law, self.points)
 
 
 def held_out(points: Sequence[Point], keep: Callable[[Point], bool], *, form: str = "paper") -> HeldOut:
@@ -242,6 +282,12 @@ def _least_squares(
     hit = [CONSTANTS[index] for index in np.flatnonzero(~np.isnan(bound))]
     constants = [float(c), float(at[1]), float(at[2]), float(at[3] * unit)]
     return constants, tuple(tuple(map(float, row)) for row in covariance), hit
+
+
+def _r_squared(predicted: Sequence[float], measured: Sequence[float]) -> float:
+    mean = sum(measured) / len(measured)
+    left = sum((p - m) ** 2 for p, m in zip(predicted, measured, strict=True))
+    return 1 - left / sum((m - mean) ** 2 for m in measured)
 
 
 def _mape(predicted: Sequence[float], measured: Sequence[float]) -> float:

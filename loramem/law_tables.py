@@ -7,10 +7,14 @@ from functools import cached_property
 from loramem.errors import LawError
 from loramem.joint_law import fit_joint
 from loramem.law import MemoryLaw, Point
-from loramem.law_fit import fit, held_out
+from loramem.law_fit import Agreement, HeldOut, fit, held_out, means_agreement
 from loramem.runs import MIXTURES, Run, place_name
 
-LAW_COLUMNS = ("runs", "C", "α", "β", "b", "R²", "MAPE %", "MAPE % beyond half the lengths", "points", "saturated")
+LAW_COLUMNS = (
+    *("runs", "C", "α", "β", "b", "R²", "MAPE %", "MAPE % beyond half the lengths"),
+    *("R² of means", "MAPE % of means", "of means beyond half", "points", "saturated"),
+)
+"""The means are those over seeds, where a kind was measured with several."""
 JOINT_COLUMNS = ("runs", "C", "α", "β", "b", "R²", "MAPE %", "R² with one b", "points")
 
 
@@ -23,22 +27,33 @@ class FittedRuns:
     runs: Sequence[Run]
 
     @cached_property
-    def held_out_mape(self) -> float | None:
-        """Percent, of a law fitted to the shorter half of the lengths, beyond it; None where none can be."""
+    def beyond(self) -> HeldOut | None:
+        """A law fitted to the shorter half of the lengths, beyond it; None where none can be."""
         half = max(self.law.length_range) / 2
 
         def within(point: Point) -> bool:
             return point.length <= half
 
         try:
-            return held_out([run.point for run in self.runs], within).mape
+            return held_out([run.point for run in self.runs], within)
         except LawError:
             return None
 
     @property
+    def held_out_mape(self) -> float | None:
+        """Percent, of `beyond`."""
+        return self.beyond.mape if self.beyond else None
+
+    @property
+    def of_means(self) -> Agreement | None:
+        """The law beside the means over seeds; None where there is one seed."""
+        return means_agreement(self.law, [run.point for run in self.runs])
+
+    @property
     def row(self) -> tuple[str, ...]:
         """Under `LAW_COLUMNS`."""
-        law, unseen = self.law, self.held_out_mape
+        law, unseen, means = self.law, self.held_out_mape, self.of_means
+        unseen_means = self.beyond.of_means if self.beyond else None
         return (
             self.name,
             f"{law.C:.4g}",
@@ -48,6 +63,9 @@ class FittedRuns:
             f"{law.r_squared:.4f}",
             f"{law.mape:.1f}",
             "-" if unseen is None else f"{unseen:.1f}",
+            f"{means.r_squared:.4f}" if means else "-",
+            f"{means.mape:.1f}" if means else "-",
+            f"{unseen_means.mape:.1f}" if unseen_means else "-",
             str(law.points),
             str(law.dropped),
         )

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 import loramem.law
 from loramem.errors import DegeneratePoints, LawError, LoramemError, OutOfReach
 from loramem.law import MemoryLaw, Point
-from loramem.law_fit import SATURATED, compare_forms, fit, held_out
+from loramem.law_fit import SATURATED, compare_forms, fit, held_out, means_agreement
 
 RANKS, LENGTHS = (1, 2, 4, 8, 16), (100, 200, 400, 800, 1600, 3200)
 BASE = 50.0  # nats per token: far above any ΔL here, so that no point is saturated
@@ -411,6 +411,43 @@ def test_holding_out_nothing_is_refused() -> None:
 
 
 # --- forms
+
+
+def on_three_texts() -> list[Point]:
+    """Per length an easier, a harder and a middling text, which differ by as much at every rank; on average by none."""
+    return [
+        dataclasses.replace(point, base_loss=point.base_loss + ease)
+        for point in points_at([(r, n) for r in (1, 2, 4, 8) for n in (200, 400, 800, 1600)])
+        for ease in (-0.3, 0.1, 0.2)
+    ]
+
+
+def test_means_over_texts_are_what_the_law_is_about() -> None:
+    points = on_three_texts()
+    law, middle = fit(points), fit(points_at([(r, n) for r in (1, 2, 4, 8) for n in (200, 400, 800, 1600)]))
+    assert law.constants == pytest.approx(middle.constants, rel=1e-4)
+    assert law.mape > 3
+    found = means_agreement(law, points)
+    assert found is not None
+    assert (found.r_squared, found.mape, found.cells) == (pytest.approx(1), pytest.approx(0, abs=1e-3), 16)
+    beyond = held_out(points, lambda point: point.length <= 400)
+    assert beyond.of_means is not None
+    assert beyond.of_means.cells == 8
+    assert beyond.of_means.mape < 0.1 < beyond.mape
+
+
+def test_a_mean_with_a_saturated_point_in_it_does_not_count() -> None:
+    points = on_three_texts()
+    law, full = fit(points), dataclasses.replace(points[0], final_loss=SATURATED - 0.01)
+    found = means_agreement(law, [full, *points[1:]])
+    assert found is not None
+    assert found.cells == 15
+
+
+def test_points_that_are_not_repeated_have_no_means() -> None:
+    points = points_at([(r, n) for r in (1, 2, 4, 8) for n in (200, 400, 800, 1600)])
+    assert means_agreement(fit(points), points) is None
+    assert means_agreement(fit(points), [*points, points[0]]) is None
 
 
 def of_form(form: str) -> list[Point]:

@@ -134,7 +134,7 @@ def table(lines: Sequence[Mapping[str, Any]]) -> Table:
     rows = [_row(one) for one in groups]
     joint, why_not = joint_rows(run for _, members in mixtures for run in members)
     for name, *constants, r_squared, mape, _, points in joint:
-        fitted = (*constants, *["-"] * 4, r_squared, mape, "-", points, "-")
+        fitted = (*constants, *["-"] * 4, r_squared, mape, *["-"] * 4, points, "-")
         rows.append((f"{MIXED}, b by kind, {name}", *fitted, *_published(PUBLISHED_COMBINED)))
     shipped = sum(line["result"]["shipped"] for line in lines)
     notes = (
