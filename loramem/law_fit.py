@@ -97,7 +97,7 @@ def means_agreement(law: MemoryLaw, points: Iterable[Point]) -> Agreement | None
     the length. A cell counts if it has several points and none of them is saturated: one that is would pull the mean.
 
     Returns:
-        None where fewer than two cells have several points.
+        None where fewer than two cells have several points, or their means do not differ.
     """
     cells: dict[tuple[float, float], list[Point]] = {}
     shape = FORMS[law.form]
@@ -108,7 +108,7 @@ def means_agreement(law: MemoryLaw, points: Iterable[Point]) -> Agreement | None
         for cell, found in cells.items()
         if len(found) > 1 and len(unsaturated(found)) == len(found)
     }
-    if len(repeated) < 2:
+    if len(set(repeated.values())) < 2:
         return None
     predicted, measured = [law.predict(*cell) for cell in repeated], list(repeated.values())
     return Agreement(_r_squared(predicted, measured), _mape(predicted, measured), len(repeated))

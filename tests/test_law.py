@@ -450,6 +450,12 @@ def test_points_that_are_not_repeated_have_no_means() -> None:
     assert means_agreement(fit(points), [*points, points[0]]) is None
 
 
+def test_means_that_do_not_differ_have_nothing_to_explain() -> None:
+    law = fit(points_at([(r, n) for r in (1, 2, 4, 8) for n in (200, 400, 800, 1600)]))
+    alike = [Point(rank, 400, BASE, BASE - 1) for rank in (1, 2)]
+    assert means_agreement(law, alike * 2) is None
+
+
 def of_form(form: str) -> list[Point]:
     """Runs at two placements and of two kinds of data, whose ΔL follows this form."""
     chance = random.Random(7)
