@@ -1,6 +1,7 @@
 """The decoder layers of a causal language model and the linear modules in them, whatever the architecture."""
 
 from collections.abc import Iterator
+from inspect import signature
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -37,6 +38,17 @@ def linears(layer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, module in layer.named_modules():
         if isinstance(module, nn.Linear | Conv1D) and ".lora_" not in name:
             yield name.removesuffix(".base_layer").rpartition(".")[2], module
+
+
+def position_wise_blocks(layer: nn.Module) -> Iterator[nn.Module]:
+    """The blocks of a decoder layer that treat every position by itself: the MLP, dense or of experts.
+
+    Attention is told masks and positions; a block that takes hidden states and nothing else cannot mix positions that
+    it does not know apart.
+    """
+    for block in layer.children():
+        if next(linears(block), None) is not None and len(signature(block.forward).parameters) == 1:
+            yield block
 
 
 def features(module: nn.Module) -> tuple[int, int]:

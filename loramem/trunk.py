@@ -3,19 +3,22 @@
 Training steps and teacher-forced checks then run only the tail. The split uses the model's own forward: layers below
 the adapter hand on the cached hidden states in place of computing them, and everything else (masks, position
 embeddings, soft-capping, sliding windows) is done by the architecture's own code, afresh for every batch.
+
+Of what the last layer gives, only answer positions are read: its MLP runs on these columns alone.
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
 from loramem.batches import Batch, answer_logits, group_by_length, make_batch
-from loramem.layers import decoder_layers
+from loramem.layers import decoder_layers, position_wise_blocks
 from loramem.prompts import EncodedRecord
 
 log = logging.getLogger(__name__)
@@ -25,6 +28,8 @@ CACHE_BYTES = 2**31
 TRUNK_RECORDS, TRUNK_TOKENS = 64, 32_768
 SPLIT_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 """Largest difference between tail and full logits that counts as rounding, as a share of the logits' scale."""
+
+Forward = Callable[..., Tensor]
 
 
 class _Reached(Exception):
@@ -67,8 +72,7 @@ class Trunk:
         """
         if not self.first_layer:
             return answer_logits(self.model, batch)
-        with _constant_below(self.model, self.first_layer, self._gather(indices, batch)):
-            return answer_logits(self.model, batch)
+        return _tail_logits(self.model, self.first_layer, self._gather(indices, batch), batch)
 
     @property
     def bytes(self) -> int:
@@ -120,21 +124,41 @@ def entering(model: PreTrainedModel, layer: int, batch: Batch) -> Tensor:
     return found[0]
 
 
+def _tail_logits(model: PreTrainedModel, layer: int, hidden: Tensor, batch: Batch) -> Tensor:
+    """As `answer_logits`, with ``hidden`` (B, T, d) entering ``layer`` and nothing computed below it."""
+    layers = decoder_layers(model)
+    forwards: dict[nn.Module, Forward] = {below: lambda *_, **__: hidden for below in layers[:layer]}
+    for block in position_wise_blocks(layers[-1]):
+        # The column before the first target predicts it.
+        forwards[block] = _on_last_columns(block.forward, batch.targets.shape[1] + 1)
+    with _replaced(forwards):
+        return answer_logits(model, batch)
+
+
+def _on_last_columns(forward: Forward, columns: int) -> Forward:
+    """``forward`` of (B, T, d) computed for the last columns alone; the others are zeros."""
+
+    def narrowed(hidden: Tensor) -> Tensor:
+        # Contiguous, because GPT-2's modules view it in another shape.
+        return pad(forward(hidden[:, -columns:].contiguous()), (0, 0, max(0, hidden.shape[1] - columns), 0))
+
+    return narrowed
+
+
 @contextmanager
-def _constant_below(model: PreTrainedModel, layer: int, hidden: Tensor) -> Iterator[None]:
-    """Within this context layers below ``layer`` compute nothing, and ``layer`` is entered by ``hidden`` (B, T, d)."""
-    skipped = list(decoder_layers(model)[:layer])
-    before = [vars(module).get("forward") for module in skipped]
-    for module in skipped:
-        module.forward = lambda *_, **__: hidden
+def _replaced(forwards: Mapping[nn.Module, Forward]) -> Iterator[None]:
+    """Within this context these modules compute what they are given here."""
+    before = {module: vars(module).get("forward") for module in forwards}
+    for module, forward in forwards.items():
+        module.forward = forward
     try:
         yield
     finally:
-        for module, forward in zip(skipped, before, strict=True):
-            if forward is None:
+        for module, original in before.items():
+            if original is None:
                 del module.forward
             else:
-                module.forward = forward
+                module.forward = original
 
 
 @torch.no_grad()
@@ -150,8 +174,7 @@ def splits_exactly(model: PreTrainedModel, layer: int, records: Sequence[Encoded
         hidden = entering(model, layer, batch)
         # Other tokens in between: what a lower layer leaves behind for those above must not be of this very batch.
         answer_logits(model, replace(batch, input_ids=batch.input_ids.roll(1, dims=1)))
-        with _constant_below(model, layer, hidden):
-            tail = answer_logits(model, batch)
+        tail = _tail_logits(model, layer, hidden, batch)
         full = answer_logits(model, batch)
     except (RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError) as error:
         log.warning("%s cannot be split at layer %d (%s); every layer is run", type(model).__name__, layer, error)
