@@ -6,7 +6,8 @@ Three ranks stand side by side for every adapter:
    (arXiv 2404.05405);
 2. law: where the memory law predicts a mean loss of 0.69 nats, the lowest that it is about, with an interval;
 3. what is used. For the goal "small" the least rank at which the success boundary expects nine writes of ten to certify
-   every token; for "fast" more, since a write of few bits per parameter takes fewer steps.
+   every token; for "fast" more, since a write of few bits per parameter takes fewer steps. Not above half the width of
+   the adapted modules: there more rank costs more per step and saves none (docs/engine.md).
 
 A wrong rank costs time, not correctness: the writer raises it when progress stops. What no rank allowed can hold at
 3.6 bits per parameter (arXiv 2505.24832) is refused.
@@ -65,6 +66,11 @@ class Basis:
     pace: Pace | None = None
     seconds_per_visit: float | None = None
     """Of training, per answer token, measured on this machine."""
+
+    @property
+    def half_width(self) -> int:
+        """Half the mean number of inputs and outputs of the adapted modules."""
+        return self.parameters_per_rank // (2 * self.matrices)
 
 
 @dataclass(frozen=True)
@@ -353,7 +359,7 @@ def _shard(
         )
     wanted = max(needed, GOALS[goal].min_rank)
     if goal == "fast":
-        wanted = max(wanted, math.ceil(cost / (GOALS[goal].density * per_rank)))
+        wanted = max(wanted, min(math.ceil(cost / (GOALS[goal].density * per_rank)), basis.half_width))
     chosen = rank or limits.at_least(max(wanted, 1))
     parameters = chosen * per_rank
     reduction = basis.law.predict(chosen, length) if basis.law else None

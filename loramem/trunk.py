@@ -54,6 +54,7 @@ class Trunk:
         cache_bytes: int = CACHE_BYTES,
     ) -> None:
         self.model, self.records = model, records
+        self._layers = decoder_layers(model)  # finding them takes a look at every module
         self.first_layer = first_layer if first_layer and splits_exactly(model, first_layer, records) else 0
         self._hidden: list[Tensor] = []
         if self.first_layer:
@@ -72,7 +73,8 @@ class Trunk:
         """
         if not self.first_layer:
             return answer_logits(self.model, batch)
-        return _tail_logits(self.model, self.first_layer, self._gather(indices, batch), batch)
+        hidden = self._gather(indices, batch)
+        return _tail_logits(self.model, self._layers, self.first_layer, hidden, batch)
 
     @property
     def bytes(self) -> int:
@@ -124,9 +126,8 @@ def entering(model: PreTrainedModel, layer: int, batch: Batch) -> Tensor:
     return found[0]
 
 
-def _tail_logits(model: PreTrainedModel, layer: int, hidden: Tensor, batch: Batch) -> Tensor:
+def _tail_logits(model: PreTrainedModel, layers: nn.ModuleList, layer: int, hidden: Tensor, batch: Batch) -> Tensor:
     """As `answer_logits`, with ``hidden`` (B, T, d) entering ``layer`` and nothing computed below it."""
-    layers = decoder_layers(model)
     forwards: dict[nn.Module, Forward] = {below: lambda *_, **__: hidden for below in layers[:layer]}
     for block in position_wise_blocks(layers[-1]):
         # The column before the first target predicts it.
@@ -174,7 +175,7 @@ def splits_exactly(model: PreTrainedModel, layer: int, records: Sequence[Encoded
         hidden = entering(model, layer, batch)
         # Other tokens in between: what a lower layer leaves behind for those above must not be of this very batch.
         answer_logits(model, replace(batch, input_ids=batch.input_ids.roll(1, dims=1)))
-        tail = _tail_logits(model, layer, hidden, batch)
+        tail = _tail_logits(model, decoder_layers(model), layer, hidden, batch)
         full = answer_logits(model, batch)
     except (RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError) as error:
         log.warning("%s cannot be split at layer %d (%s); every layer is run", type(model).__name__, layer, error)

@@ -30,6 +30,9 @@ log = logging.getLogger(__name__)
 CHECK_RECORDS, CHECK_TOKENS = 64, 32_768
 # Without progress for as many passes, and at least as many steps, the rate is halved; down to MIN_DECAY of its start.
 DECAY_PASSES, DECAY_STEPS, MIN_DECAY = 3, 12, 1 / 64
+# With fewer than half of the tokens open, progress in this is a loss down by a tenth: less is hovering, which a lower
+# rate ends (docs/engine.md).
+SETTLING, SETTLING_LOSS = 0.5, 0.9
 # With fewer than a tenth of the tokens open the rate falls with their share, but not below this part of it: at a tenth
 # the last tokens of long records hardly moved.
 LEAST_SHARE = 0.5
@@ -165,7 +168,7 @@ class _Run:
         self.parameters = self.adapted.trainable()
         self.optimizer = self.new_optimizer()
         self.best_unordered, self.best_loss, self.best_step = math.inf, math.inf, self.step
-        self.decay, self.decay_step = 1.0, self.step
+        self.decay, self.decay_step, self.decay_loss = 1.0, self.step, math.inf
         self.remember()
 
     def align(self) -> None:
@@ -323,8 +326,8 @@ class _Run:
     def rate_factor(self) -> float:
         """Learning rate as a share of its start, tied to progress: the last tokens settle only when it falls.
 
-        It falls with the share of tokens that are not ordered yet, and by half, for good, whenever nothing improved
-        for a few passes: a rate that settles on one base model hovers on another.
+        It falls with the share of tokens that are not ordered yet, and by half, for good, whenever too little improved
+        in a few passes: a rate that settles on one base model hovers on another.
         """
         share = self.unordered / int(self.tokens.sum())
         return min(1.0, max(LEAST_SHARE, share / 0.1)) * self.decay
@@ -363,13 +366,19 @@ class _Run:
         plain cross-entropy, which is trained to convergence, that of all.
         """
         unordered = self.unordered
-        loss = float((self.losses if self.settings.objective == "sft" else self.open_losses).sum())
-        if grew or unordered < self.best_unordered or loss < 0.99 * self.best_loss:
-            self.best_step = self.decay_step = self.step
-            self.best_loss = loss
-        elif self.step - self.decay_step >= max(DECAY_PASSES * self.steps_per_pass, DECAY_STEPS):
-            self.decay, self.decay_step = max(self.decay / 2, MIN_DECAY), self.step
+        to_convergence = self.settings.objective == "sft"
+        loss = float((self.losses if to_convergence else self.open_losses).sum())
+        progress = grew or unordered < self.best_unordered or loss < 0.99 * self.best_loss
+        if progress:
+            self.best_step, self.best_loss = self.step, loss
         self.best_unordered = min(unordered, self.best_unordered)
+        if not to_convergence and unordered < SETTLING * int(self.tokens.sum()):
+            progress = grew or loss < SETTLING_LOSS * self.decay_loss
+        if progress:
+            self.decay_step, self.decay_loss = self.step, loss
+        elif self.step - self.decay_step >= max(DECAY_PASSES * self.steps_per_pass, DECAY_STEPS):
+            self.decay = max(self.decay / 2, MIN_DECAY)
+            self.decay_step, self.decay_loss = self.step, loss
 
     def recover(self) -> None:
         """After NaN or Inf: the last good weights, half the learning rate, a fresh optimiser."""
