@@ -177,6 +177,16 @@ def test_a_guess_keeps_to_the_smallest_and_the_largest_rank(goal: str) -> None:
     assert plan([5], 0.0, goal=goal, limits=RankLimits(1)).shards[0].rank == 1
 
 
+def test_fast_takes_no_rank_above_half_the_modules_width_unless_it_is_needed() -> None:
+    half = PARAMETERS // (2 * BASIS.matrices)
+    above = GOALS["fast"].density * PARAMETERS * (half + 20)
+    assert plan([5], above).shards[0].rank == half == BASIS.half_width
+    assert plan([5], GOALS["fast"].density * PARAMETERS * (half - 20)).shards[0].rank == half - 20
+    needed = GOALS["small"].density * PARAMETERS * (half + 5)  # more than half the width holds
+    assert plan([5], needed).shards[0].rank == plan([5], needed, goal="small").shards[0].rank == half + 5
+    assert plan([5], above, rank=half + 1).shards[0].rank == half + 1
+
+
 def test_each_shard_has_a_rank_of_its_own() -> None:
     giant = GOALS["small"].shard_tokens + 1
     bits = GOALS["small"].density * PARAMETERS

@@ -27,7 +27,7 @@ from transformers import (
 
 from loramem import trunk as trunk_module
 from loramem.batches import answer_logits, group_by_length, make_batch, token_losses
-from loramem.layers import decoder_layers, linear_modules
+from loramem.layers import decoder_layers, linear_modules, position_wise_blocks
 from loramem.prompts import EncodedRecord
 from loramem.trunk import SPLIT_TOLERANCE, Trunk, splits_exactly
 
@@ -211,6 +211,21 @@ def test_an_adapter_that_changes_after_caching_is_felt_and_gets_the_full_gradien
 
 
 # --- what is run
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@torch.no_grad()
+def test_the_mlp_of_the_last_layer_alone_sees_no_more_than_answers(architecture: str) -> None:
+    model, seen = build(architecture), dict[int, int]()
+    layers = decoder_layers(model)
+    for place, layer in enumerate(layers):
+        (mlp,) = position_wise_blocks(layer)
+        assert mlp is layer.get_submodule("mlp")
+        act = next(module for name, module in mlp.named_modules() if "act" in name)
+        act.register_forward_hook(lambda _, args, __, place=place: seen.update({place: args[0].shape[-2]}))
+    trunk = Trunk(model, RECORDS, 1)
+    of_trunk(trunk, [3, 1])  # 23 and 19 tokens, of which answers and end tokens are at most six
+    assert seen == {0: 23, **{place: 24 for place in range(1, len(layers) - 1)}, len(layers) - 1: 7}
 
 
 @pytest.fixture

@@ -340,6 +340,36 @@ def test_the_rate_is_halved_for_good_while_nothing_improves(loaded: BaseModel) -
     assert run.decay == 1 / 2
 
 
+@pytest.mark.parametrize(
+    ("open_share", "falls_to", "halved"), [(0.4, 0.95, True), (0.4, 0.85, False), (0.6, 0.95, False)]
+)
+def test_a_rate_at_which_the_last_half_of_the_tokens_hovers_is_halved(
+    loaded: BaseModel, open_share: float, falls_to: float, halved: bool
+) -> None:
+    """Hovering: the open tokens' loss falls, but by less than a tenth in the passes after which a rate is halved."""
+    run = fresh_run(loaded, numbers(10))
+    run.open_tokens = (run.tokens * open_share).round().long()
+    assert (run.unordered < writer.SETTLING * int(run.tokens.sum())) is (open_share < 0.5)
+    run.open_losses = torch.ones(10)
+    run.note_progress(grew=False)
+    run.open_losses *= falls_to
+    run.step += max(writer.DECAY_PASSES * run.steps_per_pass, writer.DECAY_STEPS)
+    run.note_progress(grew=False)
+    assert run.decay == (1 / 2 if halved else 1)
+    assert run.best_step == run.step  # the write is not given up, and its rank does not grow
+
+
+def test_plain_cross_entropy_does_not_hover(loaded: BaseModel) -> None:
+    run = fresh_run(loaded, numbers(10), objective="sft")
+    run.open_tokens = (run.tokens * 0.4).round().long()
+    run.losses = torch.ones(10)
+    run.note_progress(grew=False)
+    run.losses *= 0.95
+    run.step += max(writer.DECAY_PASSES * run.steps_per_pass, writer.DECAY_STEPS)
+    run.note_progress(grew=False)
+    assert run.decay == 1
+
+
 def test_a_rate_that_wrecks_the_weights_is_lowered(
     loaded: BaseModel, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -127,6 +127,19 @@ def rate_cells(base: BaseModel) -> Iterator[Cell]:
             yield default_cell(base, "rate", f"rank {rank}, rate {rate:g}", "phonebook", 100, rank, learning_rate=rate)
 
 
+def width_cells(base: BaseModel) -> Iterator[Cell]:
+    """What ranks near the width of the adapted modules are worth, where cost alone would plan one: on narrow bases."""
+    placement = Placement.default(base.model)
+    modules = len(placement.modules) * len(placement.layers)
+    width = placement.parameters_per_rank(base.model) // (2 * modules)
+    for records, seeds in ((100, 2), (200, 1)):
+        for rank in (width // 4, width // 2, width):
+            for seed in range(seeds):
+                yield default_cell(
+                    base, "width", f"{records} records, rank {rank}", "phonebook", records, rank, seed=seed
+                )
+
+
 def density_cells(base: BaseModel) -> Iterator[Cell]:
     """How rank, optimiser, objective, rate and batch trade seconds for parameters."""
     for rank in (32, 16, 8, 4, 2):
@@ -158,6 +171,7 @@ SUITES = {
     "start": start_cells,
     "density": density_cells,
     "rate": rate_cells,
+    "width": width_cells,
 }
 
 
