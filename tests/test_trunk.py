@@ -224,8 +224,8 @@ def test_the_mlp_of_the_last_layer_alone_sees_no_more_than_answers(architecture:
         act = next(module for name, module in mlp.named_modules() if "act" in name)
         act.register_forward_hook(lambda _, args, __, place=place: seen.update({place: args[0].shape[-2]}))
     trunk = Trunk(model, RECORDS, 1)
-    of_trunk(trunk, [3, 1])  # 23 and 19 tokens, of which answers and end tokens are at most six
-    assert seen == {0: 23, **{place: 24 for place in range(1, len(layers) - 1)}, len(layers) - 1: 7}
+    of_trunk(trunk, [3, 1])  # 23 and 19 tokens, of which the answers are at most five
+    assert seen == {**dict.fromkeys(range(len(layers) - 1), 23), len(layers) - 1: 6}
 
 
 @pytest.fixture

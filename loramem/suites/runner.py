@@ -264,12 +264,15 @@ def public_name(model: str) -> str:
 
 
 def processor() -> str:
-    """The processor's name, as the system gives it."""
+    """The processor's name, as the system gives it, and its vector instructions: clouds give several one name."""
+    from torch.backends.cpu import get_cpu_capability
+
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+        name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+        name = platform.processor() or platform.machine()
+    return f"{name} ({get_cpu_capability()})"
 
 
 @contextmanager
