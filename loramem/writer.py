@@ -363,8 +363,9 @@ class _Run:
         """Progress is fewer stubborn tokens, a loss 1 % below that of the last progress, or more records exposed.
 
         The loss is that of the stubborn tokens, since a few of them rise slowly while the mean has long settled; for
-        plain cross-entropy, which is trained to convergence, that of all. Without progress the rate is halved; while the
-        last half of the tokens settles, also with too little of it.
+        plain cross-entropy, which is trained to convergence, that of all.
+
+        Without progress the rate is halved; while the last half of the tokens settles, also with too little of it.
         """
         unordered = self.unordered
         to_convergence = self.settings.objective == "sft"
