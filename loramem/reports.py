@@ -15,10 +15,10 @@ class WriteReport:
     adapters: tuple[str, ...]
     rank: int
     """The largest rank of the new adapters."""
-    exact_match: float
-    """Share of the new records that were decoded exactly from the adapters as saved."""
-    min_prob: float
-    """Lowest probability of any answer or end token, teacher-forced on the adapters as saved."""
+    exact_match: float | None
+    """Share of the new records that were decoded exactly from the adapters as saved; None if there were none."""
+    min_prob: float | None
+    """Lowest probability of any answer or end token, teacher-forced on the adapters as saved; None if none was."""
     parameters: int
     cost_bits: float
     """Σ max(0, −log2 p_base − 1) over the answer tokens: what the base did not know."""
@@ -35,8 +35,8 @@ class WriteReport:
 
     @classmethod
     def nothing(cls, skipped: int) -> "WriteReport":
-        """Everything was in the store already."""
-        return cls(0, skipped, (), (), 0, 1.0, 1.0, 0, 0.0, 0, 0, 0.0, 0.0)
+        """Everything was in the store already, or there were no records: nothing was decoded, nothing is claimed."""
+        return cls(0, skipped, (), (), 0, None, None, 0, 0.0, 0, 0, 0.0, 0.0)
 
 
 @dataclass(frozen=True)

@@ -139,7 +139,7 @@ class MemoryStore(Memory):
         Records that are in the store already with the same value are skipped, so writing twice is a no-op.
 
         Args:
-            records: A mapping, pairs, dicts with "key" and "value", or `Record`s.
+            records: A mapping, pairs, dicts with "key" and "value", or `Record`s; without any, nothing is written.
             namespace: For entries that do not name one, such as "team/project".
             on_conflict: What becomes of a record whose key is there with another value: "error" refuses the write,
                 "skip" keeps the old value, "replace" ends it in the same commit that brings the new one.

@@ -147,7 +147,7 @@ def _write(cell: Cell) -> Result:
             "parameters": report.parameters,
             "cost_bits": round(report.cost_bits, 1),
             "cost_bits_per_parameter": round(report.bits_per_parameter, 4),
-            "min_prob": round(report.min_prob, 4),
+            "min_prob": report.min_prob and round(report.min_prob, 4),
             "capped": False,
             "loaded_memory_mb": loaded_mb,
             "base": conditions(store.base),
