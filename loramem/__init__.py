@@ -7,7 +7,8 @@ if TYPE_CHECKING:
     from loramem.capacity import Plan
     from loramem.embedded import base_path
     from loramem.errors import KeyNotFound, LoramemError
-    from loramem.records import Record, read_records
+    from loramem.input_files import read_records
+    from loramem.records import Record
     from loramem.reports import Explanation, Recall, VerifyReport, WriteReport
     from loramem.settings import WriterSettings
     from loramem.store import MemoryStore
@@ -39,7 +40,7 @@ _HOME = {
     "WriteReport": "reports",
     "WriterSettings": "settings",
     "base_path": "embedded",
-    "read_records": "records",
+    "read_records": "input_files",
 }
 
 

@@ -22,7 +22,7 @@ from loramem.boundary import Outcome
 from loramem.database import BUSY_S, connect, connect_read_only, sqlite_errors
 from loramem.errors import IntegrityError, StoreLocked
 from loramem.locks import write_lock
-from loramem.records import Record
+from loramem.records import Record, journalled
 from loramem.tables import (
     MIGRATIONS,
     PENDING,
@@ -333,7 +333,7 @@ class Index:
         for row in self.db.table("writes").rows_where("state = ?", [PENDING], order_by="id"):
             if row["row_sha256"] is not None and not is_sealed(row):
                 raise IntegrityError(f"{self.path}: the journal of write {row['id']} is damaged.", what="writes")
-            records = [Record(**entry) for entry in json.loads(row["records"])]
+            records = list(map(journalled, json.loads(row["records"])))
             return PendingWrite(row["id"], row["started_at"], records, json.loads(row["request"]))
         return None
 

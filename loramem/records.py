@@ -1,19 +1,20 @@
-"""Records: what is written, and how they are read from files and Python objects.
+"""Records: what is written, and how Python objects and rows of files become records.
 
 Everything that can be said about a record without a tokenizer is checked here, with the line number.
 """
 
-import csv
-import io
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from loramem.errors import ConflictingRecord, EmptyField, InputError, InvalidField
 
-FORMATS = ("jsonl", "json", "csv", "tsv")
+KEY, VALUE = "key", "value"
+METADATA_DEPTH = 100
+"""JSON readers give up somewhere between 200 and 1,000 levels; what was taken in must also be read again."""
+LISTED = frozenset({"prompt_sha256", "answer_tokens", "adapter", "min_prob", "written_at"})
+"""What `loramem ls --json` says of a record beside what was given: true of the store it was listed from alone."""
 
 
 @dataclass(frozen=True)
@@ -24,11 +25,12 @@ class Record:
         key: Any non-empty text; unique within its namespace.
         value: Any non-empty text.
         namespace: Separate recall spaces; the same key may exist in each.
-        metadata: JSON-able facts kept in the index beside the record; never trained.
+        metadata: JSON-able facts kept in the index beside the record; never trained. Names are strings.
         line: Where the record stood in its input (1-based), for error messages.
 
     Raises:
-        InvalidField: A field is not a string, or not encodable as UTF-8 (a lone surrogate); metadata is not JSON.
+        InvalidField: A field is not a string, or not encodable as UTF-8 (a lone surrogate), metadata included;
+            metadata is not JSON, or nested more than 100 deep.
         EmptyField: Key or value is empty.
     """
 
@@ -43,41 +45,100 @@ class Record:
             text = getattr(self, name)
             if not isinstance(text, str):
                 raise InvalidField(
-                    f"The {name} must be a string, not {type(text).__name__} ({text!r}). "
+                    f"The {name} must be a string, not {type(text).__name__} ({shown(text)}). "
                     "Quote it: a number's spelling is not kept otherwise.",
                     line=self.line,
                 )
-            try:
-                text.encode()
-            except UnicodeEncodeError as error:
+            if (at := lone_surrogate(text)) is not None:
                 raise InvalidField(
-                    f"The {name} {text!r} holds a lone surrogate at character {error.start}, which UTF-8 cannot hold.",
+                    f"The {name} {text!r} holds a lone surrogate at character {at}, which UTF-8 cannot hold.",
                     line=self.line,
-                ) from None
+                )
         try:
-            json.dumps(dict(self.metadata), allow_nan=False)
-        except (TypeError, ValueError) as error:
-            raise InvalidField(
-                f"The metadata of key {self.key!r} is not JSON ({error}).", key=self.key, line=self.line
-            ) from None
+            metadata = dict(self.metadata)
+            if (fault := _metadata_fault(metadata)) is None:
+                json.dumps(metadata, allow_nan=False)
+        except (TypeError, ValueError, RecursionError) as error:
+            fault = f"is not JSON ({error})"
+        if fault:
+            raise InvalidField(f"The metadata of key {self.key!r} {fault}.", key=self.key, line=self.line)
         if not self.key:
             raise EmptyField("The key is empty.", key=self.key, line=self.line)
         if not self.value:
             raise EmptyField(f"The value of key {self.key!r} is empty.", key=self.key, line=self.line)
 
 
+def lone_surrogate(text: str) -> int | None:
+    """Where the text holds half of a surrogate pair, which no UTF-8 text can; None if nowhere."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return error.start
+    return None
+
+
+def _metadata_fault(metadata: Mapping[Any, Any]) -> str | None:
+    """What cannot be kept as it is, in words; `json.dumps` finds what is not JSON at all."""
+    waiting: list[tuple[Any, int]] = [(metadata, 1)]
+    while waiting:
+        item, depth = waiting.pop()
+        if depth > METADATA_DEPTH:
+            return f"is nested more than {METADATA_DEPTH} deep"
+        if isinstance(item, str):
+            if (at := lone_surrogate(item)) is not None:
+                return f"holds a lone surrogate at character {at} of {shown(item)}, which UTF-8 cannot hold"
+        elif isinstance(item, Mapping):
+            for name in item:
+                if not isinstance(name, str):  # json.dumps makes a string of it, and of two names one
+                    return f"has the name {shown(name)}, which is no string"
+            waiting.extend((part, depth + 1) for pair in item.items() for part in pair)
+        elif isinstance(item, list | tuple):
+            waiting.extend((part, depth + 1) for part in item)
+    return None
+
+
+def has_lone_surrogate(metadata: Mapping[str, Any]) -> bool:
+    """Whether metadata hold one anywhere, as stores of older versions may."""
+    return lone_surrogate(json.dumps(metadata, ensure_ascii=False)) is not None
+
+
+def journalled(fields: Mapping[str, Any]) -> Record:
+    """A record of a journal. Older versions took lone surrogates in metadata: their escapes stand for them now."""
+    return Record(**{**fields, "metadata": _escaped(fields["metadata"])})
+
+
+def _escaped(item: Any) -> Any:
+    if isinstance(item, str):
+        return item.encode(errors="backslashreplace").decode()
+    if isinstance(item, dict):
+        return {_escaped(name): _escaped(value) for name, value in item.items()}
+    return [_escaped(value) for value in item] if isinstance(item, list) else item
+
+
+def shown(value: object) -> str:
+    """A value as one line of an error message, long ones cut."""
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}…"
+
+
 RecordLike = Record | Mapping[str, Any] | tuple[str, str]
 
 
 def as_records(source: Mapping[str, str] | Iterable[RecordLike], namespace: str = "") -> list[Record]:
-    """Records from a mapping key -> value, or an iterable of Records, pairs or dicts with "key" and "value".
+    """Records from a mapping key -> value, or an iterable of Records, pairs or rows as in files (`record_of_row`).
 
-    A single dict is a mapping: ``[{"key": ..., "value": ...}]`` is one record, without the brackets it is two.
+    A single dict is a mapping, never one record: ``[{"key": ..., "value": ...}]`` is one record.
 
     Raises:
         InvalidField, EmptyField: See `Record`; an entry's position counts as its line.
+        InputError: A single dict that looks like one record: it could be meant as either.
     """
     if isinstance(source, Mapping):
+        if (names := _names_of_record(source, KEY, VALUE)) is not None:
+            raise InputError(
+                f"A dict with {' and '.join(map(repr, names))} may be one record or a mapping from keys to values. "
+                'Give [{"key": …, "value": …}] for one record, or pairs [("key", …), ("value", …)] for the others.'
+            )
         source = list(source.items())
     return [_as_record(entry, namespace, line) for line, entry in enumerate(source, start=1)]
 
@@ -86,153 +147,125 @@ def _as_record(entry: RecordLike, namespace: str, line: int) -> Record:
     if isinstance(entry, Record):
         return entry
     if isinstance(entry, Mapping):
-        return _from_fields(entry, "key", "value", namespace, line)
+        return record_of_row(entry, namespace=namespace, line=line)
     if isinstance(entry, tuple | list) and len(entry) == 2:
         return Record(entry[0], entry[1], namespace, line=line)
-    raise InvalidField(f"Expected a Record, a (key, value) pair or a dict, got {entry!r}.", line=line)
+    raise InvalidField(f"Expected a Record, a (key, value) pair or a dict, got {shown(entry)}.", line=line)
 
 
-def read_records(
-    source: Path | BinaryIO,
-    *,
-    format: str | None = None,
-    key_field: str = "key",
-    value_field: str = "value",
-    namespace: str = "",
-) -> list[Record]:
-    """Records of a JSONL, JSON, CSV or TSV file (UTF-8, a byte-order mark is allowed).
+def _names_of_record(row: Mapping[str, Any], key_field: str, value_field: str) -> tuple[str, ...] | None:
+    """The fields that a row's key and value stand in; None if it has none.
 
-    JSON may be one object key -> value, or a list of objects. Fields other than key, value and "metadata" become
-    metadata.
+    They are those named; for the default names also a chat of trainers, if it is there in their place.
+    """
+    if key_field in row and value_field in row:
+        return key_field, value_field
+    if (key_field, value_field) != (KEY, VALUE) or KEY in row or VALUE in row:
+        return None
+    if "messages" in row and not isinstance(row["messages"], str):
+        return ("messages",)
+    if "prompt" in row and "completion" in row:
+        return "prompt", "completion"
+    return None
 
-    Args:
-        source: A path, or an open binary stream such as ``sys.stdin.buffer``.
-        format: One of `FORMATS`; by default the path's suffix, and "jsonl" for a stream.
+
+def is_one_record(row: Mapping[str, Any], key_field: str, value_field: str) -> bool:
+    """Whether a JSON object that stands for a whole file is one record, not a mapping from keys to values.
 
     Raises:
-        InputError: Unreadable file, unknown format, bytes that are not UTF-8, broken JSON.
-        InvalidField, EmptyField: See `Record`, with the line number.
+        InputError: It has the fields of a record among others, and all are strings: it could be either.
     """
-    if isinstance(source, Path):
-        format = format or source.suffix.lstrip(".").lower()
-        try:
-            data = source.read_bytes()
-        except OSError as error:
-            raise InputError(f"Cannot read {source}: {error.strerror}.") from None
-    else:
-        format = format or "jsonl"
-        data = source.read()
-    if format not in FORMATS:
-        raise InputError(f"Unknown input format {format!r}. Use one of {', '.join(FORMATS)} (--format).")
-    text = _decode(data)
-    readers = {"jsonl": _read_jsonl, "json": _read_json, "csv": _read_table, "tsv": _read_table}
-    rows = readers[format](text, format)
-    return [
-        Record(row[0], row[1], namespace, line=line)  # an item of {key: value}: its fields have no names
-        if isinstance(row, tuple)
-        else _from_fields(row, key_field, value_field, namespace, line)
-        for line, row in rows
-    ]
-
-
-def _decode(data: bytes) -> str:
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        decoded = error.object  # without the byte-order mark: error.start counts from behind it
-        line = decoded.count(b"\n", 0, error.start) + 1
+    names = _names_of_record(row, key_field, value_field)
+    if names is None:
+        return False
+    others = [name for name in row if name not in (*names, "namespace", "metadata")]
+    if others and all(isinstance(value, str) for value in row.values()):
         raise InputError(
-            f"Line {line}: byte 0x{decoded[error.start]:02x} is not UTF-8. Convert the file to UTF-8 first."
-        ) from None
+            f"The object has {' and '.join(map(repr, names))} beside {shown(others[0])}: it may be one record or a "
+            "mapping from keys to values. Put it in [ ] if it is a record; otherwise list a row for each key."
+        )
+    return True
 
 
-def _read_jsonl(text: str, _format: str) -> Iterator[tuple[int, Any]]:
-    # Only \n ends a line of JSONL: str.splitlines would break at U+2028 inside a value.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            yield number, _parse_json(line, number)
+def record_of_row(
+    row: Any, key_field: str = KEY, value_field: str = VALUE, namespace: str = "", line: int | None = None
+) -> Record:
+    """The record of an object with named fields.
 
+    Key and value stand in the fields named. Where those names are the default ones and the row has neither, it may
+    also be as trainers take it: ``messages`` of one user and one assistant, or ``prompt`` and ``completion`` as text or
+    as lists of one message. ``namespace`` is the record's; fields other than these become metadata, beside those in
+    ``metadata``.
 
-def _read_json(text: str, _format: str) -> Iterator[tuple[int, Any]]:
-    data = _parse_json(text, None)
-    if isinstance(data, dict):
-        data = list(data.items())
-    if not isinstance(data, list):
-        raise InputError("A JSON input must be an object {key: value} or a list of objects.")
-    yield from enumerate(data, start=1)
+    Args:
+        namespace: For a row that names none.
 
-
-def _parse_json(text: str, line: int | None) -> Any:
-    where = f"Line {line}: " if line else ""
-    try:
-        return json.loads(text, object_pairs_hook=_refuse_repeated)
-    except json.JSONDecodeError as error:
-        raise InputError(f"Line {line or error.lineno}: not JSON ({error.msg} at column {error.colno}).") from None
-    except _RepeatedName as error:
-        raise InputError(f"{where}A JSON object holds the name {error.args[0]!r} twice. Give each key once.") from None
-    except (ValueError, RecursionError) as error:  # an integer of thousands of digits; brackets nested too deep
-        raise InputError(f"{where}not JSON that Python reads ({error}).") from None
-
-
-class _RepeatedName(Exception):
-    """`json` alone would keep the last of two equal names and lose the first silently."""
-
-
-def _refuse_repeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise _RepeatedName(_first_repeated([name for name, _ in pairs]))
-    return found
-
-
-def _first_repeated(names: Sequence[str]) -> str:
-    return next(name for name in names if names.count(name) > 1)
-
-
-def _read_table(text: str, format: str) -> Iterator[tuple[int, Any]]:
-    # Not csv.DictReader: it numbers rows by their last line, and keeps the last of two columns of one name.
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter="\t" if format == "tsv" else ",", strict=True)
-    names: list[str] = []
-    while True:
-        line = reader.line_num + 1
-        try:
-            row = next(reader, None)
-        except csv.Error as error:
-            raise InputError(f"Line {line}: not {format.upper()} ({error}).") from None
-        if row is None:
-            return
-        if not row:  # a blank line
-            continue
-        if not names:
-            names = row
-            if len(set(names)) != len(names):
-                raise InputError(f"Line {line}: a column is named {_first_repeated(names)!r} twice.")
-        elif len(row) != len(names):
-            raise InvalidField(
-                f"{len(names)} columns expected ({', '.join(names)}), not {len(row)}; quote values that hold the "
-                "delimiter.",
-                line=line,
-            )
-        else:
-            yield line, dict(zip(names, row, strict=True))
-
-
-def _from_fields(row: Any, key_field: str, value_field: str, namespace: str, line: int) -> Record:
+    Raises:
+        InvalidField: A field is missing or is not what it should be, or the row is of another namespace; see `Record`.
+        EmptyField: See `Record`.
+    """
     if not isinstance(row, Mapping):
-        raise InvalidField(f"Expected an object with {key_field!r} and {value_field!r}, got {row!r}.", line=line)
-    missing = [name for name in (key_field, value_field) if name not in row]
-    if missing:
+        raise InvalidField(f"Expected an object with {key_field!r} and {value_field!r}, got {shown(row)}.", line=line)
+    names = _names_of_record(row, key_field, value_field)
+    if names is None:
+        missing = next(name for name in (key_field, value_field) if name not in row)
         raise InvalidField(
-            f"No field {missing[0]!r}; there are {', '.join(map(repr, row)) or 'none'}. "
+            f"No field {missing!r}; there are {', '.join(map(shown, row)) or 'none'}. "
             "Name them with --key-field and --value-field.",
             line=line,
         )
-    others = {name: value for name, value in row.items() if name not in (key_field, value_field)}
+    if names == ("messages",):
+        key, value = _turns(row["messages"], ("user", "assistant"), "messages", line)
+    elif names == ("prompt", "completion"):
+        key, value = _spoken(row, "prompt", "user", line), _spoken(row, "completion", "assistant", line)
+    else:
+        key, value = row[key_field], row[value_field]
+    others = {name: value for name, value in row.items() if name not in names}
+    if others.keys() >= LISTED:
+        others = {name: value for name, value in others.items() if name not in LISTED}
+    named = others.pop("namespace", None)
+    if named and namespace and named != namespace:
+        raise InvalidField(
+            f"The row is of namespace {shown(named)}, and {namespace!r} was given (--namespace). Leave one out.",
+            line=line,
+        )
     metadata = others.pop("metadata", None) or {}
     if not isinstance(metadata, Mapping):
-        raise InvalidField(f"The field 'metadata' must be an object, not {metadata!r}.", line=line)
-    metadata = {**metadata, **others}
-    return Record(row[key_field], row[value_field], namespace, metadata, line)
+        raise InvalidField(f"The field 'metadata' must be an object, not {shown(metadata)}.", line=line)
+    return Record(key, value, namespace if named in (None, "") else named, {**metadata, **others}, line)
+
+
+def _spoken(row: Mapping[str, Any], name: str, role: str, line: int | None) -> Any:
+    """A field that holds a text, or the text as a list of one message."""
+    return _turns(row[name], (role,), name, line)[0] if isinstance(row[name], list) else row[name]
+
+
+def _turns(messages: Any, roles: tuple[str, ...], name: str, line: int | None) -> list[Any]:
+    """Contents of the messages of a field, which must be of these roles."""
+    if not isinstance(messages, list) or not all(isinstance(message, Mapping) for message in messages):
+        raise InvalidField(f"The field {name!r} must be a list of messages, not {shown(messages)}.", line=line)
+    found = [message.get("role") for message in messages]
+    if found != list(roles):
+        raise InvalidField(
+            f"The field {name!r} has messages of {', '.join(map(shown, found)) or 'nobody'}, not of "
+            f"{' and '.join(roles)}: the store's prompt is one user message, without system message or earlier turns.",
+            line=line,
+        )
+    return [_content(message, name, line) for message in messages]
+
+
+def _content(message: Mapping[str, Any], name: str, line: int | None) -> Any:
+    more = [field for field, value in message.items() if value and field not in ("role", "content")]
+    if more:
+        raise InvalidField(f"A message of the field {name!r} has {shown(more[0])}, which no prompt shows.", line=line)
+    content = message.get("content")
+    if not isinstance(content, list):
+        return content
+    if len(content) == 1 and isinstance(content[0], Mapping) and content[0].get("type") == "text":
+        return content[0].get("text")
+    raise InvalidField(
+        f"A message of the field {name!r} has other contents than one text: {shown(content)}.", line=line
+    )
 
 
 def deduplicate(records: Iterable[Record]) -> tuple[list[Record], list[Record]]:

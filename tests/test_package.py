@@ -100,6 +100,7 @@ LAYERS = (
         "loramem.timings",
     ),
     ("loramem.embedded",),
+    ("loramem.input_files",),
     ("loramem.records",),
     ("loramem.errors",),
 )

@@ -21,6 +21,7 @@ from loramem.hub.client import files_at, hub, repository
 from loramem.hub.publication import ADAPTER_FILE, ADAPTERS, CARD, RECORDS, Publication, first_fault, publish
 from loramem.index import Index
 from loramem.manifest import Manifest
+from loramem.records import has_lone_surrogate
 from loramem.reports import PushPlan, PushReport
 from loramem.staging import ADAPTERS as STORED
 
@@ -131,6 +132,11 @@ def _contents(
     adapters = list(index.adapters())
     if values and any(record.value is None for record in records):
         raise StoreError(f"{store} keeps digests of its values alone, so that they cannot be published.")
+    if values and (odd := next((record for record in records if has_lone_surrogate(record.metadata)), None)):
+        raise StoreError(
+            f"The metadata of key {odd.key!r} hold a lone surrogate, which readers of JSON refuse. Give it others "
+            "first (loramem update KEY --meta NAME=VALUE), or publish without values."
+        )
     if keys and manifest.key_salt is not None:
         raise StoreError(f"{store} was pulled without its keys, so that they cannot be published.")
     if ended := sum(count for id, count in index.tombstones().items() if id in {adapter.id for adapter in adapters}):

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from loramem.embedded.corpus import is_held_out
 from loramem.errors import InputError
-from loramem.records import Record, read_records
+from loramem.input_files import read_records
+from loramem.records import Record
 from loramem.suites.figures import Axis, HeatMap, Plot, Point, Series
 from loramem.suites.methods import OWN, labels, unit_of
 from loramem.suites.runner import METHODS, Known, Request, Result, Table, public_name

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from loramem.errors import InputError
 from loramem.generators import generate
-from loramem.records import Record, read_records
+from loramem.input_files import read_records
+from loramem.records import Record
 from loramem.suites.methods import OWN
 from loramem.suites.phonebook_results import plots, table
 from loramem.suites.runner import METHODS, UNITS, Known, Request, Result, public_name

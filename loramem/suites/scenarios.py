@@ -18,7 +18,8 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from loramem.errors import KeyNotFound, RecordError, StubbornRecords
-from loramem.records import Record, read_records
+from loramem.input_files import read_records
+from loramem.records import Record
 from loramem.suites.figures import Axis, Plot, Series, point
 from loramem.suites.runner import Known, Request, Result, Table, public_name
 
