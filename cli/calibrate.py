@@ -64,6 +64,7 @@ def command(
     device: str,
     as_json: bool,
     format_: str | None,
+    delimiter: str | None,
     key_field: str,
     value_field: str,
 ) -> None:
@@ -72,7 +73,7 @@ def command(
     Every run is kept as it is done; running again goes on where it stopped. What the runs say of the base model is
     kept too, and plans use it.
     """
-    from loramem import embedded, read_records
+    from loramem import embedded
     from loramem.base_model import load_base_model
     from loramem.calibrate import RANKS, Request, bare_calibration, calibrate, default_lengths, default_rate
     from loramem.calibrations import cached, summarise
@@ -82,7 +83,7 @@ def command(
     place, records = options.placement(base.model, modules, layers), []
     if data is not None:
         kind = data.name
-        records = read_records(data, format=format_, key_field=key_field, value_field=value_field)
+        records = options.read_input(data, format_, delimiter, key_field, value_field)
     request = Request(
         kind,
         place,

@@ -1,7 +1,6 @@
 """loramem capacity: what a write would take, before it."""
 
 import math
-import sys
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
@@ -53,6 +52,7 @@ def command(
     device: str,
     as_json: bool,
     format_: str | None,
+    delimiter: str | None,
     key_field: str,
     value_field: str,
     namespace: str,
@@ -77,10 +77,7 @@ def command(
     elif records:
         raise click.UsageError("--records goes with --length; a FILE says how many it holds.")
     else:
-        from loramem import read_records
-
-        source = sys.stdin.buffer if str(file) == "-" else file
-        found = read_records(source, format=format_, key_field=key_field, value_field=value_field, namespace=namespace)
+        found = options.read_input(file, format_, delimiter, key_field, value_field, namespace)
         with tempfile.TemporaryDirectory() as scratch:
             place = store if (store / "store.json").exists() else Path(scratch) / "store"
             with options.open_store(place, model, device, create=True) as opened:

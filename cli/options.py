@@ -1,5 +1,6 @@
 """Options that several commands share."""
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +13,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
-    from loramem import MemoryStore
+    from loramem import MemoryStore, Record
     from loramem.adapters import Placement
 
 Command = Callable[..., Any]
@@ -115,20 +116,59 @@ def goal_options(command: Command) -> Command:
     return goal(rank(command))
 
 
+def _delimiter(_ctx: click.Context, _param: click.Parameter, value: str | None) -> str | None:
+    return "\t" if value in ("tab", "\\t") else value  # a tab is hard to type
+
+
 def input_options(command: Command) -> Command:
-    """--format, --key-field and --value-field."""
+    """--format, --delimiter, --key-field and --value-field."""
     for option in (
         click.option("--value-field", default="value", show_default=True, help="Field that holds the value."),
         click.option("--key-field", default="key", show_default=True, help="Field that holds the key."),
         click.option(
+            "--delimiter",
+            metavar="CHARACTER",
+            callback=_delimiter,
+            help="Of CSV and TSV, such as ';' or tab; by default what a first line sep=; says, else comma or tab.",
+        ),
+        click.option(
             "--format",
             "format_",
-            type=click.Choice(["jsonl", "json", "csv", "tsv"]),
+            type=click.Choice(["jsonl", "ndjson", "json", "csv", "tsv"]),
             help="Format of FILE; by its suffix unless given, jsonl for stdin.",
         ),
     ):
         command = option(command)
     return command
+
+
+def read_input(
+    file: Path,
+    format_: str | None,
+    delimiter: str | None,
+    key_field: str,
+    value_field: str,
+    namespace: str = "",
+) -> "list[Record]":
+    """Records of a file, or of stdin for -.
+
+    Raises:
+        InputError, RecordError: See `loramem.read_records`; also if there are none.
+    """
+    from loramem import read_records
+    from loramem.errors import InputError
+
+    records = read_records(
+        sys.stdin.buffer if str(file) == "-" else file,
+        format=format_,
+        delimiter=delimiter,
+        key_field=key_field,
+        value_field=value_field,
+        namespace=namespace,
+    )
+    if not records:
+        raise InputError(f"{'Standard input' if str(file) == '-' else file} holds no records.")
+    return records
 
 
 def open_store(

@@ -1,6 +1,5 @@
 """loramem write: records of a file into adapters."""
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,6 +39,7 @@ def command(
     device: str,
     as_json: bool,
     format_: str | None,
+    delimiter: str | None,
     key_field: str,
     value_field: str,
     namespace: str,
@@ -56,7 +56,8 @@ def command(
 ) -> None:
     """Write the records of FILE (JSONL, JSON, CSV or TSV; - for stdin) and prove that each is recalled.
 
-    The store is ./memory unless named, and is created if there is none.
+    A row has a key, a value, and perhaps a namespace and metadata; as trainers take them, messages of one user and one
+    assistant, or prompt and completion, will do. The store is ./memory unless named, and is created if there is none.
     """
     if (file is not None) + resume + discard != 1:
         raise click.UsageError("Give a FILE (- for stdin), or --resume, or --discard.")
@@ -66,7 +67,7 @@ def command(
         print_json({"discarded": count}) if as_json else note(f"Discarded an interrupted write of {count} records.")
         return
 
-    from loramem import WriterSettings, read_records
+    from loramem import WriterSettings
 
     if file is None:
         with (
@@ -76,10 +77,7 @@ def command(
         ):
             report = opened.resume(progress, pool)
     else:
-        source = sys.stdin.buffer if str(file) == "-" else file
-        records = read_records(
-            source, format=format_, key_field=key_field, value_field=value_field, namespace=namespace
-        )
+        records = options.read_input(file, format_, delimiter, key_field, value_field, namespace)
         keep_values = False if no_values else None  # unless said, as the store does
         with (
             options.open_store(store, model, device, create=True, keep_values=keep_values, wait_s=wait_s) as opened,
@@ -102,6 +100,9 @@ def command(
     if report.skipped:
         kept = " or keep another value there" if on_conflict == "skip" else ""
         note(f"{report.skipped} records were in the store already{kept} and were skipped.")
+    if report.min_prob is None:
+        print_facts([("written", "0 records")])
+        return
     print_facts(
         [
             ("written", f"{report.written} records, every one decoded exactly from the adapter as saved"),

@@ -45,6 +45,9 @@ def test_write_reports_what_it_did_as_json(base: Path, written: Path, tmp_path: 
     assert run(arguments) == 0  # again: everything is there
     report = json.loads(capsys.readouterr().out)
     assert (report["written"], report["skipped"]) == (0, 4)
+    assert report["exact_match"] is report["min_prob"] is None  # nothing was decoded
+    assert run(arguments[:-1]) == 0
+    assert capsys.readouterr().out == "written  0 records\n"
 
 
 def test_put_and_recall_one_value(base: Path, tmp_path: Path, capsys) -> None:
@@ -64,6 +67,62 @@ def test_write_reads_standard_input(base: Path, tmp_path: Path) -> None:
         check=True,
     )
     assert json.loads(done.stdout)["written"] == 1
+
+
+@pytest.mark.parametrize("name", ["empty.jsonl", "empty.csv", "empty.json", "header.csv", "list.json"])
+def test_an_input_without_records_is_refused(tmp_path: Path, capsys, name: str) -> None:
+    source = tmp_path / name
+    source.write_text({"header.csv": "key,value\n", "list.json": "[]"}.get(name, ""))
+    for command in ("write", "capacity"):
+        code, error = mistake([command, str(source), "--store", str(tmp_path / "m")], capsys)
+        assert (code, error) == (1, f"Error: {source} holds no records.\n")
+    assert not (tmp_path / "m").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "given"),
+    [
+        ("a.csv", "key;value\n{};{}\n", ["--delimiter", ";"]),
+        ("a.tsv", "sep=;\nkey;value\n{};{}\n", []),
+        ("a.csv", "key\tvalue\n{}\t{}\n", ["--delimiter", "tab"]),
+        ("a.ndjson", '{{"prompt": "{}", "completion": "{}"}}\n', []),
+        (
+            "a.txt",
+            '{{"query": "{}", "target": "{}"}}',
+            ["--format", "json", "--key-field=query", "--value-field=target"],
+        ),
+    ],
+)
+def test_forms_of_input(own: str, tmp_path: Path, capsys, name: str, text: str, given: list[str]) -> None:
+    source = tmp_path / name
+    source.write_text(text.format("key 0", RECORDS["key 0"]))
+    assert run(["write", str(source), *given, "--store", own, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["skipped"] == 1  # the record is the one that is there
+
+
+def test_a_listing_with_values_is_written_to_another_store_as_it_was(base: Path, tmp_path: Path, capsys) -> None:
+    one, other = str(tmp_path / "one"), str(tmp_path / "other")
+    rows = [
+        {"key": "a", "value": "1", "namespace": "x", "metadata": {"page": 3}},
+        {"key": "a", "value": "2"},
+    ]
+    source = tmp_path / "rows.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert run(["write", str(source), "--store", one, "--model", str(base)]) == 0
+    capsys.readouterr()
+
+    def listed(store: str) -> list[dict]:
+        assert run(["ls", "--json", "--store", store]) == 0
+        return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+    values = {"x": "1", "": "2"}
+    source.write_text("".join(json.dumps({**row, "value": values[row["namespace"]]}) + "\n" for row in listed(one)))
+    assert run(["write", str(source), "--store", other, "--model", str(base)]) == 0
+    capsys.readouterr()
+    kept = ("namespace", "key", "metadata")
+    there, back = ([[row[name] for name in kept] for row in listed(store)] for store in (one, other))
+    assert there == back
+    assert sorted(back) == [["", "a", {}], ["x", "a", {"page": 3}]]
 
 
 def test_recall_many_prints_key_and_value(store: str, capsys) -> None:
