@@ -37,6 +37,7 @@ from . import (
     verify,
     write,
 )
+from .output import prepare_streams
 
 # First match wins, so subclasses stand before their bases. Documented in README.
 EXIT_CODES: tuple[tuple[type[Exception], int], ...] = (
@@ -78,6 +79,7 @@ for command in COMMANDS:
 
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code and never raises for a user's mistake."""
+    prepare_streams()
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     for argument in arguments:
         try:
@@ -101,7 +103,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
         click.echo(f"Error: index.db cannot be read ({error}). Run loramem verify --quick.", err=True)
         return 4
     except errors.LoramemError as error:
-        click.echo(f"Error: {error}", err=True)
+        click.echo(f"Error: {' '.join(str(error).splitlines())}", err=True)  # names of files may hold line ends
         return next(code for kind, code in EXIT_CODES if isinstance(error, kind))
 
 

@@ -1,6 +1,14 @@
-"""Results on stdout; everything else on stderr."""
+"""Results on stdout; everything else on stderr.
 
+What must be exact, JSON and recalled values, is exact or refused; tables and notes show escapes for characters that the
+stream's encoding lacks.
+"""
+
+import codecs
+import io
 import json
+import os
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, is_dataclass
 from typing import Any
@@ -8,9 +16,57 @@ from typing import Any
 import click
 
 
+def prepare_streams() -> None:
+    """Make the standard streams ones that can be written to: none closed, none that raises at a character.
+
+    A closed one also leaves its number to the next file that is opened, such as one of the store: what a library in C
+    prints would go there.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: PTH123, SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def print_json(result: Any) -> None:
-    """One JSON document on stdout."""
-    click.echo(json.dumps(asdict(result) if is_dataclass(result) else result, ensure_ascii=False))  # type: ignore[arg-type]
+    """One JSON document on stdout: UTF-8, or in ASCII with escapes, which says the same."""
+    content = asdict(result) if is_dataclass(result) else result  # type: ignore[arg-type]
+    text = json.dumps(content, ensure_ascii=False)
+    if not _is_utf_8() or _missing(text) is not None:  # a lone surrogate, which older stores have in metadata
+        text = json.dumps(content)
+    click.echo(text)
+
+
+def print_exact(text: str, of: str) -> None:
+    """A line on stdout, to the character.
+
+    Args:
+        of: The key that it is about.
+
+    Raises:
+        ClickException: The encoding of stdout lacks one; nothing of the line was printed.
+    """
+    if (missing := _missing(text)) is not None:
+        raise click.ClickException(
+            f"Key {of!r} or its value holds {missing}, which the encoding of stdout ({sys.stdout.encoding}) lacks. Set "
+            "PYTHONIOENCODING=utf-8, or give --json."
+        )
+    click.echo(text, color=True)  # as it is: click would leave out what looks like a colour of a terminal
+
+
+def _is_utf_8() -> bool:
+    return codecs.lookup(sys.stdout.encoding or "utf-8").name.startswith("utf-8")
+
+
+def _missing(text: str) -> str | None:
+    """The first character that stdout's encoding lacks, as U+…; None if it has all."""
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError as error:
+        return f"U+{ord(text[error.start]):04X}"
+    return None
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:

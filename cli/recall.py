@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from . import options
-from .output import print_json
+from .output import print_exact, print_json
 
 
 @click.command("recall")
@@ -25,6 +25,7 @@ def command(
     """Decode values from the adapters of the store (./memory unless named).
 
     One key prints its value; several, or --all, print key, tab, value. With --json, one object a line.
+    What the encoding of stdout cannot say is an error, never printed otherwise.
     """
     if bool(keys) == everything:
         raise click.UsageError("Give one or more keys, or --all.")
@@ -33,6 +34,6 @@ def command(
             if as_json:
                 print_json(recall)
             elif len(keys) == 1:
-                click.echo(recall.value)
+                print_exact(recall.value, recall.key)
             else:
-                click.echo(f"{recall.key}\t{recall.value}")
+                print_exact(f"{recall.key}\t{recall.value}", recall.key)
