@@ -129,7 +129,8 @@ def _plan_length(
                 place = (tuple(opened.manifest.placement["modules"]), tuple(opened.manifest.placement["layers"]))
                 weights = opened.manifest.fingerprint["weights"][:12]
     if weights is None and name != embedded.NAME:
-        from loramem.base_model import find_base_model, fingerprint
+        from loramem.base_model import find_base_model
+        from loramem.fingerprint import fingerprint
 
         weights = fingerprint(find_base_model(name)[0]).weights[:12]
     known = calibrations.load(weights)

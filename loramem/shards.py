@@ -16,9 +16,10 @@ from typing import Any
 import torch
 
 from loramem.adapters import AdaptedModel, Placement, adapter_id, serialize
-from loramem.base_model import Fingerprint, load_base_model
+from loramem.base_model import load_base_model
 from loramem.errors import StubbornRecords
 from loramem.files import make_directory, write_directory, write_synced
+from loramem.fingerprint import Fingerprint
 from loramem.prompts import EncodedRecord
 from loramem.recall import Proof, prove
 from loramem.settings import WriterSettings

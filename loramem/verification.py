@@ -5,11 +5,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 
-from loramem.base_model import fingerprint
 from loramem.checks import problems
 from loramem.database import sqlite_errors
 from loramem.engine import Engine
 from loramem.errors import IntegrityError, OtherBaseModel
+from loramem.fingerprint import fingerprint
 from loramem.index import Index
 from loramem.reader import cut_batches
 from loramem.reports import VerifyReport

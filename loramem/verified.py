@@ -13,7 +13,8 @@ from pathlib import Path
 
 import platformdirs
 
-from loramem.base_model import BaseModel, Fingerprint
+from loramem.base_model import BaseModel
+from loramem.fingerprint import Fingerprint
 from loramem.manifest import Manifest
 
 log = logging.getLogger(__name__)

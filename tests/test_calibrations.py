@@ -302,7 +302,7 @@ def test_asking_what_is_known_needs_neither_torch_nor_scipy() -> None:
 
 
 def test_what_ships_is_of_the_base_model_that_ships() -> None:
-    from loramem.base_model import fingerprint
+    from loramem.fingerprint import fingerprint
 
     assert json.loads(SHIPPED.read_text())["base_weights"] == fingerprint(base_path()).weights[:12]
 

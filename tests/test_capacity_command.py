@@ -208,7 +208,7 @@ def test_a_known_base_model_is_planned_for_without_torch(tmp_path: Path) -> None
 def test_a_calibrated_folder_is_planned_for_without_loading_it(
     base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from loramem.base_model import fingerprint
+    from loramem.fingerprint import fingerprint
 
     weights = fingerprint(base).weights[:12]
     known(base.name, weights).save(cached(weights))

@@ -92,6 +92,7 @@ LAYERS = (
         "loramem.adapter_header",
         "loramem.embedded.corpus",
         "loramem.events",
+        "loramem.fingerprint",
         "loramem.files",
         "loramem.pricing",
         "loramem.processes",

@@ -244,7 +244,8 @@ class Results:
 
 def machine(request: Request) -> dict[str, Any]:
     """The conditions that make two measurements comparable: processor, threads, versions, the base's weights."""
-    from loramem.base_model import find_base_model, fingerprint
+    from loramem.base_model import find_base_model
+    from loramem.fingerprint import fingerprint
 
     folder, identity, _ = find_base_model(request.model)
     return {
