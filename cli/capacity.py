@@ -14,6 +14,7 @@ from .output import note, print_facts, print_json, print_markdown
 if TYPE_CHECKING:
     from loramem.calibrations import Calibration, KindSamples
     from loramem.capacity import Basis, Plan, RankLimits, ShardPlan
+    from loramem.manifest import Manifest
 
 TOKENS_PER_RECORD = 10
 MOST_TOKENS = 10_000_000  # thousands of adapters, planned in a second
@@ -121,13 +122,14 @@ def _plan_length(
     from loramem import calibrations, embedded, timings
     from loramem.runs import KINDS
 
-    outcomes, place, weights, name = [], None, None, model or embedded.NAME
+    outcomes, place, weights, name, manifest = [], None, None, model or embedded.NAME, None
     if (store / "store.json").exists():
         with options.open_store(store, None, device) as opened:
-            if model in (None, opened.manifest.base_model, opened.manifest.location):
-                outcomes, name = opened.outcomes(), opened.manifest.location or opened.manifest.base_model
-                place = (tuple(opened.manifest.placement["modules"]), tuple(opened.manifest.placement["layers"]))
-                weights = opened.manifest.fingerprint["weights"][:12]
+            manifest = opened.manifest
+            if model in (None, manifest.base_model, manifest.location) or _is_base_of(manifest, model):
+                outcomes, name = opened.outcomes(), model or manifest.location or manifest.base_model
+                place = (tuple(manifest.placement["modules"]), tuple(manifest.placement["layers"]))
+                weights = manifest.fingerprint["weights"][:12]
     if weights is None and name != embedded.NAME:
         from loramem.base_model import find_base_model
         from loramem.fingerprint import fingerprint
@@ -140,6 +142,8 @@ def _plan_length(
             raise click.UsageError(
                 f"--kind {kind!r} is not one of {', '.join(KINDS)}, nor a file that was calibrated with."
             )
+        if model is None and manifest is not None:
+            name = manifest.place()
         known, samples = _measured(name, device, kind, length, known)
     if math.ceil(length / records) > known.context_tokens:
         raise click.UsageError(
@@ -150,6 +154,15 @@ def _plan_length(
     basis = calibrations.basis(known, place or known.place, known.parameters_per_rank, kind, outcomes, seconds)
     plan = calibrations.plan_length(samples, basis, length, records, goal=goal, rank=rank, limits=limits)
     return plan, basis, known.base_model, name
+
+
+def _is_base_of(manifest: "Manifest", model: str) -> bool:
+    """Whether a model is the one that a store was written with, whatever either calls it."""
+    from loramem.base_model import find_base_model
+    from loramem.fingerprint import fingerprint
+
+    folder = find_base_model(model)[0]
+    return not fingerprint(folder).differences(manifest.fingerprint, folder, same_dtype=False)
 
 
 def _measured(

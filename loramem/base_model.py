@@ -1,8 +1,9 @@
 """The frozen base model: find, load, freeze."""
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -21,10 +22,13 @@ from transformers.utils import logging as logging_of_transformers
 from loramem import embedded
 from loramem.errors import BaseModelNotFound, UnsupportedBaseModel
 from loramem.fingerprint import Fingerprint, fingerprint
+from loramem.parameters import parameters_sha256
 from loramem.prompts import PromptTemplate
 
 # Everything a causal LM needs and nothing that could run code: no pickles, no Python files.
 HUB_PATTERNS = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt")
+SNAPSHOT = re.compile(r"/models--([^/]+)/snapshots/([0-9a-f]{40})$")
+"""End of the path of a repository's commit in the Hub's cache."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -36,6 +40,8 @@ class BaseModel:
     """Hub id, "loramem-tiny", or a local folder's last name: what adapters are saved with. Never a path."""
     revision: str | None
     """Commit of the Hub repository; None for local folders."""
+    location: str
+    """What `load_base_model` finds it by, here: a folder if it was given by one, otherwise its id."""
     folder: Path
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -46,11 +52,19 @@ class BaseModel:
     device: torch.device
     dtype: str
 
-    @property
-    def location(self) -> str:
-        """What `load_base_model` finds it by, here: the folder of a local model, otherwise its id."""
-        is_local = self.revision is None and self.id != embedded.NAME
-        return str(self.folder.resolve()) if is_local else self.id
+    def check(self, stored: Mapping[str, str], dtype: str) -> None:
+        """Compare with the fingerprint that a store was written with, and in which dtype.
+
+        Raises:
+            OtherBaseModel: Names every part that differs.
+        """
+        self.fingerprint.check(stored, self.folder, self.id, same_dtype=dtype == self.dtype)
+
+    def known_as(self, id: str, revision: str | None) -> "BaseModel":
+        """The same model under the name that a store gives it, which its adapters are saved with."""
+        if (id, revision) == (self.id, self.revision):
+            return self
+        return replace(self, id=id, revision=revision, location=str(self.folder.resolve()))
 
     @property
     def max_tokens(self) -> int:
@@ -102,6 +116,7 @@ def load_base_model(
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise BaseModelNotFound(f"{name!r} cannot be loaded as a causal language model: {reason}") from error
+    parameters = parameters_sha256(model)  # before anything is done with them
     model.to(target)  # type: ignore[arg-type]  # transformers wraps nn.Module.to
     model.eval().requires_grad_(False)
     # Published generation settings sample, or penalise repetition; generate() would mix them into ours.
@@ -110,12 +125,13 @@ def load_base_model(
     return BaseModel(
         id=identity,
         revision=commit,
+        location=location_of(name) or identity,
         folder=folder,
         model=model,
         tokenizer=tokenizer,
         template=PromptTemplate.of(tokenizer, unreachable),
         unreachable=unreachable,
-        fingerprint=fingerprint(folder, rehash=rehash),
+        fingerprint=replace(fingerprint(folder, rehash=rehash), parameters=parameters),
         device=target,
         dtype=dtype,
     )
@@ -163,6 +179,12 @@ def unreachable_tokens(model: PreTrainedModel, tolerance: float = 0.005) -> froz
     return frozenset(order[:-1][equal].tolist()) | frozenset(order[1:][equal].tolist())
 
 
+def location_of(name: str) -> str | None:
+    """The folder that a name is the path of; None if it is "loramem-tiny" or can only be a Hub id."""
+    local = Path(name).expanduser()
+    return str(local.resolve()) if name != embedded.NAME and local.is_dir() else None
+
+
 def find_base_model(name: str, revision: str | None = None) -> tuple[Path, str, str | None]:
     """Folder, public identity and commit of a base model named by Hub id, local folder or "loramem-tiny".
 
@@ -171,8 +193,10 @@ def find_base_model(name: str, revision: str | None = None) -> tuple[Path, str, 
     """
     if name == embedded.NAME:
         return embedded.base_path(), name, None
-    if (local := Path(name).expanduser()).is_dir():
-        return local, local.resolve().name, None
+    if (location := location_of(name)) is not None:
+        if match := SNAPSHOT.search(location):
+            return Path(location), match[1].replace("--", "/"), match[2]
+        return Path(name).expanduser(), Path(location).name, None
     try:
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=list(HUB_PATTERNS)))
     except (RepositoryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError, ValueError, OSError) as error:

@@ -65,7 +65,7 @@ def deploy(engine: Engine, folder: Path, wanted: Deployment) -> DeployReport:
         records = list(engine.index.records()) if wanted.include_keys else []
     if not adapters:
         raise StoreError(f"{engine.store} holds no adapters. Write records first.")
-    server = server_of(manifest, wanted.target, None, wanted.base_name)
+    server = server_of(engine, wanted.target, None, wanted.base_name)
     with beside(folder) as partial:
         made = partial / "folder"
         for adapter in adapters:

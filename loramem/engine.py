@@ -5,7 +5,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loramem.errors import OtherBaseModel
+from loramem import embedded
+from loramem.errors import BaseModelNotFound
 from loramem.index import Index
 from loramem.manifest import Manifest
 
@@ -41,30 +42,42 @@ class Engine:
 
     @cached_property
     def base(self) -> "BaseModel":
-        """The base model, checked against the store's fingerprint.
+        """The base model, checked against the store's fingerprint, under the name it has in the store.
 
         Raises:
             OtherBaseModel: Another model, or the same with other weights, configuration or tokenizer.
-            BaseModelNotFound: It cannot be loaded.
+            BaseModelNotFound: It cannot be loaded, or is not where it was.
         """
         from loramem.base_model import load_base_model
 
         manifest, request = self.manifest, self._request
+        name = request.name or manifest.place()
         base = load_base_model(
-            request.name or manifest.location or manifest.base_model,
-            revision=request.revision or manifest.revision,
+            name,
+            revision=request.revision or (manifest.revision if name == manifest.base_model else None),
             device=request.device,
             dtype=manifest.dtype if request.dtype == "auto" else request.dtype,
         )
-        if base.id != manifest.base_model:
-            raise OtherBaseModel(
-                f"The store was written with base model {manifest.base_model!r}, not {base.id!r}. Adapters only "
-                "work on their own base: leave --model out, or write a new store.",
-                expected=manifest.base_model,
-                got=base.id,
-            )
-        base.fingerprint.check(manifest.fingerprint, base.id)
-        return base
+        base.check(manifest.fingerprint, manifest.dtype)
+        return base.known_as(manifest.base_model, manifest.revision)
+
+    def base_folder(self) -> Path | None:
+        """Where the base model lies on this machine, as far as that can be told without loading or the network."""
+        if "base" in self.__dict__:
+            return self.base.folder
+        try:
+            name = self._request.name or self.manifest.place()
+        except BaseModelNotFound:
+            return None
+        if name == embedded.NAME:
+            return embedded.base_path()
+        if (folder := Path(name).expanduser()).is_dir():
+            return folder
+        from huggingface_hub import try_to_load_from_cache
+
+        revision = self.manifest.revision if name == self.manifest.base_model else None
+        config = try_to_load_from_cache(name, "config.json", revision=self._request.revision or revision)
+        return Path(config).parent if isinstance(config, str) else None
 
     @cached_property
     def adapted(self) -> "AdaptedModel":

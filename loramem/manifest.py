@@ -6,7 +6,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loramem.errors import IntegrityError, StoreFormatError
+from loramem import embedded
+from loramem.errors import BaseModelNotFound, IntegrityError, StoreFormatError
 from loramem.files import write_synced
 from loramem.index import Index
 
@@ -53,6 +54,28 @@ class Manifest:
 
     def save(self, store: Path) -> None:
         write_synced(store / NAME, self.to_bytes())
+
+    def place(self) -> str:
+        """What `load_base_model` finds the base model by, if it still lies where it was.
+
+        Raises:
+            BaseModelNotFound: It was a folder, which is not there, and nobody but the caller knows the new one.
+        """
+        if self.location is not None and Path(self.location).is_dir():
+            return self.location
+        local = self.revision is None and (self.base_model != embedded.NAME or self.location is not None)
+        if not local:
+            return self.base_model
+        give = "--model (LORAMEM_MODEL; base_model in Python)"
+        if self.location is not None:
+            raise BaseModelNotFound(
+                f"The folder of base model {self.base_model!r} is gone: {self.location}. Give its new "
+                f"place with {give}."
+            )
+        raise BaseModelNotFound(
+            f"The store does not say where its base model {self.base_model!r} lies: it comes from elsewhere, where "
+            f"that was a folder. Give its place here with {give}."
+        )
 
     def template(self) -> "PromptTemplate":
         """How keys become prompts."""

@@ -4,7 +4,6 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from loramem import embedded
 from loramem.adapter_header import AdapterHeader, read_header
 from loramem.checks import file_problems
 from loramem.engine import Engine
@@ -45,7 +44,7 @@ def check_store(
         ended = engine.index.tombstones()
     tombstones = sum(ended.get(adapter.id, 0) for adapter in adapters)
     headers = [read_header(engine.store / ADAPTERS / adapter.id) for adapter in adapters]
-    servers = [server_of(engine.manifest, target, max_rank, base_name) for target in targets]
+    servers = [server_of(engine, target, max_rank, base_name) for target in targets]
     found_all = [finding for server in servers for finding in check_headers(headers, server)]
     for server in servers:
         found_all += notes_of(engine.manifest, server, tombstones, rechecked=dtype is not None)
@@ -79,10 +78,10 @@ def check_headers(headers: Sequence[AdapterHeader], server: Server) -> list[Find
     return alone + findings_together(headers, server)
 
 
-def server_of(manifest: Manifest, target: str, max_rank: int | None, base_name: str | None) -> Server:
-    """What a store's manifest says of the server that would load its adapters."""
-    is_local = manifest.location is not None or manifest.base_model == embedded.NAME
-    return Server(target, max_rank, base_name, is_local, _architecture(manifest))
+def server_of(engine: Engine, target: str, max_rank: int | None, base_name: str | None) -> Server:
+    """What a store says of the server that would load its adapters."""
+    is_local = engine.manifest.revision is None  # otherwise its name is a Hub id, wherever it lies here
+    return Server(target, max_rank, base_name, is_local, _architecture(engine.base_folder()))
 
 
 def notes_of(manifest: Manifest, server: Server, tombstones: int, *, rechecked: bool) -> list[Finding]:
@@ -105,18 +104,10 @@ def notes_of(manifest: Manifest, server: Server, tombstones: int, *, rechecked: 
     return found
 
 
-def _architecture(manifest: Manifest) -> str | None:
+def _architecture(folder: Path | None) -> str | None:
     """The base model's, if its config is on this machine."""
-    if manifest.base_model == embedded.NAME:
-        path: object = embedded.base_path() / "config.json"
-    elif manifest.location is not None:
-        path = Path(manifest.location) / "config.json"
-    else:
-        from huggingface_hub import try_to_load_from_cache
-
-        path = try_to_load_from_cache(manifest.base_model, "config.json", revision=manifest.revision)
     try:
-        names = json.loads(Path(path).read_bytes()).get("architectures") if isinstance(path, str | Path) else None
+        names = json.loads((folder / "config.json").read_bytes()).get("architectures") if folder else None
     except (OSError, ValueError):
         return None
     return str(names[0]) if names else None

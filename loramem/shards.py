@@ -38,6 +38,8 @@ class ShardJob:
 
     location: str
     """What `load_base_model` is given: a folder, a Hub id or "loramem-tiny"."""
+    base_id: str
+    """What the store calls it, and so its adapters."""
     revision: str | None
     device: str
     dtype: str
@@ -59,6 +61,7 @@ class ShardJob:
         """Where this job stages: a hash of everything that decides its result."""
         arguments = {
             "namespace": self.namespace,
+            "base_model": [self.base_id, self.revision],
             "base": asdict(self.fingerprint),
             "device": self.device,
             "dtype": self.dtype,
@@ -111,10 +114,11 @@ class ShardResult:
 def run_job(job: ShardJob) -> ShardResult:
     """Write a shard in a process of its own; the base model is loaded once per process.
 
-    Raises as `write_shard`, and OtherBaseModel if this process finds another base model under the same name.
+    Raises as `write_shard`, and OtherBaseModel if this process finds or loads another base model.
     """
     adapted = _adapted_model(job.location, job.revision, job.device, job.dtype)
-    adapted.base.fingerprint.check(asdict(job.fingerprint), adapted.base.id)
+    adapted.base.check(asdict(job.fingerprint), job.dtype)
+    adapted.base = adapted.base.known_as(job.base_id, job.revision)
     return write_shard(job, adapted)
 
 
@@ -175,7 +179,9 @@ def _save_and_prove(job: ShardJob, adapted: AdaptedModel, indices: Sequence[int]
     write_directory(job.folder / adapter, files)
     adapted.remove(UNSAVED)
     adapted.load(adapter, job.folder / adapter)
-    proof = prove(adapted.model, records, adapter, {"base": adapted.base.dtype, "adapter": "float32"})
+    base = adapted.base
+    proof = prove(adapted.model, records, adapter, {"base": base.dtype, "adapter": "float32"})
+    proof.conditions["parameters"] = base.fingerprint.parameters
     if proof.min_prob < job.settings.certify_threshold:
         least = min(range(len(records)), key=proof.min_probs.__getitem__)
         raise StubbornRecords(

@@ -63,8 +63,8 @@ class MemoryStore(Memory):
 
     Args:
         path: Folder of the store; created with its parents if ``create``.
-        base_model: "loramem-tiny" (default), a Hub id or a local folder. Optional for an existing store; if given
-            it must be the model the store was written with.
+        base_model: "loramem-tiny" (default), a Hub id or a local folder. Optional for an existing store, unless
+            its folder was moved; if given it must be the model the store was written with, under whatever name.
         revision: Hub revision of the base model.
         device: "auto", "cpu", "cuda"…
         dtype: Of the base model: "float32", "bfloat16", "float16"; "auto" keeps the store's, or for a new store

@@ -249,6 +249,7 @@ class Transaction:
         return [
             ShardJob(
                 location=base.location,
+                base_id=base.id,
                 revision=base.revision,
                 device=str(base.device),
                 dtype=base.dtype,

@@ -2,15 +2,17 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 
 from loramem.checks import problems
 from loramem.database import sqlite_errors
 from loramem.engine import Engine
 from loramem.errors import IntegrityError, OtherBaseModel
-from loramem.fingerprint import fingerprint
+from loramem.fingerprint import Fingerprint, fingerprint
 from loramem.index import Index
+from loramem.parameters import parameters_sha256
 from loramem.reader import cut_batches
 from loramem.reports import VerifyReport
 from loramem.spool import Spool
@@ -56,11 +58,7 @@ def full_check(
             except IntegrityError as error:  # rows that cannot be read leave nothing to decode by
                 damaged = findings.damaged or [str(error)]
                 return VerifyReport(records, 0, (), tuple(damaged), time.monotonic() - started)
-        found = fingerprint(engine.base.folder, rehash=True)
-        try:
-            found.check(engine.manifest.fingerprint, engine.base.id)
-        except OtherBaseModel as error:
-            findings.damaged.append(str(error))
+        found = _base_again(engine, findings)
         verified = Verified(engine.store, state_of(rows, engine.manifest, engine.base, found))
         if not resume:
             verified.forget()
@@ -84,6 +82,30 @@ def full_check(
         elapsed_s=time.monotonic() - started,
         resumed=resumed,
     )
+
+
+def _base_again(engine: Engine, findings: Findings) -> Fingerprint:
+    """The base model's files and loaded parameters, hashed now and held against what the store says of them."""
+    base, manifest = engine.base, engine.manifest
+    found = replace(fingerprint(base.folder, rehash=True), parameters=parameters_sha256(base.model))
+    try:
+        found.check(manifest.fingerprint, base.folder, base.id, same_dtype=base.dtype == manifest.dtype)
+    except OtherBaseModel as error:
+        findings.damaged.append(str(error))
+    findings.damaged += _proved_on_others(engine.index, found.parameters, base.dtype)
+    return found
+
+
+def _proved_on_others(index: Index, parameters: str, dtype: str) -> Iterator[str]:
+    """Adapters whose proof says that the base model, in the same dtype, had other parameters."""
+    with suppress(IntegrityError), sqlite_errors(index.path):  # rows that cannot be read are among the problems
+        for id in index.live():
+            with suppress(IntegrityError):
+                adapter = index.adapter(id)
+                proof = adapter.proof if adapter else {}
+                # Proofs of older versions do not say.
+                if proof.get("parameters", parameters) != parameters and proof["dtypes"]["base"] == dtype:
+                    yield f"Adapter {id} was proved on other parameters of the base model as loaded"
 
 
 def _whole_records(index: Index, findings: Findings) -> Iterator[StoredRecord]:

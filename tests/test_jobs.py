@@ -232,6 +232,7 @@ def test_the_same_records_and_settings_are_the_same_job(base: Path, tmp_path: Pa
     entries = tuple(encode_records(as_records(RECORDS), loaded.tokenizer, loaded.template, loaded.max_tokens))
     job = ShardJob(
         location=loaded.location,
+        base_id=loaded.id,
         revision=None,
         device="cpu",
         dtype="float32",

@@ -83,7 +83,7 @@ LAYERS = (
     ("loramem.runs", "loramem.joint_law", "loramem.capacity"),
     ("loramem.law_fit", "loramem.generators", "loramem.long_text", "loramem.staging"),
     ("loramem.commits",),
-    ("loramem.prompts", "loramem.index", "loramem.pace", "loramem.spool"),
+    ("loramem.prompts", "loramem.index", "loramem.pace", "loramem.parameters", "loramem.spool"),
     ("loramem.locks", "loramem.database"),
     ("loramem.tables",),
     ("loramem.serving_guide",),

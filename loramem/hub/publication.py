@@ -58,10 +58,17 @@ class PublishedBase(_Strict):
 
     id: ModelId
     revision: Annotated[str, StringConstraints(pattern="^[0-9a-f]{40}$")] | None
-    fingerprint: dict[Annotated[str, StringConstraints(pattern="^(weights|config|tokenizer)$")], Hex64] = Field(
-        min_length=3
-    )
+    fingerprint: dict[str, Hex64]
+    """Fields of `loramem.fingerprint.Fingerprint`; those of older stores have no tensors and parameters."""
     dtype: Annotated[str, StringConstraints(pattern="^(float32|bfloat16|float16)$")]
+
+    @field_validator("fingerprint")
+    @classmethod
+    def _whole(cls, given: dict[str, str]) -> dict[str, str]:
+        former = {"weights", "config", "tokenizer"}
+        if set(given) not in (former, former | {"tensors", "parameters"}):
+            raise ValueError("its parts are not those of a base model")
+        return given
 
 
 class PublishedPrompt(_Strict):

@@ -139,6 +139,8 @@ def pull(
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Make a store at ``target`` of a published one; see `MemoryStore.pull`, whose arguments and errors these are."""
+    from loramem.base_model import location_of
+
     with beside(target) as partial:
         with hub(repo) as api:
             fetched = Fetched(api, repo, partial / "download", revision, max_bytes)
@@ -146,20 +148,13 @@ def pull(
         make_directory(folder)
         index = Index(folder / INDEX)
         try:
-            manifest = fetched.publication.manifest(_location(model))
+            manifest = fetched.publication.manifest(location_of(model.name) if model.name else None)
             _assemble(fetched, folder, index, manifest)
             _admit(fetched, Engine(folder, index, manifest, model), verify, progress)
         finally:
             index.close()
         publish_new(folder, target)
         tell("pulled", records=len(fetched.records), adapters=len(fetched.publication.adapters))
-
-
-def _location(model: ModelRequest) -> str | None:
-    """The folder of the base model, if the caller named one."""
-    if model.name is None or not Path(model.name).expanduser().is_dir():
-        return None
-    return str(Path(model.name).expanduser().resolve())
 
 
 def _assemble(fetched: Fetched, folder: Path, index: Index, manifest: Manifest) -> None:

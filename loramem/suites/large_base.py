@@ -92,6 +92,7 @@ def run(cell: Cell) -> Result:
     with TemporaryDirectory() as scratch:
         job = ShardJob(
             location=base.location,
+            base_id=base.id,
             revision=None,
             device=str(base.device),
             dtype=base.dtype,
