@@ -11,7 +11,7 @@ import re
 import tempfile
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +119,14 @@ def fingerprint(folder: Path, *, rehash: bool = False) -> Fingerprint:
 
 def _fingerprint(folder: Path, rehash: bool) -> Fingerprint:
     files = {path.name: _weights_file(path, rehash) for path in sorted(folder.glob("*.safetensors"))}
-    tensors = [f"{name} {sha256}" for file in _read_by_transformers(folder, files) for name, sha256 in file.items()]
+    tensors = list[str]()
+    for name in _read_by_transformers(folder, set(files)):
+        if (held := files[name].tensors) is None:
+            raise UnsupportedBaseModel(
+                f"{folder / name} is no whole safetensors file: it was cut, or is a pointer to it. Copy or download it "
+                "again."
+            )
+        tensors += (f"{tensor} {sha256}" for tensor, sha256 in held.items())
     return Fingerprint(
         weights=_digest(file.sha256 for file in files.values()),
         tensors=_digest(sorted(tensors)),
@@ -176,19 +183,18 @@ def _tokenizer_files(folder: Path) -> dict[str, str]:
 @dataclass(frozen=True)
 class _WeightsFile:
     sha256: str
-    tensors: Mapping[str, str]
-    """SHA-256 of the values, by name, dtype and shape in one string."""
+    tensors: Mapping[str, str] | None
+    """SHA-256 of the values, by name, dtype and shape in one string; None if this is no whole safetensors file."""
 
 
-def _read_by_transformers(folder: Path, files: Mapping[str, _WeightsFile]) -> list[Mapping[str, str]]:
-    """Tensors of the files that are the model's: a folder may hold a second copy in another layout."""
+def _read_by_transformers(folder: Path, files: set[str]) -> set[str]:
+    """The files that are the model's: a folder may hold a second copy in another layout."""
     if WEIGHTS in files:
-        return [files[WEIGHTS].tensors]
+        return {WEIGHTS}
     try:
-        listed = set(json.loads((folder / WEIGHTS_INDEX).read_bytes())["weight_map"].values())
+        return files & set(json.loads((folder / WEIGHTS_INDEX).read_bytes())["weight_map"].values())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        listed = set(files)
-    return [file.tensors for name, file in files.items() if name in listed]
+        return files
 
 
 def _weights_file(path: Path, rehash: bool) -> _WeightsFile:
@@ -207,11 +213,12 @@ def _weights_file(path: Path, rehash: bool) -> _WeightsFile:
             log.debug("%s is not in the cache, or its entry is damaged", path)
     found = _hashed(path)
     now = path.stat()
-    if (now.st_size, now.st_mtime_ns, now.st_ino) == (stat.st_size, stat.st_mtime_ns, stat.st_ino):
+    unchanged = (now.st_size, now.st_mtime_ns, now.st_ino) == (stat.st_size, stat.st_mtime_ns, stat.st_ino)
+    if unchanged and found.tensors is not None:
         try:
             entry.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile("w", dir=entry.parent, suffix=".partial", delete=False) as partial:
-                json.dump({"sha256": found.sha256, "tensors": dict(found.tensors)}, partial)
+                json.dump(asdict(found), partial)
             Path(partial.name).replace(entry)
         except OSError:
             log.debug("the cache of fingerprints at %s is not writable", entry.parent)
@@ -226,7 +233,7 @@ def _hashed(path: Path) -> _WeightsFile:
             header: dict[str, Any] = json.loads(mapped[8:start])
             ends = {name: tensor["data_offsets"] for name, tensor in header.items() if name != "__metadata__"}
             if max((end for _, end in ends.values()), default=0) != len(mapped) - start:
-                raise ValueError("it has another length than its header says")
+                return _WeightsFile(sha256_of(path), None)
             with memoryview(mapped) as content, ThreadPoolExecutor() as pool:
                 whole = pool.submit(_sha256, content, 0, len(mapped))
                 parts = {
@@ -236,10 +243,8 @@ def _hashed(path: Path) -> _WeightsFile:
                     for name, (first, last) in ends.items()
                 }
                 return _WeightsFile(whole.result(), {name: part.result() for name, part in parts.items()})
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UnsupportedBaseModel(
-            f"{path} is no whole safetensors file ({error}). Copy or download it again."
-        ) from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return _WeightsFile(sha256_of(path), None)
 
 
 def _sha256(content: memoryview, first: int, last: int) -> str:

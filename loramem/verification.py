@@ -9,7 +9,7 @@ from itertools import groupby
 from loramem.checks import problems
 from loramem.database import sqlite_errors
 from loramem.engine import Engine
-from loramem.errors import IntegrityError, OtherBaseModel
+from loramem.errors import BaseModelError, IntegrityError
 from loramem.fingerprint import Fingerprint, fingerprint
 from loramem.index import Index
 from loramem.parameters import parameters_sha256
@@ -87,10 +87,11 @@ def full_check(
 def _base_again(engine: Engine, findings: Findings) -> Fingerprint:
     """The base model's files and loaded parameters, hashed now and held against what the store says of them."""
     base, manifest = engine.base, engine.manifest
-    found = replace(fingerprint(base.folder, rehash=True), parameters=parameters_sha256(base.model))
+    found = replace(base.fingerprint, parameters=parameters_sha256(base.model))
     try:
+        found = replace(fingerprint(base.folder, rehash=True), parameters=found.parameters)
         found.check(manifest.fingerprint, base.folder, base.id, same_dtype=base.dtype == manifest.dtype)
-    except OtherBaseModel as error:
+    except BaseModelError as error:
         findings.damaged.append(str(error))
     findings.damaged += _proved_on_others(engine.index, found.parameters, base.dtype)
     return found

@@ -71,6 +71,7 @@ def in_several_files(folder: Path) -> None:
 
 def second_copy_of_the_weights(folder: Path) -> None:
     shutil.copy(folder / "model.safetensors", folder / "consolidated.safetensors")
+    (folder / "consolidated-2.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
 
 
 @pytest.mark.parametrize(
@@ -140,7 +141,7 @@ def test_weights_that_are_no_safetensors_are_an_error_of_ours(copy: Path, conten
 def test_weights_that_were_cut_are_an_error_of_ours(copy: Path) -> None:
     path = copy / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(UnsupportedBaseModel, match="another length"):
+    with pytest.raises(UnsupportedBaseModel, match="no whole safetensors file"):
         fingerprint(copy)
 
 

@@ -199,6 +199,16 @@ def test_verify_finds_parameters_that_changed_in_memory_and_proofs_on_others(wri
     assert any(f"Adapter {adapter.id} was proved on other parameters" in problem for problem in damaged)
 
 
+def test_verify_reports_files_of_the_base_model_that_were_lost_or_cut(moved: Path) -> None:
+    folder = moved / "moved_b"
+    with MemoryStore(moved / "memory", str(folder), create=False) as store:
+        assert store.base
+        (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-9])
+        assert any("no whole safetensors file" in problem for problem in store.verify().damaged)
+        (folder / "config.json").unlink()
+        assert store.verify().damaged
+
+
 def test_parameters_of_another_dtype_are_not_compared(written: Path, base: Path) -> None:
     with MemoryStore(written / "memory", str(base), dtype="bfloat16", create=False) as store:
         assert store.base.fingerprint.parameters != store.manifest.fingerprint["parameters"]

@@ -15,6 +15,7 @@ from safetensors.numpy import load, save
 from loramem import MemoryStore
 from loramem.adapters import adapter_id_of
 from loramem.errors import (
+    BaseModelNotFound,
     HubAccess,
     HubError,
     LoramemError,
@@ -22,6 +23,7 @@ from loramem.errors import (
     OtherBaseModel,
     RefusedRepository,
 )
+from loramem.fingerprint import fingerprint, former_digests
 from loramem.hub.publication import read_publication
 from loramem.tables import digest_of
 
@@ -146,6 +148,10 @@ HOSTILE: dict[str, Callable[[Files], object]] = {
     "a certificate above 1": lambda f: described(f, lambda d: d["adapters"][0].update(min_prob=1.5)),
     "another number of records": lambda f: described(f, lambda d: d["adapters"][0].update(records=3)),
     "values without keys": lambda f: described(f, lambda d: d.update(key_salt="0" * 64)),
+    "half a fingerprint": lambda f: described(f, lambda d: d["base_model"]["fingerprint"].pop("tensors")),
+    "a fingerprint of something else": lambda f: described(
+        f, lambda d: d["base_model"]["fingerprint"].update(shoe="0" * 64)
+    ),
     "a revision that climbs": lambda f: described(f, lambda d: d["base_model"].update(revision="../../x")),
     "a threshold that certifies nothing": lambda f: described(f, lambda d: d.update(certify_threshold=0.01)),
     "a date for the terminal": lambda f: described(f, lambda d: d["adapters"][0].update(created_at="\x1b[2J")),
@@ -283,6 +289,23 @@ def test_an_honest_repository_passes_all_of_this(files: Files, hub: HubServer, b
     modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "there").rglob("*") if path.is_file()}
     assert modes == {0o600}
     assert read_publication(files["loramem.json"]).records == 4
+
+
+def test_a_base_model_that_was_a_folder_elsewhere_is_asked_for(files: Files, hub: HubServer, tmp_path: Path) -> None:
+    error = refused(hub, files, tmp_path / "folder", BaseModelNotFound, verify=True)
+    assert "Give its place here with --model" in str(error)
+
+
+def test_the_fingerprint_of_an_older_publication_is_taken(
+    files: Files, hub: HubServer, base: Path, tmp_path: Path
+) -> None:
+    former = {"weights": fingerprint(base).weights, **former_digests(base)}
+    described(files, lambda fields: fields["base_model"].update(fingerprint=former))
+    hub.create(REPO, private=True)
+    hub.commit(REPO, files)
+    with MemoryStore.pull(REPO, tmp_path / "there", base_model=str(base)) as there:
+        assert there.manifest.fingerprint == former
+        assert there.verify().ok
 
 
 def test_another_base_model_is_refused(
