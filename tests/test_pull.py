@@ -1,8 +1,10 @@
 """Pulling: nothing of a repository that breaks a rule becomes a store."""
 
+import errno
 import hashlib
 import json
 import math
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -388,3 +390,47 @@ def test_the_command_says_in_one_line_why_not(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert run(["pull", "me/nothing", "--store", str(tmp_path / "there")]) == 13
     assert "HF_HUB_OFFLINE" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "bug", [ValueError("ours"), KeyError("ours"), OSError(5, "ours"), RuntimeError("ours")], ids=repr
+)
+@pytest.mark.parametrize("where", ["_check_paths", "_download_adapters"])
+def test_a_bug_of_ours_is_not_taken_for_the_hubs(
+    where: str, bug: Exception, files: Files, hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.create(REPO, private=True)
+    hub.commit(REPO, files)
+
+    def broken(*_: object) -> None:
+        raise bug
+
+    monkeypatch.setattr(f"loramem.hub.pull.Fetched.{where}", broken)
+    with pytest.raises(type(bug)) as caught:
+        MemoryStore.pull(REPO, tmp_path / "there", verify=False)
+    assert caught.value is bug and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("number", "said"), [(errno.ENOSPC, "No space left on device"), (errno.EACCES, "Permission denied")]
+)
+def test_a_disk_that_does_not_take_a_download_is_not_the_hubs_fault(
+    number: int,
+    said: str,
+    files: Files,
+    hub: HubServer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    hub.create(REPO, private=True)
+    hub.commit(REPO, files)
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("huggingface_hub.file_download.http_get", full)
+    assert run(["pull", REPO, "--store", str(tmp_path / "there")]) == 1
+    shown = capsys.readouterr().err
+    assert said in shown and "cannot be reached" not in shown and shown.count("\n") == 1
+    assert not list(tmp_path.iterdir())

@@ -1,5 +1,6 @@
 """Publishing: what goes up, what does not, and who is asked before."""
 
+import errno
 import json
 import os
 import re
@@ -348,3 +349,30 @@ def test_a_new_process_with_an_empty_cache_recalls_everything(hub: HubServer, tm
         assert done.returncode == 0, done.stderr
     found = [json.loads(line) for line in done.stdout.splitlines()]
     assert {entry["key"]: entry["value"] for entry in found} == {record.key: record.value for record in records}
+
+
+@pytest.mark.parametrize("bug", [ValueError("ours"), OSError(5, "ours")], ids=repr)
+@pytest.mark.parametrize("where", ["_adapters", "_check_parent", "commit_publication"])
+def test_a_bug_of_ours_is_not_taken_for_the_hubs(
+    where: str, bug: Exception, store: MemoryStore, hub: HubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.create(REPO, private=True)
+
+    def broken(*_: object) -> None:
+        raise bug
+
+    monkeypatch.setattr(f"loramem.hub.push.{where}", broken)
+    with pytest.raises(type(bug)) as caught:
+        store.push(REPO)
+    assert caught.value is bug
+
+
+def test_a_file_that_cannot_be_read_while_it_is_uploaded_is_said_as_that(
+    store: MemoryStore, hub: HubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreadable(**_: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", "adapter_model.safetensors")
+
+    monkeypatch.setattr("huggingface_hub._commit_api.lfs_upload", unreadable)
+    with pytest.raises(PermissionError, match=r"Permission denied: 'adapter_model\.safetensors'"):
+        store.push(REPO)

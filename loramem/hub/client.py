@@ -1,19 +1,25 @@
-"""The Hub as loramem sees it: a repository's files at a commit, and what huggingface_hub raises as our errors.
+"""The Hub as loramem sees it: single requests for one repository, and what they raise as our errors.
 
-The token is the one of the environment or of ``hf auth login``; nothing here takes or keeps one.
+Each request is wrapped alone, so that a bug of ours around it, or a disk that is full, is never taken for the Hub's
+doing. The token is the one of the environment or of ``hf auth login``; nothing here takes or keeps one.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from json import JSONDecodeError
+from pathlib import Path
+from socket import gaierror
+from ssl import SSLError
 
-from huggingface_hub import HfApi, constants
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
 from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError is of the HTTP library it uses
+    FileMetadataError,
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
     HTTPError,
+    LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RemoteEntryNotFoundError,
     RepositoryNotFoundError,
@@ -21,27 +27,83 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError 
 )
 from huggingface_hub.hf_api import ModelInfo, RepoFile
 
-from loramem.errors import HubAccess, HubConflict, HubError, HubOffline, LoramemError
+from loramem.errors import HubAccess, HubConflict, HubError, HubOffline
 
 _LOGIN = "Log in with hf auth login, or set HF_TOKEN"
+_OF_THE_NETWORK = (
+    ConnectionError,
+    TimeoutError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    FileMetadataError,
+    gaierror,
+    SSLError,
+)
+"""OSErrors that are the Hub's or the way's to it; another one with a number is of a file here."""
 
 
-@contextmanager
-def hub(repo: str) -> Iterator[HfApi]:
-    """A client for what is done with one repository.
+class Hub:
+    """One repository of the Hub, asked with a client of its own.
 
     Raises:
+        OSError: A disk here does not take or give a file.
         HubOffline: HF_HUB_OFFLINE is set: before anything is asked.
         HubAccess: No such repository or revision for this token, or no right to do this.
         HubConflict: Somebody else was faster.
         HubError: No repository has such a name; or the Hub cannot be reached, broke off, or failed five times.
     """
-    if constants.is_offline_mode():
-        raise _offline(repo)
+
+    def __init__(self, repo: str) -> None:
+        self.repo = repo
+        if constants.is_offline_mode():
+            raise _offline(repo)
+        self._api = HfApi(library_name="loramem", library_version=version("loramem"))
+
+    def info(self, revision: str | None = None) -> ModelInfo:
+        """What the Hub says of the repository."""
+        with _asked(self.repo):
+            return self._api.model_info(self.repo, revision=revision)
+
+    def info_if_there(self) -> ModelInfo | None:
+        """The same; None if this token sees no such repository."""
+        with _asked(self.repo):
+            try:
+                return self._api.model_info(self.repo)
+            except GatedRepoError:
+                raise
+            except RepositoryNotFoundError:
+                return None
+
+    def files(self, commit: str | None) -> dict[str, RepoFile]:
+        """The repository's files at a commit, by path, as the Hub lists them."""
+        with _asked(self.repo):  # the listing comes in pages, each asked for when the one before is used up
+            entries = list(self._api.list_repo_tree(self.repo, recursive=True, revision=commit))
+        return {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
+
+    def download(self, path: str, commit: str | None, folder: Path) -> Path:
+        """A file of the repository at a commit, put into a folder; returns where it lies."""
+        with _asked(self.repo):
+            return Path(self._api.hf_hub_download(self.repo, path, revision=commit, local_dir=folder))
+
+    def create(self, *, private: bool) -> None:
+        """Make the repository."""
+        with _asked(self.repo):
+            self._api.create_repo(self.repo, private=private)
+
+    def commit(
+        self, operations: Sequence[CommitOperationAdd | CommitOperationDelete], message: str, parent: str | None
+    ) -> str:
+        """Commit on a parent that must still be the last one; returns the new commit."""
+        with _asked(self.repo):
+            done = self._api.create_commit(self.repo, list(operations), commit_message=message, parent_commit=parent)
+            return str(done.oid)
+
+
+@contextmanager
+def _asked(repo: str) -> Iterator[None]:
+    """What one call of the client raises, as our errors; nothing of ours may run in here."""
     try:
-        yield HfApi(library_name="loramem", library_version=version("loramem"))
-    except LoramemError:
-        raise
+        yield
     except OfflineModeIsEnabled:
         raise _offline(repo) from None
     except HFValidationError as error:
@@ -54,6 +116,8 @@ def hub(repo: str) -> Iterator[HfApi]:
         raise _refusal(repo, error) from None
     # The client lets through errors of its HTTP library, RuntimeError of uploads, what nonsense does to its parsers.
     except (HTTPError, OSError, RuntimeError, KeyError, JSONDecodeError) as error:
+        if (local := _of_the_disk(error)) is not None:
+            raise local from None
         raise HubError(
             f"{repo}: the Hub cannot be reached, or broke off ({_line(error)}). Try again.", repo=repo
         ) from None
@@ -61,20 +125,13 @@ def hub(repo: str) -> Iterator[HfApi]:
         raise HubError(f"{repo}: refused on the way ({' '.join(str(error).split())}).", repo=repo) from None
 
 
-def repository(api: HfApi, repo: str) -> ModelInfo | None:
-    """What the Hub says of a repository; None if this token sees none."""
-    try:
-        return api.model_info(repo)
-    except GatedRepoError:
-        raise
-    except RepositoryNotFoundError:
-        return None
-
-
-def files_at(api: HfApi, repo: str, commit: str | None) -> dict[str, RepoFile]:
-    """A repository's files at a commit, by path, as the Hub lists them."""
-    entries = api.list_repo_tree(repo, recursive=True, revision=commit)
-    return {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
+def _of_the_disk(error: BaseException) -> OSError | None:
+    """What a file here failed with, be it the error itself or what an upload's RuntimeError was raised from."""
+    if isinstance(error, RuntimeError) and error.__cause__ is not None:
+        return _of_the_disk(error.__cause__)
+    if isinstance(error, OSError) and not isinstance(error, _OF_THE_NETWORK) and error.errno is not None:
+        return error
+    return None
 
 
 def _refusal(repo: str, error: HfHubHTTPError) -> HubError:

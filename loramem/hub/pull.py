@@ -7,7 +7,6 @@ repository that breaks a rule is left.
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from huggingface_hub.hf_api import RepoFile
 
@@ -17,7 +16,7 @@ from loramem.engine import Engine, ModelRequest
 from loramem.errors import NotAPublication, RecordError, RefusedRepository
 from loramem.events import tell
 from loramem.files import PRIVATE_FILE, beside, make_directory, publish_new
-from loramem.hub.client import files_at, hub
+from loramem.hub.client import Hub
 from loramem.hub.publication import (
     ADAPTER_FILE,
     ADAPTERS,
@@ -35,9 +34,6 @@ from loramem.records import Record
 from loramem.staging import ADAPTERS as STORED
 from loramem.tables import StoredAdapter, StoredRecord, prompt_digest
 
-if TYPE_CHECKING:
-    from huggingface_hub import HfApi
-
 MAX_DESCRIPTION_BYTES, MAX_RECORDS_BYTES, MAX_TEXT_BYTES = 64 * 2**20, 2**30, 2**20
 """Of loramem.json, of records.jsonl, and of config and card of an adapter: far more than one would share."""
 MAX_BYTES = 16 * 2**30
@@ -52,10 +48,10 @@ SAID_CHARACTERS = 300
 class Fetched:
     """A repository's publication at one commit, as files in a folder."""
 
-    def __init__(self, api: "HfApi", repo: str, folder: Path, revision: str | None, max_bytes: int) -> None:
-        self.repo, self.folder = repo, folder
-        self.commit = str(api.model_info(repo, revision=revision).sha)
-        self._api, self._there = api, files_at(api, repo, self.commit)
+    def __init__(self, hub: Hub, folder: Path, revision: str | None, max_bytes: int) -> None:
+        self.repo, self.folder, self._hub = hub.repo, folder, hub
+        self.commit = str(hub.info(revision).sha)
+        self._there = hub.files(self.commit)
         self._check_paths()
         self.publication = self._read_description()
         self.records = self._read_records()
@@ -120,7 +116,7 @@ class Fetched:
         file: RepoFile = self._there[path]
         if file.size > limit:
             raise self.refused(path, f"it has {file.size:,} bytes, {limit:,} are allowed")
-        local = Path(self._api.hf_hub_download(self.repo, path, revision=self.commit, local_dir=self.folder))
+        local = self._hub.download(path, self.commit, self.folder)
         if local.is_symlink() or not local.resolve().is_relative_to(self.folder.resolve()):
             raise self.refused(path, "it does not lie in the folder of the download")
         if local.stat().st_size != file.size:
@@ -142,8 +138,7 @@ def pull(
     from loramem.base_model import location_of
 
     with beside(target) as partial:
-        with hub(repo) as api:
-            fetched = Fetched(api, repo, partial / "download", revision, max_bytes)
+        fetched = Fetched(Hub(repo), partial / "download", revision, max_bytes)
         folder = partial / "store"
         make_directory(folder)
         index = Index(folder / INDEX)

@@ -7,7 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 from huggingface_hub.hf_api import ModelInfo, RepoFile
 from pydantic import ValidationError
 
@@ -17,7 +17,7 @@ from loramem.errors import DeletedInWeights, HubConflict, IntegrityError, Public
 from loramem.events import tell
 from loramem.hub import publication
 from loramem.hub.card import model_card
-from loramem.hub.client import files_at, hub, repository
+from loramem.hub.client import Hub
 from loramem.hub.publication import ADAPTER_FILE, ADAPTERS, CARD, RECORDS, Publication, first_fault, publish
 from loramem.index import Index
 from loramem.manifest import Manifest
@@ -73,52 +73,48 @@ def push(
             raise IntegrityError(f"{damaged}. Damage is not published: run loramem repair first.", what="store")
         description, files = _contents(store, index, manifest, keys=include_keys, values=include_values)
     files[CARD] = _File.of(model_card(description, repo, license, version("loramem")).encode())
-    with hub(repo) as api:
-        info = repository(api, repo)
-        if info is not None and not info.private and not public:
-            raise PublicRepository(
-                f"{repo} is public: everyone could extract {description.records:,} records. Give --public "
-                "(public=True) if they may, or push to another repository.",
-                repo=repo,
-            )
-        there = {} if info is None else files_at(api, repo, info.sha)
-        if info is not None and not replace:
-            _check_parent(api, repo, info, there, index)
-        uploads = {path: file for path, file in files.items() if not file.is_at(there.get(path))}
-        superfluous = [path for path in sorted(there) if path.startswith(f"{ADAPTERS}/") and path not in files]
-        plan = PushPlan(
+    hub = Hub(repo)
+    info = hub.info_if_there()
+    if info is not None and not info.private and not public:
+        raise PublicRepository(
+            f"{repo} is public: everyone could extract {description.records:,} records. Give --public "
+            "(public=True) if they may, or push to another repository.",
             repo=repo,
-            private=not public if info is None else bool(info.private),
-            records=description.records,
-            keys=include_keys,
-            values=include_values,
-            adapters=len(description.adapters),
-            uploaded=_adapters(uploads),
-            removed=_adapters(superfluous),
-            size_bytes=sum(file.size_bytes for file in uploads.values()),
         )
-        parent = None if info is None else info.sha
-        if not uploads and not superfluous:
-            assert parent is not None
-            commit_publication(index, repo, parent)
-            return PushReport(**vars(plan), commit=parent, changed=False)
+    there = {} if info is None else hub.files(info.sha)
+    if info is not None and not replace:
+        _check_parent(hub, info, there, index)
+    uploads = {path: file for path, file in files.items() if not file.is_at(there.get(path))}
+    superfluous = [path for path in sorted(there) if path.startswith(f"{ADAPTERS}/") and path not in files]
+    plan = PushPlan(
+        repo=repo,
+        private=not public if info is None else bool(info.private),
+        records=description.records,
+        keys=include_keys,
+        values=include_values,
+        adapters=len(description.adapters),
+        uploaded=_adapters(uploads),
+        removed=_adapters(superfluous),
+        size_bytes=sum(file.size_bytes for file in uploads.values()),
+    )
+    parent = None if info is None else info.sha
+    if not uploads and not superfluous:
+        assert parent is not None
+        commit_publication(index, repo, parent)
+        return PushReport(**vars(plan), commit=parent, changed=False)
     if confirm is not None:
         confirm(plan)
-    with hub(repo) as api:
-        if info is None:
-            api.create_repo(repo, private=not public)
-            parent = api.model_info(repo).sha
-        known, _ = index.published(repo)
-        commit_publication(index, repo, known, files[publication.NAME].sha256)
-        commit = api.create_commit(
-            repo,
-            [
-                *(CommitOperationAdd(path, file.content) for path, file in sorted(uploads.items())),
-                *(CommitOperationDelete(path) for path in superfluous),
-            ],
-            commit_message=message or f"{description.records} records in {len(description.adapters)} adapters",
-            parent_commit=parent,
-        ).oid
+    if info is None:
+        hub.create(private=not public)
+        parent = hub.info().sha
+    known, _ = index.published(repo)
+    commit_publication(index, repo, known, files[publication.NAME].sha256)
+    operations: list[CommitOperationAdd | CommitOperationDelete] = [
+        *(CommitOperationAdd(path, file.content) for path, file in sorted(uploads.items())),
+        *(CommitOperationDelete(path) for path in superfluous),
+    ]
+    title = message or f"{description.records} records in {len(description.adapters)} adapters"
+    commit = hub.commit(operations, title, parent)
     commit_publication(index, repo, commit)
     tell("pushed", records=description.records, adapters=len(plan.uploaded))
     return PushReport(**vars(plan), commit=commit, changed=True)
@@ -160,19 +156,20 @@ def _contents(
     return description, {**files, **{path: _File.of(content) for path, content in texts.items()}}
 
 
-def _check_parent(api: HfApi, repo: str, info: ModelInfo, there: Mapping[str, RepoFile], index: Index) -> None:
+def _check_parent(hub: Hub, info: ModelInfo, there: Mapping[str, RepoFile], index: Index) -> None:
     """Refuse to build on a commit that this store does not know.
 
     Raises:
         HubConflict: What the repository holds is not what this store pushed, or was pulled from.
     """
+    repo = hub.repo
     known, sent = index.published(repo)
     if info.sha == known or (known is None and set(there) <= _NEUTRAL):
         return
     if sent and publication.NAME in there:  # a push that was killed after its commit
         with TemporaryDirectory() as folder:
-            local = api.hf_hub_download(repo, publication.NAME, revision=info.sha, local_dir=folder)
-            if hashlib.sha256(Path(local).read_bytes()).hexdigest() == sent:
+            local = hub.download(publication.NAME, info.sha, Path(folder))
+            if hashlib.sha256(local.read_bytes()).hexdigest() == sent:
                 return
     relation = (
         "which this store has nothing to do with" if known is None else f"not {known[:12]}, which this store knows"
