@@ -43,7 +43,8 @@ def command(
 ) -> None:
     """Say whether PEFT, vLLM and SGLang load the adapters of the store (./memory unless named) as they are.
 
-    With FOLDER…, the PEFT LoRA adapters in these folders, whoever wrote them.
+    With FOLDER…, the PEFT LoRA adapters in these folders, whoever wrote them; with --model too, each tensor's path and
+    shape is compared with the modules of that base model, whose weights are not loaded.
 
     Exit code 7 when one would be refused or served wrongly, 3 when a record does not come back in --dtype.
     """
@@ -53,7 +54,7 @@ def command(
             raise click.UsageError("--dtype decodes the records of a store; what a FOLDER holds is not known.")
         from loramem.serving import check_folders
 
-        report = check_folders(folders, targets, max_rank=max_rank, base_name=base_name)
+        report = check_folders(folders, targets, max_rank=max_rank, base_name=base_name, model=model)
     else:
         with options.open_store(store, model, device) as opened:
             report = opened.check(targets, max_rank=max_rank, base_name=base_name, dtype=dtype)

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from loramem.adapter_header import AdapterHeader, read_header
 from loramem.checks import file_problems
@@ -12,6 +13,9 @@ from loramem.manifest import Manifest
 from loramem.reports import AdapterCheck, Finding, ServingReport
 from loramem.staging import ADAPTERS
 from loramem.targets import NAMES, PEFT, Server, findings, findings_together
+
+if TYPE_CHECKING:
+    from loramem.base_fit import BaseShape
 
 
 def check_store(
@@ -59,17 +63,45 @@ def check_store(
 
 
 def check_folders(
-    folders: Sequence[Path], targets: Sequence[str], *, max_rank: int | None = None, base_name: str | None = None
+    folders: Sequence[Path],
+    targets: Sequence[str],
+    *,
+    max_rank: int | None = None,
+    base_name: str | None = None,
+    model: str | None = None,
 ) -> ServingReport:
     """The same for adapters in folders, whoever wrote them; what they hold is not known, so nothing is decoded.
 
+    Args:
+        folders: Of one adapter each.
+        targets: Of `loramem.targets.TARGETS`.
+        max_rank: The server's maximum, where it runs already.
+        base_name: The model name or path that it is started with.
+        model: A base model, by Hub id, local folder or "loramem-tiny": every tensor's path and shape is compared with
+            its modules, without loading weights. None compares with the configs alone.
+
     Raises:
         UnreadableAdapter: One of the folders is no PEFT LoRA.
+        BaseModelNotFound: There is no such base model.
+        UnsupportedBaseModel: It is no causal language model that can be built from its config.
     """
     headers = [read_header(folder) for folder in folders]
-    servers = [Server(target, max_rank, base_name) for target in targets]
-    found = tuple(finding for server in servers for finding in check_headers(headers, server))
-    return ServingReport(tuple(targets), {header.name: header.rank for header in headers}, found, ())
+    found: list[Finding] = []
+    base: BaseShape | None = None
+    if model is not None:
+        from loramem.base_fit import base_shape
+
+        base = base_shape(model)
+        for header in headers:
+            for what in base.misfits(header):
+                why = "the adapter was trained on another base model, or is not whole"
+                remedy = "Use the base model that it was trained on, or save it again."
+                found += [Finding(target, header.name, "fit", True, what, why, remedy) for target in targets]
+    for target in targets:
+        architecture = None if base is None else base.architecture
+        server = Server(target, max_rank, base_name, architecture=architecture, compared=base is not None)
+        found += check_headers(headers, server)
+    return ServingReport(tuple(targets), {header.name: header.rank for header in headers}, tuple(found), ())
 
 
 def check_headers(headers: Sequence[AdapterHeader], server: Server) -> list[Finding]:

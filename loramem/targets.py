@@ -2,20 +2,22 @@
 
 Read in the sources, not run; a later version may take more:
 
-- vLLM, main of 2026 and 0.6 to 0.20: ``vllm/lora/peft_helper.py`` (``validate_legal``), ``lora/lora_model.py``,
+- vLLM, main of 2026, 0.32, and 0.6 to 0.20: ``vllm/lora/peft_helper.py`` (``validate_legal``), ``lora/lora_model.py``,
   ``config/lora.py`` (ranks), ``plugins/lora_resolvers/filesystem_resolver.py``; docs.vllm.ai/en/latest/features/lora
 - SGLang, main of 2026 and 0.4 to 0.5: ``srt/lora/lora_config.py``, ``lora.py``, ``lora_manager.py``, ``utils.py``;
   docs.sglang.io/advanced_features/lora.html
-- PEFT 0.21, which is run: ``tests/test_deploy.py``
+- PEFT 0.21, which is run: ``tests/test_deploy.py``, ``tests/test_peft_adapters.py``
 """
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from loramem import embedded
-from loramem.adapter_header import DTYPES, AdapterHeader, disagreements
+from loramem.adapter_config import PLACING, accepted, refusals
+from loramem.adapter_header import DTYPES, AdapterHeader
+from loramem.adapter_tensors import EMBEDDINGS, absences, disagreements
 from loramem.reports import Finding
 
 PEFT, VLLM, SGLANG = "peft", "vllm", "sglang"
@@ -27,11 +29,12 @@ VLLM_DEFAULT_RANK = 16
 SGLANG_BATCH = 8
 """Different adapters in one batch, unless --max-loras-per-batch says otherwise; vLLM's --max-loras is 1."""
 SGLANG_MODULES = frozenset("q_proj k_proj v_proj o_proj gate_proj up_proj down_proj qkv_proj gate_up_proj".split())
-EMBEDDINGS = frozenset({"embed_tokens", "lm_head", "wte", "embed_in", "embed_out"})
 WITHOUT_LORA = {VLLM: frozenset({"GPT2LMHeadModel", "GPTNeoXForCausalLM"}), SGLANG: frozenset({"GPT2LMHeadModel"})}
 """Architectures that the server runs without LoRA layers."""
-PLAIN_INITS = frozenset({"gaussian", "eva", "orthogonal"})
-"""Ways of initialising that leave the base model alone; others subtract something from it."""
+PLAIN_INITS = frozenset({"gaussian", "eva", "orthogonal", "mica", "lora_ga"})
+"""Ways of initialising after which a loaded adapter is one on the base model as it is; others change that again.
+
+LoRA-GA changes it while it trains, which no loader repeats, PEFT's neither."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,8 @@ class Server:
     """Whether the configs name a model that only this machine has."""
     architecture: str | None = None
     """First of "architectures" in the base model's config.json."""
+    compared: bool = False
+    """Whether the tensors are compared with the base model itself, which knows what modules it has."""
 
     def __post_init__(self) -> None:
         if self.target not in TARGETS:
@@ -129,6 +134,28 @@ FEATURES = (
         _MERGE,
     ),
     Feature(
+        "use_bdlora",
+        lambda value: not value,
+        {VLLM: "vLLM refuses block-diagonal matrices", SGLANG: "SGLang takes the blocks for whole matrices"},
+        _MERGE,
+    ),
+    Feature(
+        "use_qalora",
+        lambda value: not value,
+        {VLLM: "vLLM refuses QALoRA", SGLANG: "SGLang does not pool the inputs in groups"},
+        "Write it as plain LoRA.",
+    ),
+    *(
+        Feature(field, lambda value: not value, {VLLM: f"vLLM knows no tensors of {name}", SGLANG: _IGNORED}, _MERGE)
+        for field, name in (("kasa_config", "KaSA"), ("velora_config", "VeLoRA"), ("monteclora_config", "MonteCLoRA"))
+    ),
+    Feature(
+        "target_parameters",
+        lambda value: not value,
+        {VLLM: "vLLM has other names for the matrices of experts", SGLANG: "SGLang has no LoRA on such parameters"},
+        "Adapt linear layers alone, or serve it with PEFT.",
+    ),
+    Feature(
         "init_lora_weights",
         lambda value: not isinstance(value, str) or value.lower() in PLAIN_INITS,
         {
@@ -163,12 +190,28 @@ def _kind(adapter: AdapterHeader, server: Server) -> Iterator[Finding]:
         yield _refused(adapter, server, "kind", f"peft_type {kind!r}", "only LORA is loaded here", "Use a LoRA.")
 
 
+def _config(adapter: AdapterHeader, server: Server) -> Iterator[Finding]:
+    """Values that PEFT refuses; of those that say where tensors are no other loader makes sense either."""
+    for field, what, why in refusals(adapter.config):
+        if server.target == PEFT or (field in PLACING and adapter.config.get(field) is not None):
+            yield _refused(adapter, server, field, what, f"PEFT refuses it: {why}", "Save the adapter again.")
+
+
 def _features(adapter: AdapterHeader, server: Server) -> Iterator[Finding]:
     for feature in FEATURES:
         value = adapter.config.get(feature.field)
         if server.target in feature.fate and not feature.plain(value):
             what = f"{feature.field} {value!r}"
             yield _refused(adapter, server, feature.field, what, feature.fate[server.target], feature.remedy)
+
+
+def _begun(adapter: AdapterHeader, server: Server) -> Iterator[Finding]:
+    if adapter.config.get("init_lora_weights") == "lora_ga":
+        why = "LoRA-GA takes its start out of the base model while it trains, and no loader does that again"
+        remedy = "Save it with PEFT's path_initial_model_for_weight_conversion, unless that was done."
+        yield Finding(
+            server.target, adapter.name, "init_lora_weights", False, "init_lora_weights 'lora_ga'", why, remedy
+        )
 
 
 def _rank(adapter: AdapterHeader, server: Server) -> Iterator[Finding]:
@@ -233,9 +276,16 @@ def _architecture(adapter: AdapterHeader, server: Server) -> Iterator[Finding]:
 
 def _tensors(adapter: AdapterHeader, server: Server) -> Iterator[Finding]:
     """What the file holds must be what the config says: PEFT and servers fill gaps with zeros or random numbers."""
-    for what in disagreements(adapter):
+    readable = replace(adapter, config=accepted(adapter.config))
+    for what in disagreements(readable):
         why = "config and weights contradict each other, and loaders would fill in or leave out in silence"
         yield _refused(adapter, server, "tensors", what, why, "Save the adapter again.")
+    for what in absences(readable) if not server.compared else ():
+        why = "either they were lost, or the base model has no such module"
+        yield _refused(adapter, server, "tensors", what, why, "Save the adapter again, or let --model tell which.")
+    if adapter.not_finite:
+        what = f"tensor {adapter.not_finite[0]} with NaN or Inf in it"
+        yield _refused(adapter, server, "values", what, "what passes through it is lost", "Train the adapter again.")
     unknown = {header.dtype for header in adapter.tensors.values()} - set(DTYPES)
     if unknown:
         why = f"weights are {', '.join(DTYPES.values())} here"
@@ -256,7 +306,7 @@ def _base(adapter: AdapterHeader, server: Server) -> Iterator[Finding]:
         yield _refused(adapter, server, "base", f"base_model_name_or_path {named!r}", why, remedy)
 
 
-RULES: tuple[Rule, ...] = (_kind, _features, _rank, _modules, _architecture, _tensors, _base)
+RULES: tuple[Rule, ...] = (_kind, _config, _features, _begun, _rank, _modules, _architecture, _tensors, _base)
 
 
 # Rules of all adapters together

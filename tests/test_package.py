@@ -71,6 +71,7 @@ LAYERS = (
     ("loramem.recall", "loramem.trunk"),
     ("loramem.batches", "loramem.adapters"),
     (
+        "loramem.base_fit",
         "loramem.base_model",
         "loramem.objectives",
         "loramem.layers",
@@ -88,7 +89,9 @@ LAYERS = (
     ("loramem.tables",),
     ("loramem.serving_guide",),
     ("loramem.boundary", "loramem.law", "loramem.targets"),
+    ("loramem.adapter_tensors",),
     (
+        "loramem.adapter_config",
         "loramem.adapter_header",
         "loramem.embedded.corpus",
         "loramem.events",

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from loramem.adapter_header import AdapterHeader, TensorHeader, disagreements, read_header
+from loramem.adapter_header import AdapterHeader, TensorHeader, read_header
+from loramem.adapter_tensors import disagreements
 from loramem.adapters import Placement, portable_config
 from loramem.errors import UnreadableAdapter
 from loramem.targets import TARGETS, VLLM_RANKS, Server, findings, findings_together, max_rank_option
@@ -47,23 +48,32 @@ def test_what_loramem_writes_is_taken_by_every_target() -> None:
     [
         ({"bias": "lora_only"}, {"vllm", "sglang"}),
         ({"bias": "all"}, {"vllm", "sglang"}),
-        ({"lora_bias": True}, {"vllm", "sglang"}),
-        ({"use_dora": True}, {"vllm", "sglang"}),
+        ({"lora_bias": True}, {"peft", "vllm", "sglang"}),  # and no tensors of it are there, here and below
+        ({"use_dora": True}, {"peft", "vllm", "sglang"}),
         ({"use_rslora": True}, {"sglang"}),
-        ({"modules_to_save": ["lm_head"]}, {"vllm", "sglang"}),
-        ({"trainable_token_indices": [1, 2]}, {"vllm", "sglang"}),
-        ({"rank_pattern": {"q_proj": 4}}, {"vllm", "sglang"}),
+        ({"modules_to_save": ["lm_head"]}, {"peft", "vllm", "sglang"}),
+        ({"trainable_token_indices": [1, 2]}, {"peft", "vllm", "sglang"}),
+        ({"rank_pattern": {"q_proj": 4}}, {"peft", "vllm", "sglang"}),
+        ({"rank_pattern": {"q_proj": 8}}, {"vllm", "sglang"}),
+        ({"use_bdlora": {"nblocks": 2}}, {"vllm", "sglang"}),
+        ({"use_qalora": True}, {"vllm", "sglang"}),
         ({"alpha_pattern": {"q_proj": 4}}, {"vllm", "sglang"}),
         ({"layer_replication": [[0, 2]]}, {"vllm", "sglang"}),
         ({"alora_invocation_tokens": [7]}, {"vllm", "sglang"}),
         ({"init_lora_weights": "pissa"}, {"vllm", "sglang"}),
         ({"init_lora_weights": "gaussian"}, set()),
+        ({"init_lora_weights": "mica"}, set()),
+        ({"init_lora_weights": "lora_ga"}, set()),
+        ({"init_lora_weights": "nonsense"}, {"peft", "vllm", "sglang"}),
         ({"fan_in_fan_out": True}, {"vllm", "sglang"}),
         ({"peft_type": "LOHA"}, {"peft", "vllm", "sglang"}),
         ({"r": 0}, {"peft", "vllm", "sglang"}),
         ({"r": 16}, {"peft", "vllm", "sglang"}),  # the tensors say 8
-        ({"target_modules": "all-linear"}, set()),
-        ({"target_modules": r".*\.[qv]_proj"}, {"sglang"}),
+        ({"target_modules": "all-linear", "layers_to_transform": None}, set()),
+        ({"target_modules": "all-linear"}, {"peft", "vllm", "sglang"}),  # layers_to_transform goes with a list alone
+        ({"target_modules": r".*_proj", "layers_to_transform": None}, {"sglang"}),
+        ({"target_modules": r".*\.[qv]_proj", "layers_to_transform": None}, {"peft", "vllm", "sglang"}),
+        ({"exclude_modules": ["q_proj"]}, {"peft", "vllm", "sglang"}),
         ({"target_modules": ["q_proj"]}, {"peft", "vllm", "sglang"}),
         ({"layers_to_transform": [4]}, {"peft", "vllm", "sglang"}),
         ({"layers_to_transform": [[4, 5]]}, {"peft", "vllm", "sglang"}),
@@ -74,6 +84,23 @@ def test_what_loramem_writes_is_taken_by_every_target() -> None:
 )
 def test_each_field_is_refused_by_those_that_break_it(change: dict[str, Any], targets: set[str]) -> None:
     assert {target for target, rules in refused(header(**change)).items() if rules} == targets
+
+
+ODD: tuple[Any, ...] = (None, True, -1, 1.5, "", "(", "x" * 9, [], [[]], [None], [{}], {}, {"(": None}, {"x": [1, "y"]})
+FIELDS = """peft_type bias lora_alpha lora_dropout target_modules exclude_modules target_parameters layers_to_transform
+    layers_pattern layer_replication rank_pattern alpha_pattern init_lora_weights loftq_config lora_bias use_dora
+    use_rslora modules_to_save trainable_token_indices alora_invocation_tokens use_qalora use_bdlora arrow_config
+    kasa_config velora_config monteclora_config eva_config megatron_config fan_in_fan_out ensure_weight_tying
+    base_model_name_or_path revision task_type""".split()
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_a_config_that_holds_anything_ends_in_findings(field: str) -> None:
+    for value in ODD:
+        one = header(**{field: value, "ensure_weight_tying": True})
+        for target in TARGETS:
+            for finding in [*findings(one, Server(target)), *findings_together([one], Server(target))]:
+                assert str(finding).isprintable()
 
 
 def test_a_refusal_says_the_value_the_reason_and_the_remedy() -> None:
