@@ -174,7 +174,8 @@ def rewrite(
     transaction, settings = engine.transaction, WriterSettings(**request["settings"])
     if values is None:
         values = engine.reader.values(before)
-    encoded = transaction.encode([Record(r.key, values[r.namespace, r.key], r.namespace) for r in before])
+    kept = {(record.namespace, record.key): record.prompt for record in before if record.prompt is not None}
+    encoded = transaction.encode([Record(r.key, values[r.namespace, r.key], r.namespace) for r in before], kept)
     limits = RankLimits(settings.max_rank)
     plan = transaction.plan(encoded, request["goal"], request["rank"], limits, as_new=True)
     trained = transaction.train(encoded, plan, settings, progress, executor)
@@ -200,6 +201,7 @@ def publish(engine: Engine, rewritten: Iterable[Rewritten]) -> tuple[list[Stored
                 answer_tokens=entry.length,
                 adapter=written.shard.adapter,
                 min_prob=min_prob,
+                prompt=None if entry.prompt is None else dict(entry.prompt),
             )
             for written in one.trained.written
             for entry, min_prob in written.proved()

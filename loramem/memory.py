@@ -251,9 +251,9 @@ class Memory:
         Raises as `recall`, except RecallError.
         """
         with self._turn():
-            self._engine.reader.activate(self._find(key, namespace).adapter)
-            prompt_ids = self.manifest.template().prompt_ids(self._engine.base.tokenizer, key)
-            return self._engine.adapted.model, prompt_ids
+            record = self._find(key, namespace)
+            self._engine.reader.activate(record.adapter)
+            return self._engine.adapted.model, self._engine.reader.prompt_ids(record)
 
     def verify(
         self, *, quick: bool = False, resume: bool = False, progress: Callable[[int, int], None] | None = None

@@ -2,15 +2,17 @@
 
 The prompt is (prefix ids) + (ids of the key) + (suffix ids). Prefix and suffix come from the base model's chat
 template once, when a store is created, and are frozen as ids from then on: a template may contain today's date, or
-trim what it is given.
+trim what it is given. Where the template as a chat server tokenizes it gives a key other ids that can stand for it
+(`loramem.chat`), the prompt is these, and they are kept with the record.
 """
 
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from jinja2 import TemplateError
 
+from loramem import chat
 from loramem.errors import (
     NotRoundTrip,
     PromptCollision,
@@ -59,21 +61,39 @@ class PromptTemplate:
         return template
 
     def prompt_ids(self, tokenizer: Any, key: str) -> list[int]:
-        """Ids of the whole prompt for a key."""
+        """Ids of the whole prompt for a key, joined; a committed record may have others (`stored_ids`)."""
         return [*self.prefix_ids, *_ids(tokenizer, key), *self.suffix_ids]
+
+    def stored_ids(self, tokenizer: Any, key: str, prompt: Mapping[str, Any] | None) -> list[int]:
+        """Ids that a committed record was trained with.
+
+        Args:
+            prompt: What its row keeps (`loramem.chat.Chat.kept`); "own" in place of "ids" where these are not told.
+        """
+        if prompt is not None and "ids" in prompt:
+            return list(prompt["ids"])
+        joined = self.prompt_ids(tokenizer, key)
+        if prompt is not None and prompt.get("own"):
+            return list(self.by_chat(tokenizer, [key], [joined])[0].ids or joined)
+        return joined
+
+    def by_chat(self, tokenizer: Any, keys: Sequence[str], joined: Sequence[Sequence[int]]) -> list[chat.Chat]:
+        """What a chat server would make of keys now; nothing to compare with for a plain prompt.
+
+        Args:
+            joined: `prompt_ids` of each.
+        """
+        if self.kind != "chat":
+            return [chat.Chat()] * len(keys)
+        return chat.compare(tokenizer, self, PLACEHOLDER, keys, joined)
 
 
 def _chat(tokenizer: Any) -> PromptTemplate:
     def render(*turns: tuple[str, str], generate: bool) -> str:
-        messages = [{"role": role, "content": content} for role, content in turns]
-        # Templates ignore variables they do not know; Qwen3's opens a reasoning block unless told not to.
         try:
-            text: str = tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=generate, enable_thinking=False
-            )
+            return chat.render(tokenizer, turns, generate=generate)
         except TemplateError as error:  # templates refuse roles with raise_exception
             raise UnsupportedBaseModel(f"The chat template does not take a plain question: {error}.") from None
-        return text
 
     prompt = render(("user", PLACEHOLDER), generate=True)
     if prompt.count(PLACEHOLDER) != 1:
@@ -111,6 +131,8 @@ class EncodedRecord:
     prompt_ids: tuple[int, ...]
     answer_ids: tuple[int, ...]
     """The value's tokens and the end token: all of them are trained and certified."""
+    prompt: Mapping[str, Any] | None = None
+    """What the index keeps of the prompt (`loramem.chat.Chat.kept`); None for a plain prompt."""
 
     @property
     def length(self) -> int:
@@ -134,12 +156,17 @@ def encode_records(
     template: PromptTemplate,
     max_tokens: int,
     unreachable: Collection[int] = (),
+    *,
+    kept: Mapping[tuple[str, str], Mapping[str, Any]] | None = None,
+    taken: Callable[[Record, Sequence[int]], bool] = lambda record, ids: False,
 ) -> list[EncodedRecord]:
     """Encode records, refusing whatever could not come back exactly.
 
     Args:
         max_tokens: Context length of the base model.
         unreachable: Ids that the base model cannot give p > 0.5.
+        kept: Prompts of records that were written before, by namespace and key; they stay as they are.
+        taken: Whether ids are the prompt of another key already.
 
     Raises:
         SpecialTokenInText: Key or value contains the text of a special token.
@@ -148,10 +175,10 @@ def encode_records(
         TooLong: Prompt, answer and end token exceed ``max_tokens``.
         PromptCollision: Two keys of one namespace have the same prompt ids.
     """
-    specials = special_texts(tokenizer)
-    prompts: dict[tuple[str, tuple[int, ...]], Record] = {}
+    records, specials = list(records), special_texts(tokenizer)
+    prompts = _prompts(records, tokenizer, template, kept or {})
     encoded = []
-    for record in records:
+    for record, (ids, _) in zip(records, prompts, strict=True):
         for text, name in ((record.key, "key"), (record.value, "value")):
             if found := next((special for special in specials if special in text), None):
                 raise SpecialTokenInText(
@@ -161,7 +188,7 @@ def encode_records(
                     key=record.key,
                     line=record.line,
                 )
-        entry = encode_record(record, tokenizer, template)
+        entry = encode_record(record, tokenizer, template, ids)
         if never := [token for token in entry.answer_ids if token in unreachable]:
             text = str(tokenizer.convert_ids_to_tokens(never[0]))
             raise UnreachableToken(
@@ -180,6 +207,68 @@ def encode_records(
                 key=record.key,
                 line=record.line,
             )
+        encoded.append(entry)
+    return _distinct(_settled(encoded, [prompt for _, prompt in prompts], max_tokens, taken))
+
+
+Kept = Mapping[str, Any] | chat.Chat | None
+"""What is known of a record's prompt: kept from before, compared now, or nothing since it is plain."""
+
+
+def _prompts(
+    records: Sequence[Record],
+    tokenizer: Any,
+    template: PromptTemplate,
+    kept: Mapping[tuple[str, str], Mapping[str, Any]],
+) -> list[tuple[list[int], Kept]]:
+    """Ids of the prompts, joined or as kept, and what is known of each."""
+    keys = [record.key for record in records]
+    joined = [[*template.prefix_ids, *ids, *template.suffix_ids] for ids in chat.token_ids(tokenizer, keys)]
+    before = [kept.get((record.namespace, record.key)) for record in records]
+    fresh = [index for index, prompt in enumerate(before) if prompt is None]
+    prompts: list[tuple[list[int], Kept]] = [
+        (list(prompt.get("ids", ids)) if prompt else ids, prompt) for ids, prompt in zip(joined, before, strict=True)
+    ]
+    if template.kind == "chat":
+        found = template.by_chat(tokenizer, [keys[index] for index in fresh], [joined[index] for index in fresh])
+        for index, compared in zip(fresh, found, strict=True):
+            prompts[index] = joined[index], compared
+    return prompts
+
+
+def _settled(
+    encoded: Sequence[EncodedRecord],
+    known: Sequence[Kept],
+    max_tokens: int,
+    taken: Callable[[Record, Sequence[int]], bool],
+) -> list[EncodedRecord]:
+    """Each record with the prompt it is written with: the template's own ids where nothing speaks against them."""
+    used = {
+        (entry.record.namespace, entry.prompt_ids)
+        for entry, found in zip(encoded, known, strict=True)
+        if not isinstance(found, chat.Chat) or found.ids is None
+    }
+    settled = []
+    for entry, found in zip(encoded, known, strict=True):
+        if not isinstance(found, chat.Chat):
+            settled.append(replace(entry, prompt=found))
+            continue
+        own = found.ids
+        if own is not None and len(own) + len(entry.answer_ids) > max_tokens:
+            found = chat.Chat(why=chat.LONG)
+        elif own is not None and ((entry.record.namespace, own) in used or taken(entry.record, own)):
+            found = chat.Chat(why=chat.TAKEN)
+        elif own is not None:
+            entry = replace(entry, prompt_ids=own)
+        used.add((entry.record.namespace, entry.prompt_ids))
+        settled.append(replace(entry, prompt=found.kept()))
+    return settled
+
+
+def _distinct(encoded: list[EncodedRecord]) -> list[EncodedRecord]:
+    prompts: dict[tuple[str, tuple[int, ...]], Record] = {}
+    for entry in encoded:
+        record = entry.record
         other = prompts.setdefault((record.namespace, entry.prompt_ids), record)
         if other.key != record.key:
             raise PromptCollision(
@@ -189,12 +278,17 @@ def encode_records(
                 key=record.key,
                 line=record.line,
             )
-        encoded.append(entry)
     return encoded
 
 
-def encode_record(record: Record, tokenizer: Any, template: PromptTemplate) -> EncodedRecord:
-    """One record as ids, checked for an exact round trip of its value."""
+def encode_record(
+    record: Record, tokenizer: Any, template: PromptTemplate, prompt_ids: Sequence[int] | None = None
+) -> EncodedRecord:
+    """One record as ids, checked for an exact round trip of its value.
+
+    Args:
+        prompt_ids: Of a record that was written before; prefix, key and suffix unless given.
+    """
     answer = _ids(tokenizer, record.value)
     if (got := decode_answer(tokenizer, answer)) != record.value or template.end_id in answer:
         raise NotRoundTrip(
@@ -205,7 +299,8 @@ def encode_record(record: Record, tokenizer: Any, template: PromptTemplate) -> E
             key=record.key,
             line=record.line,
         )
-    return EncodedRecord(record, tuple(template.prompt_ids(tokenizer, record.key)), (*answer, template.end_id))
+    prompt = template.prompt_ids(tokenizer, record.key) if prompt_ids is None else prompt_ids
+    return EncodedRecord(record, tuple(prompt), (*answer, template.end_id))
 
 
 def special_ids(tokenizer: Any) -> set[int]:

@@ -78,11 +78,15 @@ class Reader:
     def decode_any(self, records: Sequence[StoredRecord]) -> list[tuple[StoredRecord, str]]:
         """Records of one adapter with what was decoded, whether it is the committed value or not: for checks only."""
         tokenizer = self.adapted.base.tokenizer
-        prompts = [self.template.prompt_ids(tokenizer, record.key) for record in records]
+        prompts = [self.prompt_ids(record) for record in records]
         most = max(record.answer_tokens for record in records) + 2  # the end token, and one beyond: it must have ended
         with self.active(records[0].adapter):
             ids = greedy_decode(self.adapted.model, prompts, most, self.template.end_id)
         return list(zip(records, (decode_answer(tokenizer, row) for row in ids), strict=True))
+
+    def prompt_ids(self, record: StoredRecord) -> list[int]:
+        """Ids that the record was trained with, whatever the chat template gives today."""
+        return self.template.stored_ids(self.adapted.base.tokenizer, record.key, record.prompt)
 
     def count_tokens(self, value: str) -> int:
         """Answer tokens of a value."""
@@ -91,7 +95,8 @@ class Reader:
     def token_probabilities(self, record: StoredRecord, value: str) -> tuple[TokenProbability, ...]:
         """Every answer token and the end token of a decoded value, with the adapter and without it, batch of one."""
         tokenizer = self.adapted.base.tokenizer
-        encoded = encode_record(Record(record.key, value, record.namespace), tokenizer, self.template)
+        asked = Record(record.key, value, record.namespace)
+        encoded = encode_record(asked, tokenizer, self.template, self.prompt_ids(record))
         with self.active(record.adapter):
             ((_, probs),) = answer_probabilities(self.adapted.model, [encoded])
         ((_, base_probs),) = answer_probabilities(self.adapted.model, [encoded])

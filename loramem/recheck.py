@@ -64,7 +64,7 @@ def _check(engine: Engine, adapter: str, rows: Sequence[StoredRecord], adapter_d
     template = engine.manifest.template()
     known = dict(_values(engine, rows))
     encoded = [
-        encode_record(Record(row.key, known[row.key], row.namespace), base.tokenizer, template)
+        encode_record(Record(row.key, known[row.key], row.namespace), base.tokenizer, template, reader.prompt_ids(row))
         for row in rows
         if row.key in known  # unique: an adapter holds one namespace
     ]

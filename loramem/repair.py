@@ -4,7 +4,7 @@ A value is trusted if it agrees with its salted digest, or if the row and the we
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Executor
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ from loramem.maintenance import publish, request_of, rewrite
 from loramem.reports import RepairReport
 from loramem.settings import WriterSettings
 from loramem.staging import clean
-from loramem.tables import StoredRecord, adapter_of, digest_of, is_sealed, record_of
+from loramem.tables import StoredRecord, adapter_of, digest_of, is_sealed, prompt_digest, record_of
 
 if TYPE_CHECKING:
     from loramem.writer import ProgressCallback
@@ -101,7 +101,8 @@ def assess(engine: Engine) -> Damage:
                 continue
             values[record.namespace, record.key] = value
             digest = digest_of(record.salt, record.namespace, record.key, value)  # perhaps what was damaged
-            groups.setdefault(record.adapter, []).append(replace(record, digest=digest))
+            prompt = record.prompt if whole else None  # its flags have nothing else that they could be checked by
+            groups.setdefault(record.adapter, []).append(replace(record, digest=digest, prompt=prompt))
     tombstones = index.tombstones()
     held = {adapter: sum(record.adapter == adapter for record, _ in rows) for adapter in sealed}
     missing = sum(
@@ -119,26 +120,40 @@ def _trusted(engine: Engine, record: StoredRecord, *, whole: bool, decodable: bo
         return record.value
     if not decodable:
         return None
-    if not whole:  # the number of tokens may be what was damaged
-        prompt = engine.reader.template.prompt_ids(engine.base.tokenizer, record.key)
-        record = replace(record, answer_tokens=max(1, engine.base.max_tokens - len(prompt) - 2))
-    try:
-        ((_, value),) = engine.reader.decode_any([record])
-    except LoramemError:
-        return None
-    return value if record.holds(value) or value == record.value else None  # row and weights agree
+    for asked in [record] if whole else _ways_to_ask(engine, record):
+        try:
+            ((_, value),) = engine.reader.decode_any([asked])
+        except LoramemError:
+            continue
+        if record.holds(value) or value == record.value:  # row and weights agree
+            return value
+    return None
+
+
+def _ways_to_ask(engine: Engine, record: StoredRecord) -> Iterator[StoredRecord]:
+    """A record of a damaged row with every prompt that it may have been trained with, and room for any value."""
+    prompts: list[dict[str, Any] | None] = [None, {"own": True}]  # joined, and the chat template's
+    ids = record.prompt.get("ids") if isinstance(record.prompt, dict) else None
+    if isinstance(ids, list) and prompt_digest(ids) == record.prompt_sha256:
+        prompts.insert(0, {"ids": ids})
+    for prompt in prompts:
+        asked = replace(record, prompt=prompt)
+        tokens = engine.base.max_tokens - len(engine.reader.prompt_ids(asked)) - 2
+        yield replace(asked, answer_tokens=max(1, tokens))  # their number may be what was damaged
 
 
 def _readable(row: dict[str, Any]) -> dict[str, Any]:
-    """The row, with text where damage left bytes, and without metadata that are not JSON any more."""
+    """The row, with text where damage left bytes, and without metadata or a prompt that are not JSON any more."""
     row = {
         name: column.decode(errors="replace") if isinstance(column, bytes) else column for name, column in row.items()
     }
-    try:
-        record_of(row)
-    except IntegrityError:
-        return {**row, "metadata": "{}"}
-    return row
+    for changed in ({}, {"prompt": None}, {"metadata": "{}"}):
+        try:
+            record_of({**row, **changed})
+        except IntegrityError:
+            continue
+        return {**row, **changed}
+    return {**row, "metadata": "{}", "prompt": None}
 
 
 def _check_database(index: Index) -> None:

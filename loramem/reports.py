@@ -28,6 +28,8 @@ class WriteReport:
     training_s: float
     elapsed_s: float
     """Planning, training, saving, proof and commit; loading the base model apart."""
+    needs_ids: int = 0
+    """Records that a chat server would ask for by other ids than were trained: give it ids in place of the key."""
 
     @property
     def bits_per_parameter(self) -> float:

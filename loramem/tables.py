@@ -126,6 +126,12 @@ def format_1_publications(db: Database) -> None:
     db.table("publications").create({"repo": str, "commit": str, "sent": str, "row_sha256": str}, pk="repo")
 
 
+@MIGRATIONS()
+def format_1_prompts(db: Database) -> None:
+    """Prompts that are not prefix, key and suffix, and which keys may be asked by chat; unknown of older records."""
+    db.table("records").add_column("prompt", str)
+
+
 @dataclass(frozen=True)
 class StoredRecord:
     """A committed record as the index knows it."""
@@ -145,6 +151,13 @@ class StoredRecord:
     """The record's certificate: lowest teacher-forced probability, proved when it was written."""
     written_at: str
     """UTC, ISO 8601."""
+    prompt: dict[str, Any] | None = None
+    """`loramem.chat.Chat.kept`; None for a plain prompt, and of records that were written before this was kept."""
+
+    @property
+    def chat(self) -> bool | None:
+        """Whether the key as a chat's user message has the ids that were trained; None where that is not known."""
+        return None if self.prompt is None else bool(self.prompt["chat"])
 
     def holds(self, value: str) -> bool:
         """Whether ``value`` is the committed one, by its salted digest."""
@@ -215,7 +228,14 @@ def hidden_names(key_salt: str, namespace: str, key: str) -> tuple[str, str]:
 
 
 def stored_record(
-    record: Record, prompt_ids: Sequence[int], answer_tokens: int, adapter: str, min_prob: float, *, keep_value: bool
+    record: Record,
+    prompt_ids: Sequence[int],
+    answer_tokens: int,
+    adapter: str,
+    min_prob: float,
+    *,
+    keep_value: bool,
+    prompt: Mapping[str, Any] | None = None,
 ) -> StoredRecord:
     """The index row of a record that has just been proved."""
     salt = secrets.token_hex(16)
@@ -231,6 +251,7 @@ def stored_record(
         adapter=adapter,
         min_prob=min_prob,
         written_at=now(),
+        prompt=None if prompt is None else dict(prompt),
     )
 
 
@@ -242,9 +263,14 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
+LATER = frozenset({"prompt"})
+"""Columns that rows were sealed without before there were any: no seal covers them where they hold nothing."""
+
+
 def seal(row: dict[str, Any]) -> dict[str, Any]:
     """The row with its own sha256."""
-    content = json.dumps(row, sort_keys=True, ensure_ascii=True)
+    sealed = {name: value for name, value in row.items() if value is not None or name not in LATER}
+    content = json.dumps(sealed, sort_keys=True, ensure_ascii=True)
     return {**row, "row_sha256": hashlib.sha256(content.encode()).hexdigest()}
 
 
@@ -258,12 +284,14 @@ def is_sealed(row: dict[str, Any]) -> bool:
 
 
 def record_row(record: StoredRecord) -> dict[str, Any]:
-    return seal({**vars(record), "metadata": json.dumps(record.metadata, sort_keys=True)})
+    prompt = None if record.prompt is None else json.dumps(record.prompt, sort_keys=True)
+    return seal({**vars(record), "metadata": json.dumps(record.metadata, sort_keys=True), "prompt": prompt})
 
 
 def record_of(row: dict[str, Any]) -> StoredRecord:
     fields = {name: value for name, value in row.items() if name != "row_sha256"}
-    return StoredRecord(**{**fields, "metadata": _column(row, "metadata")})
+    prompt = None if row["prompt"] is None else _column(row, "prompt")
+    return StoredRecord(**{**fields, "metadata": _column(row, "metadata"), "prompt": prompt})
 
 
 def version_row(number: int, record: StoredRecord, ended_by: str, successor: str | None = None) -> dict[str, Any]:

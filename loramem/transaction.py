@@ -77,14 +77,31 @@ class Transaction:
             log.info("%d records are in the store already and were skipped", len(repeated))
         return self.encode(new), len(repeated)
 
-    def encode(self, records: Sequence[Record]) -> list[EncodedRecord]:
-        """Records as token ids, grouped by namespace: a shard never mixes them, as equal keys are equal prompts."""
-        base = self.adapted.base
-        encoded = encode_records(records, base.tokenizer, self.template, base.max_tokens, base.unreachable)
+    def encode(
+        self, records: Sequence[Record], kept: Mapping[tuple[str, str], Mapping[str, Any]] | None = None
+    ) -> list[EncodedRecord]:
+        """Records as token ids, grouped by namespace: a shard never mixes them, as equal keys are equal prompts.
+
+        Args:
+            kept: Prompts of records that are written anew, by namespace and key.
+        """
+
+        def holder(record: Record, prompt_ids: Sequence[int]) -> str | None:
+            other = self.index.find_prompt(record.namespace, prompt_digest(prompt_ids))
+            return None if other == record.key else other
+
+        encoded = encode_records(
+            records,
+            (base := self.adapted.base).tokenizer,
+            self.template,
+            base.max_tokens,
+            base.unreachable,
+            kept=kept,
+            taken=lambda record, prompt_ids: holder(record, prompt_ids) is not None,
+        )
         for entry in encoded:
             record = entry.record
-            other = self.index.find_prompt(record.namespace, prompt_digest(entry.prompt_ids))
-            if other is not None and other != record.key:
+            if (other := holder(record, entry.prompt_ids)) is not None:
                 raise PromptCollision(
                     f"Key {record.key!r} gives the same prompt token ids as the stored key {other!r}. Rename it.",
                     other=other,
@@ -187,7 +204,13 @@ class Transaction:
         adapters = self.publish(trained.written, request)
         records = [
             stored_record(
-                entry.record, entry.prompt_ids, entry.length, one.shard.adapter, min_prob, keep_value=self.keep_values
+                entry.record,
+                entry.prompt_ids,
+                entry.length,
+                one.shard.adapter,
+                min_prob,
+                keep_value=self.keep_values,
+                prompt=entry.prompt,
             )
             for one in trained.written
             for entry, min_prob in one.proved()
@@ -335,6 +358,7 @@ def _report(trained: Trained, skipped: int, elapsed_s: float) -> WriteReport:
         visits=sum(training.visits for training in trainings),
         training_s=sum(training.elapsed_s for training in trainings),
         elapsed_s=elapsed_s,
+        needs_ids=sum(entry.prompt is not None and not entry.prompt["chat"] for one in shards for entry in one.records),
     )
 
 

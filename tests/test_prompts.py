@@ -198,10 +198,13 @@ def test_the_length_leaves_out_the_end_token_and_the_total_does_not() -> None:
     assert entry.total_tokens == 3 + 1 + 5 + 1  # key, line feed, digits, end
 
 
-def test_tokens_do_not_merge_across_the_borders_of_the_key() -> None:
+def test_tokens_that_merge_across_the_borders_of_the_key_do_so_as_in_the_chat() -> None:
     tokenizer = make_tokenizer("t{% for m in messages %}{{ m.content }}e{% endfor %}")
-    [entry] = encode(Record("h", "x"), tokenizer=tokenizer)
-    assert tokenizer.convert_ids_to_tokens(list(entry.prompt_ids)) == ["t", "h", "e"]
+    merged, apart = encode(Record("h", "x"), Record("o", "x"), tokenizer=tokenizer)
+    assert tokenizer.convert_ids_to_tokens(list(merged.prompt_ids)) == ["the"]
+    assert merged.prompt == {"chat": True, "ids": [257]}
+    assert tokenizer.convert_ids_to_tokens(list(apart.prompt_ids)) == ["t", "o", "e"]
+    assert apart.prompt == {"chat": True}
 
 
 def test_no_special_tokens_are_added_around_key_or_value() -> None:
