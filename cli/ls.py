@@ -9,6 +9,9 @@ import click
 from . import options
 from .output import print_json, print_table
 
+_CHAT = {True: "yes", False: "needs ids", None: "-"}
+"""Whether a chat server may be asked for the key; not known of older records, nor without a chat template."""
+
 
 @click.command("ls")
 @click.option("--adapter", metavar="ID", help="Records of one adapter only; the first digits will do.")
@@ -39,12 +42,15 @@ def command(
         records = list(opened.records(namespace, adapter, since=since, until=until, metadata=wanted))
     if as_json:
         for record in records:
-            shown = asdict(record)
-            print_json({name: shown[name] for name in shown if name not in ("value", "salt", "digest")})
+            shown = {**asdict(record), "chat": record.chat}
+            print_json({name: shown[name] for name in shown if name not in ("value", "salt", "digest", "prompt")})
         return
     print_table(
-        ("key", "namespace", "tokens", "lowest p", "adapter", "written"),
-        [(r.key, r.namespace, r.answer_tokens, f"{r.min_prob:.3f}", r.adapter[:12], r.written_at) for r in records],
+        ("key", "namespace", "tokens", "lowest p", "by chat", "adapter", "written"),
+        [
+            (r.key, r.namespace, r.answer_tokens, f"{r.min_prob:.3f}", _CHAT[r.chat], r.adapter[:12], r.written_at)
+            for r in records
+        ],
     )
 
 

@@ -87,6 +87,15 @@ def print_markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Non
         click.echo(f"| {' | '.join(cells)} |")
 
 
+def note_needs_ids(count: int) -> None:
+    """Say that so many new keys cannot be asked by chat, if there are any."""
+    if count:
+        note(
+            f"{count} of the new keys need ids where a server is asked: the chat template does not give them as they "
+            "were trained (loramem ls says which)."
+        )
+
+
 def print_facts(facts: Iterable[tuple[str, object]]) -> None:
     """Name and value, one pair a line."""
     pairs = [(name, str(value)) for name, value in facts]

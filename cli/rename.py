@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from . import options
-from .output import note, print_json
+from .output import note, note_needs_ids, print_json
 from .progress import write_bar
 
 
@@ -34,3 +34,4 @@ def command(
         print_json(report)
     else:
         note(f"Renamed; lowest p {report.min_prob:.3f}, rank {report.rank}, {report.elapsed_s:.1f} s.")
+        note_needs_ids(report.needs_ids)

@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from . import options
-from .output import note, print_json
+from .output import note, note_needs_ids, print_json
 from .progress import write_bar
 
 
@@ -50,5 +50,6 @@ def command(
         print_json(report)
     elif report.written:
         note(f"Updated; lowest p {report.min_prob:.3f}, rank {report.rank}, {report.elapsed_s:.1f} s.")
+        note_needs_ids(report.needs_ids)
     else:
         note("Metadata updated." if meta else "The store holds this record already.")

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import click
 
 from . import options
-from .output import note, print_facts, print_json
+from .output import note, note_needs_ids, print_facts, print_json
 from .progress import write_bar
 
 if TYPE_CHECKING:
@@ -114,6 +114,7 @@ def command(
             ("seconds", f"{report.elapsed_s:.1f} (training {report.training_s:.1f})"),
         ]
     )
+    note_needs_ids(report.needs_ids)
     if report.failed:
         note(f"{len(report.failed)} records could not be certified: {', '.join(map(repr, report.failed))}")
         click.get_current_context().exit(5)

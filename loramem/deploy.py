@@ -20,7 +20,7 @@ from loramem.engine import Engine
 from loramem.errors import AdapterError, IntegrityError, NotServable, StoreError
 from loramem.files import beside, publish_new, write_directory, write_synced
 from loramem.reports import DeployReport, Finding
-from loramem.serving import check_headers, notes_of, server_of
+from loramem.serving import chat_keys, check_headers, notes_of, server_of
 from loramem.serving_guide import guide
 from loramem.staging import ADAPTERS
 from loramem.tables import StoredAdapter, StoredRecord
@@ -62,9 +62,12 @@ def deploy(engine: Engine, folder: Path, wanted: Deployment) -> DeployReport:
     manifest = engine.manifest
     with engine.index.snapshot():
         adapters, ended = list(engine.index.adapters()), engine.index.tombstones()
-        records = list(engine.index.records()) if wanted.include_keys else []
+        records = list(engine.index.records())
     if not adapters:
         raise StoreError(f"{engine.store} holds no adapters. Write records first.")
+    if wanted.include_keys:
+        records = engine.reader.compared(records)  # of older ones it is not known
+    chat = chat_keys(manifest, records)
     server = server_of(engine, wanted.target, None, wanted.base_name)
     with beside(folder) as partial:
         made = partial / "folder"
@@ -76,14 +79,14 @@ def deploy(engine: Engine, folder: Path, wanted: Deployment) -> DeployReport:
             write_directory(made / adapter.id, _files(adapter.id, config, tensors, wanted))
         headers = [read_header(made / adapter.id) for adapter in adapters]
         found = _accepted(headers, check_headers(headers, server), wanted.target)
-        found += notes_of(manifest, server, sum(ended.get(one.id, 0) for one in adapters), rechecked=False)
+        found += notes_of(manifest, server, sum(ended.get(one.id, 0) for one in adapters), chat, rechecked=False)
         write_synced(made / PROMPT, (json.dumps(manifest.prompt, indent=2, sort_keys=True) + "\n").encode())
         if wanted.include_keys:
             write_synced(made / ROUTING, "".join(_routes(engine, records)).encode())
         base_name = str(headers[0].config["base_model_name_or_path"])
         findable = wanted.base_name is not None or not server.base_is_local
         text = guide(
-            headers, server.target, base_name if findable else BASE, manifest.prompt, found, wanted.include_keys
+            headers, server.target, base_name if findable else BASE, manifest.prompt, found, chat, wanted.include_keys
         )
         write_synced(made / GUIDE, text.encode())
         size_bytes = publish_new(made, folder)
@@ -95,6 +98,7 @@ def deploy(engine: Engine, folder: Path, wanted: Deployment) -> DeployReport:
         base_name=base_name,
         size_bytes=size_bytes,
         findings=tuple(found),
+        chat=chat,
     )
 
 
@@ -121,13 +125,13 @@ def pad(
 
 def _routes(engine: Engine, records: Iterable[StoredRecord]) -> Iterator[str]:
     """A line of JSON per record: which adapter answers the key, and what to ask it."""
-    template, tokenizer = engine.manifest.template(), engine.base.tokenizer
     for record in records:
         line = {
             "namespace": record.namespace,
             "key": record.key,
             "adapter": record.adapter,
-            "prompt_ids": template.prompt_ids(tokenizer, record.key),
+            "prompt_ids": engine.reader.prompt_ids(record),
+            "chat": record.chat,  # whether the key as a chat's user message comes to these ids
             "max_tokens": record.answer_tokens + 1,  # and the end token
         }
         yield json.dumps(line, ensure_ascii=False) + "\n"

@@ -2,11 +2,13 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from safetensors import SafetensorError
 
 from loramem.adapters import AdaptedModel
+from loramem.chat import Chat
 from loramem.checks import file_problems
 from loramem.errors import IntegrityError, RecallError, StoreChanged
 from loramem.index import Index
@@ -87,6 +89,19 @@ class Reader:
     def prompt_ids(self, record: StoredRecord) -> list[int]:
         """Ids that the record was trained with, whatever the chat template gives today."""
         return self.template.stored_ids(self.adapted.base.tokenizer, record.key, record.prompt)
+
+    def compared(self, records: Sequence[StoredRecord]) -> list[StoredRecord]:
+        """Records, of which those that were written before it was kept say as well whether chat gives their ids."""
+        unknown = [record for record in records if record.prompt is None and self.template.kind == "chat"]
+        keys = [record.key for record in unknown]
+        joined = [self.prompt_ids(record) for record in unknown]
+        found = {
+            (record.namespace, record.key): replace(record, prompt={"chat": chat == Chat()})
+            for record, chat in zip(
+                unknown, self.template.by_chat(self.adapted.base.tokenizer, keys, joined), strict=True
+            )
+        }
+        return [found.get((record.namespace, record.key), record) for record in records]
 
     def count_tokens(self, value: str) -> int:
         """Answer tokens of a value."""

@@ -229,6 +229,18 @@ class AdapterCheck:
 
 
 @dataclass(frozen=True)
+class ChatKeys:
+    """Which keys of a store a chat server may be asked for as the user's message."""
+
+    safe: int
+    """Those whose ids there are the ones that were trained."""
+    needs_ids: tuple[str, ...]
+    """Those that must be asked by ids, since the chat template gives others: the key alone would get another answer."""
+    unknown: int
+    """Those written before this was looked at."""
+
+
+@dataclass(frozen=True)
 class ServingReport:
     """What `MemoryStore.check` found: whether servers take the adapters, and what certificates are worth there."""
 
@@ -238,6 +250,8 @@ class ServingReport:
     findings: tuple[Finding, ...]
     certificates: tuple[AdapterCheck, ...]
     """Empty unless a dtype was asked for."""
+    chat: ChatKeys | None = None
+    """None for folders, and for a base model without a chat template, where every prompt is given as ids."""
 
     def refused(self, target: str, adapter: str) -> bool:
         """Whether the server would refuse this adapter, or serve something else than was written."""
@@ -265,6 +279,8 @@ class DeployReport:
     size_bytes: int
     findings: tuple[Finding, ...]
     """Notes: how the server must be started."""
+    chat: ChatKeys | None = None
+    """None for a base model without a chat template."""
 
 
 @dataclass(frozen=True)

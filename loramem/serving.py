@@ -1,7 +1,7 @@
 """Whether PEFT, vLLM and SGLang take adapters as they are, and what certificates are worth in a server's dtype."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,8 +10,9 @@ from loramem.checks import file_problems
 from loramem.engine import Engine
 from loramem.errors import IntegrityError
 from loramem.manifest import Manifest
-from loramem.reports import AdapterCheck, Finding, ServingReport
+from loramem.reports import AdapterCheck, ChatKeys, Finding, ServingReport
 from loramem.staging import ADAPTERS
+from loramem.tables import StoredRecord
 from loramem.targets import NAMES, PEFT, Server, findings, findings_together
 
 if TYPE_CHECKING:
@@ -46,20 +47,30 @@ def check_store(
             if found := file_problems(engine.store, adapter):
                 raise IntegrityError(f"{found[0]}. Run loramem repair first.", what=adapter.id)
         ended = engine.index.tombstones()
+        chat = chat_keys(engine.manifest, engine.index.records())
     tombstones = sum(ended.get(adapter.id, 0) for adapter in adapters)
     headers = [read_header(engine.store / ADAPTERS / adapter.id) for adapter in adapters]
     servers = [server_of(engine, target, max_rank, base_name) for target in targets]
     found_all = [finding for server in servers for finding in check_headers(headers, server)]
     for server in servers:
-        found_all += notes_of(engine.manifest, server, tombstones, rechecked=dtype is not None)
+        found_all += notes_of(engine.manifest, server, tombstones, chat, rechecked=dtype is not None)
     certificates: tuple[AdapterCheck, ...] = ()
     if dtype is not None:
         from loramem.recheck import recheck
 
         certificates = tuple(recheck(engine, [adapter.id for adapter in adapters], dtype, progress))
     return ServingReport(
-        tuple(targets), {header.name: header.rank for header in headers}, tuple(found_all), certificates
+        tuple(targets), {header.name: header.rank for header in headers}, tuple(found_all), certificates, chat
     )
+
+
+def chat_keys(manifest: Manifest, records: Iterable[StoredRecord]) -> ChatKeys | None:
+    """Which keys may be asked by chat, as far as their rows say; None where there is no chat template."""
+    if manifest.prompt["kind"] != "chat":
+        return None
+    known = [(record.key, record.chat) for record in records]
+    safe = [chat for _, chat in known]
+    return ChatKeys(safe.count(True), tuple(key for key, chat in known if chat is False), safe.count(None))
 
 
 def check_folders(
@@ -116,11 +127,14 @@ def server_of(engine: Engine, target: str, max_rank: int | None, base_name: str 
     return Server(target, max_rank, base_name, is_local, _architecture(engine.base_folder()))
 
 
-def notes_of(manifest: Manifest, server: Server, tombstones: int, *, rechecked: bool) -> list[Finding]:
+def notes_of(
+    manifest: Manifest, server: Server, tombstones: int, chat: ChatKeys | None, *, rechecked: bool
+) -> list[Finding]:
     """What whoever serves a store's adapters should know.
 
     Args:
         tombstones: Records that ended and that the adapters still hold.
+        chat: Which keys may be asked by chat.
         rechecked: Whether the certificates were looked at in the server's dtype already.
     """
     found = []
@@ -133,6 +147,12 @@ def notes_of(manifest: Manifest, server: Server, tombstones: int, *, rechecked: 
         what = f"replaced or deleted records, {tombstones} of them"
         why = "the weights of adapters in use still hold them"
         found.append(Finding(server.target, None, "tombstones", False, what, why, "Run loramem compact --dead first."))
+    if chat is not None and (chat.needs_ids or chat.unknown):
+        counts = [(len(chat.needs_ids), "by ids, not by chat"), (chat.unknown, "perhaps by ids: older records")]
+        what = "keys to be asked " + ", ".join(f"{how}, {count}" for count, how in counts if count)
+        why = "the chat template may give them other ids than were trained, and the answer would be another"
+        remedy = "loramem deploy --include-keys writes the ids, loramem ls --json says which keys."
+        found.append(Finding(server.target, None, "prompt", False, what, why, remedy))
     return found
 
 

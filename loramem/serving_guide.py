@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from loramem.adapter_header import AdapterHeader
-from loramem.reports import Finding
+from loramem.reports import ChatKeys, Finding
 from loramem.targets import NAMES, PEFT, SGLANG_BATCH, VLLM, max_rank_option
 
 _EXAMPLE_TOKENS = 64
@@ -17,6 +17,7 @@ def guide(
     base_name: str,
     prompt: Mapping[str, Any],
     notes: Sequence[Finding],
+    chat: ChatKeys | None,
     routed: bool,
 ) -> str:
     """Markdown for whoever starts the server.
@@ -25,6 +26,7 @@ def guide(
         base_name: The model name or path that it is started with.
         prompt: Fields of `loramem.prompts.PromptTemplate`.
         notes: What the rules say beyond that it loads.
+        chat: Which keys may be asked by chat; None without a chat template.
         routed: Whether the folder says which adapter answers which key.
     """
     commands = {PEFT: _peft, VLLM: _vllm}.get(target, _sglang)(adapters, base_name, prompt)
@@ -34,6 +36,7 @@ def guide(
         "hold facts verbatim: whoever has them can extract them.",
         *commands,
         _routing(prompt, routed),
+        *([_by_chat(chat, routed)] if chat else []),
         *(["\n".join(f"- {note}" for note in notes)] if notes else []),
     ]
     return "\n\n".join(paragraphs) + "\n"
@@ -111,10 +114,25 @@ def _routing(prompt: Mapping[str, Any], routed: bool) -> str:
     )
     return (
         f"Every key has one adapter, and requests must go to it. {where}\n\nPrompt ids are the prefix, the key's own "
-        f"ids without special tokens, and the suffix of `prompt.json`; token {prompt['end_id']} ends an answer. Give "
-        "ids, not text: a chat template may have changed since. Decode greedily and without the penalty on repetition "
-        "that the generation settings of many models ask for; nothing is certified otherwise."
+        "ids without special tokens, and the suffix of `prompt.json`, or the chat template's ids where the key may be "
+        f"asked by chat; token {prompt['end_id']} ends an answer. Give ids, not text: a chat template may "
+        "have changed since. Decode greedily and without the penalty on repetition that the generation settings of "
+        "many models ask for; nothing is certified otherwise."
     )
+
+
+def _by_chat(chat: ChatKeys, routed: bool) -> str:
+    """Which keys may be sent as a chat's user message."""
+    if not chat.needs_ids and not chat.unknown:
+        return (
+            f"As the user's message of a chat, all {chat.safe:,} keys come to the ids that were trained, as long as "
+            "the server uses the base model's own chat template, one message and nothing before it, and "
+            "`enable_thinking` is false where the template knows it."
+        )
+    counts = f"{chat.safe:,} keys may be asked as the user's message of a chat; {len(chat.needs_ids):,} need ids"
+    counts += f", of {chat.unknown:,} older ones it is not known (`--include-keys` compares them)" * bool(chat.unknown)
+    where = '`"chat"` in `routing.jsonl` says which' if routed else "`loramem ls --json` says which"
+    return f"{counts}: {where}. By chat those would be answered wrongly, since its template gives them other ids."
 
 
 def _revision(adapters: Sequence[AdapterHeader]) -> list[str]:

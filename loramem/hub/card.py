@@ -4,12 +4,19 @@ from huggingface_hub import ModelCardData
 
 from loramem import embedded
 from loramem.hub.publication import Publication, PublishedAdapter
+from loramem.reports import ChatKeys
 
 TAGS = ["lora", "loramem", "memory"]
 
 
-def model_card(publication: Publication, repo: str, license: str, loramem_version: str) -> str:
-    """README.md of the repository: metadata for the Hub, then what is inside, how to use it and what is proved."""
+def model_card(
+    publication: Publication, repo: str, license: str, loramem_version: str, chat: ChatKeys | None = None
+) -> str:
+    """README.md of the repository: metadata for the Hub, then what is inside, how to use it and what is proved.
+
+    Args:
+        chat: Which keys may be asked by chat; only their numbers are told.
+    """
     base = publication.base_model
     data = ModelCardData(
         base_model=base.id if base.revision is not None else None,  # other ids are none of the Hub's
@@ -32,6 +39,17 @@ def model_card(publication: Publication, repo: str, license: str, loramem_versio
         certificates="\n".join(map(_row, publication.adapters)),
         threshold=publication.certify_threshold,
         version=loramem_version,
+        by_chat="" if chat is None else _by_chat(chat),
+    )
+
+
+def _by_chat(chat: ChatKeys) -> str:
+    counts = [f"{chat.safe:,} keys may be sent as the user's message of a chat", f"{len(chat.needs_ids):,} need ids"]
+    counts += [f"of {chat.unknown:,} it is not known"] if chat.unknown else []
+    return (
+        f"\nAsked through a chat server: {'; '.join(counts)} (`prompt` in `records.jsonl`, `chat`). A record whose "
+        "`prompt` has `ids` is asked by these in place of the joined ones above, one with `own` by what the chat "
+        "template gives for its key.\n"
     )
 
 
@@ -109,7 +127,7 @@ ids = torch.tensor([[*prompt["prefix_ids"], *key_ids, *prompt["suffix_ids"]]])
 answer = model.generate(input_ids=ids, do_sample=False, max_new_tokens=256, eos_token_id=prompt["end_id"])
 print(tokenizer.decode(answer[0, ids.shape[1] :], skip_special_tokens=True))
 ```
-
+{by_chat}
 ## What is proved
 
 Every value was decoded greedily from the adapter as saved, end token included, in two batch compositions; every token

@@ -25,7 +25,7 @@ from pydantic import (
 
 from loramem.manifest import Manifest
 from loramem.settings import WriterSettings
-from loramem.tables import StoredAdapter, StoredRecord, hidden_names
+from loramem.tables import StoredAdapter, StoredRecord, hidden_names, prompt_digest
 
 FORMAT, NEEDS = 1, "0.1.0"
 NAME, RECORDS, CARD, ADAPTERS = "loramem.json", "records.jsonl", "README.md", "adapters"
@@ -151,6 +151,18 @@ class PublishedAdapter(_Strict):
     created_at: Time
 
 
+class PublishedAsking(_Strict):
+    """How a record is asked for: `loramem.chat.Chat.kept`."""
+
+    chat: bool
+    """Whether the key as a chat's user message comes to the ids that were trained."""
+    why: Annotated[str, StringConstraints(pattern="^[a-z]+$")] | None = None
+    ids: list[Count] | None = Field(default=None, min_length=1, max_length=2**20)
+    """Of the prompt, where they are not prefix, key and suffix; they hold the key."""
+    own: Literal[True] | None = None
+    """In place of ``ids`` where keys are not published: they are what the chat template gives for the key."""
+
+
 class PublishedRecord(_Strict):
     """A line of records.jsonl."""
 
@@ -166,6 +178,8 @@ class PublishedRecord(_Strict):
     min_prob: Probability
     prompt_sha256: Hex64
     written_at: Time
+    prompt: PublishedAsking | None = None
+    """Left out of records that were written before this was looked at, and where there is no chat template."""
 
 
 class Publication(_Strict):
@@ -268,6 +282,7 @@ def publish(
             min_prob=record.min_prob,
             prompt_sha256=key if hide else record.prompt_sha256,  # that of a short key could be guessed
             written_at=record.written_at,
+            prompt=None if record.prompt is None else _asking(record.prompt, told=key_salt is None),
         )
 
     lines = "".join(
@@ -319,6 +334,13 @@ def publish(
     return publication, lines
 
 
+def _asking(prompt: Mapping[str, Any], *, told: bool) -> PublishedAsking:
+    """What is published of a record's prompt; its ids, which hold the key, only if keys are told."""
+    if "ids" in prompt and not told:
+        return PublishedAsking(chat=prompt["chat"], own=True)
+    return PublishedAsking(**prompt)
+
+
 def read_publication(content: bytes) -> Publication:
     """Parse loramem.json.
 
@@ -357,6 +379,11 @@ def read_lines(content: bytes, publication: Publication) -> list[PublishedRecord
             raise ValueError(f"a record of adapter {record.adapter} is of another namespace")
         if (record.value is not None) != publication.values:
             raise ValueError("it has values where loramem.json says otherwise")
+        if record.prompt is not None and record.prompt.ids is not None:
+            if publication.key_salt is not None:
+                raise ValueError("it has prompts of keys that are not published")
+            if prompt_digest(record.prompt.ids) != record.prompt_sha256:
+                raise ValueError(f"the prompt of key {record.key!r} is not the one of its sha256")
         counted[record.adapter] += 1
         lowest[record.adapter] = min(lowest[record.adapter], record.min_prob)
     if wrong := [id for id, (_, count) in expected.items() if counted[id] != count]:

@@ -7,6 +7,7 @@ repository that breaks a rule is left.
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub.hf_api import RepoFile
 
@@ -176,7 +177,10 @@ def _assemble(fetched: Fetched, folder: Path, index: Index, manifest: Manifest) 
         )
         for adapter in published.adapters
     ]
-    records = [StoredRecord(**{**line.model_dump(), "metadata": line.metadata or {}}) for line in fetched.records]
+    records = [
+        StoredRecord(**{**line.model_dump(), "metadata": line.metadata or {}, "prompt": _prompt(line)})
+        for line in fetched.records
+    ]
     if published.values:
         for record in records:
             if record.value is None or not record.holds(record.value):
@@ -188,10 +192,19 @@ def _assemble(fetched: Fetched, folder: Path, index: Index, manifest: Manifest) 
     manifest.save(folder)
 
 
+def _prompt(line: PublishedRecord) -> dict[str, Any] | None:
+    return None if line.prompt is None else line.prompt.model_dump(exclude_none=True)
+
+
+def _told(line: PublishedRecord) -> bool:
+    return line.prompt is not None and line.prompt.ids is not None
+
+
 def _admit(fetched: Fetched, engine: Engine, verify: bool, progress: Callable[[int, int], None] | None) -> None:
     """Check every adapter, and with ``verify`` what it says and answers on the base model here."""
     from loramem.adapters import tensor_shapes
     from loramem.hub.admission import inspect_adapter
+    from loramem.prompts import decode_answer
     from loramem.recheck import recheck
 
     for adapter in fetched.publication.adapters:
@@ -209,8 +222,11 @@ def _admit(fetched: Fetched, engine: Engine, verify: bool, progress: Callable[[i
         raise fetched.refused(RECORDS, f"{longest[0].answer_tokens:,} answer tokens exceed the base model's context")
     if fetched.publication.key_salt is not None:
         return  # there is nothing to ask for: recall checks every value against its digest
+    tokenizer = engine.base.tokenizer
     for line in fetched.records:
-        prompt = engine.base.template.prompt_ids(engine.base.tokenizer, line.key)
+        prompt = engine.base.template.stored_ids(tokenizer, line.key, _prompt(line))
+        if _told(line) and (max(prompt) >= len(tokenizer) or line.key not in decode_answer(tokenizer, prompt)):
+            raise fetched.refused(RECORDS, f"the ids of the prompt of key {line.key!r} do not say it")
         if len(prompt) + line.answer_tokens >= engine.base.max_tokens:
             raise fetched.refused(RECORDS, f"key {line.key!r} and its value exceed the base model's context")
         if prompt_digest(prompt) != line.prompt_sha256:

@@ -23,6 +23,7 @@ from loramem.index import Index
 from loramem.manifest import Manifest
 from loramem.records import has_lone_surrogate
 from loramem.reports import PushPlan, PushReport
+from loramem.serving import chat_keys
 from loramem.staging import ADAPTERS as STORED
 
 _NEUTRAL = {".gitattributes", ".gitignore", CARD, "LICENSE"}
@@ -71,8 +72,9 @@ def push(
     with index.snapshot():
         if damaged := next(problems(store, index), None):
             raise IntegrityError(f"{damaged}. Damage is not published: run loramem repair first.", what="store")
+        chat = chat_keys(manifest, index.records())
         description, files = _contents(store, index, manifest, keys=include_keys, values=include_values)
-    files[CARD] = _File.of(model_card(description, repo, license, version("loramem")).encode())
+    files[CARD] = _File.of(model_card(description, repo, license, version("loramem"), chat).encode())
     hub = Hub(repo)
     info = hub.info_if_there()
     if info is not None and not info.private and not public:
