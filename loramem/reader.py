@@ -92,7 +92,9 @@ class Reader:
 
     def compared(self, records: Sequence[StoredRecord]) -> list[StoredRecord]:
         """Records, of which those that were written before it was kept say as well whether chat gives their ids."""
-        unknown = [record for record in records if record.prompt is None and self.template.kind == "chat"]
+        if self.template.kind != "chat" or self.index.key_salt is not None:  # no chat, or no keys to compare
+            return list(records)
+        unknown = [record for record in records if record.prompt is None]
         keys = [record.key for record in unknown]
         joined = [self.prompt_ids(record) for record in unknown]
         found = {

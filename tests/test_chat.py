@@ -12,8 +12,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from loramem import MemoryStore
-from loramem.chat import CHANGED, DATED, LONG, OTHER, REFUSED, TAKEN
-from loramem.errors import IntegrityError, PromptCollision, RefusedRepository, TooLong
+from loramem.chat import CHANGED, DATED, LONG, OTHER, REFUSED, TAKEN, Chat
+from loramem.errors import IntegrityError, PromptCollision, RefusedRepository
 from loramem.prompts import EncodedRecord, PromptTemplate, encode_records
 from loramem.records import Record
 
@@ -50,7 +50,7 @@ def tokenizer_of(template: str | None, **user: bool) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[("Ċ", "Ġ"), ("Ċ", "Ċ"), ("Ġ", "t")]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken("<user>", special=True, **user), *SPECIALS])
+    tokenizer.add_special_tokens([*SPECIALS[:2], AddedToken("<user>", special=True, **user), SPECIALS[3]])
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>")
     fast.chat_template = template
     return fast
@@ -151,13 +151,14 @@ def test_ids_that_another_key_has_are_not_taken_from_it() -> None:
     assert (entry.prompt, list(entry.prompt_ids)) == ({"chat": False, "why": TAKEN}, joined(tokenizer, WIDE))
 
 
-def test_ids_beyond_the_context_are_not_used() -> None:
-    tokenizer = tokenizer_of(TURNS + "{% if messages[0].content[:2] == '  ' %}{% endif %}")
-    own, ours = len(of_chat(tokenizer, WIDE)), len(joined(tokenizer, WIDE))
-    assert own < ours  # here the template's are fewer: what does not fit joined is refused as before
-    with pytest.raises(TooLong):
-        encode(tokenizer, WIDE, max_tokens=ours + 1)
-    assert LONG not in str(encode(tokenizer, WIDE, max_tokens=ours + 2))
+def test_ids_beyond_the_context_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = tokenizer_of(TURNS)
+    ours = joined(tokenizer, WIDE)
+    monkeypatch.setattr(PromptTemplate, "by_chat", lambda *_: [Chat((*ours, 5))])
+    fits = len(ours) + 2  # the value and the end token
+    assert encode(tokenizer, WIDE, max_tokens=fits + 1)[0].prompt == {"chat": True, "ids": [*ours, 5]}
+    (entry,) = encode(tokenizer, WIDE, max_tokens=fits)
+    assert (entry.prompt, list(entry.prompt_ids)) == ({"chat": False, "why": LONG}, ours)
 
 
 def test_records_written_before_keep_their_prompt_whatever_the_template_gives() -> None:

@@ -169,6 +169,7 @@ def test_no_key_value_or_path_goes_along_unless_asked(store: MemoryStore, base: 
             "key": record.key,
             "adapter": record.adapter,
             "prompt_ids": template.prompt_ids(tokenizer, record.key),
+            "chat": True,
             "max_tokens": record.answer_tokens + 1,
         }
 

@@ -93,6 +93,7 @@ LAYERS = (
     (
         "loramem.adapter_config",
         "loramem.adapter_header",
+        "loramem.chat",
         "loramem.embedded.corpus",
         "loramem.events",
         "loramem.fingerprint",

@@ -128,10 +128,11 @@ def _ask(store: "MemoryStore", values: Mapping[str, str], seed: int) -> Result:
     from loramem.reader import decode_batches
 
     template, stored = PromptTemplate(**store.manifest.prompt), list(store.records())
-    prompts = {tuple(template.prompt_ids(store.base.tokenizer, record.key)) for record in stored}
+    tokenizer = store.base.tokenizer
+    prompts = {tuple(template.stored_ids(tokenizer, record.key, record.prompt)) for record in stored}
 
     def unknown(key: str) -> bool:
-        return key not in values and tuple(template.prompt_ids(store.base.tokenizer, key)) not in prompts
+        return key not in values and tuple(template.prompt_ids(tokenizer, key)) not in prompts
 
     rng = random.Random(seed)
     near = {record.key: near_miss(record.key, unknown, rng) for record in stored}
@@ -167,7 +168,10 @@ def _decode(
     from loramem.recall import greedy_decode
 
     tokenizer = store.base.tokenizer
-    prompts = [template.prompt_ids(tokenizer, asked[record.key]) for record in batch]
+    prompts = [
+        template.stored_ids(tokenizer, key, record.prompt if key == record.key else None)
+        for key, record in ((asked[record.key], record) for record in batch)
+    ]
     most = max(record.answer_tokens for record in batch) + 2  # the end token, and one beyond: it must have ended
     rows = greedy_decode(store.base.model, prompts, most, template.end_id)
     return {record.key: decode_answer(tokenizer, ids) for record, ids in zip(batch, rows, strict=True)}
