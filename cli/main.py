@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import click
 
 from loramem import errors
+from loramem.out_of_memory import is_out_of_memory, out_of_memory
 
 from . import (
     backup,
@@ -102,6 +103,11 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except sqlite3.Error as error:
         click.echo(f"Error: index.db cannot be read ({error}). Run loramem verify --quick.", err=True)
         return 4
+    except (MemoryError, RuntimeError) as error:  # of a command that computes without a store
+        if not is_out_of_memory(error):
+            raise
+        click.echo(f"Error: {out_of_memory(error)}", err=True)
+        return 1
     except errors.LoramemError as error:
         click.echo(f"Error: {' '.join(str(error).splitlines())}", err=True)  # names of files may hold line ends
         return next(code for kind, code in EXIT_CODES if isinstance(error, kind))

@@ -45,6 +45,7 @@
     └── BaseModelError
         ├── BaseModelNotFound         no such model, or it cannot be loaded
         ├── UnsupportedBaseModel      it loads, but adapters cannot be written for it
+        ├── OutOfMemory               it, or a batch that it was to compute, does not fit into memory
         └── OtherBaseModel            not the base model that the store was written with
 
 Every error carries its facts as attributes, so that callers never parse its text.
@@ -63,6 +64,12 @@ class LoramemError(Exception):
     def __reduce__(self) -> tuple[Any, ...]:
         # The default would call the class with the message alone; many take keyword arguments as well.
         return _restored, (type(self), self.args, vars(self))
+
+
+def reason(error: BaseException, limit: int = 200) -> str:
+    """What an error of another library says, in one line; its name if it says nothing."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= limit else text[:limit] + "…"
 
 
 def _restored(kind: type[LoramemError], args: tuple[Any, ...], attributes: dict[str, Any]) -> LoramemError:
@@ -325,6 +332,10 @@ class BaseModelNotFound(BaseModelError):
 
 class UnsupportedBaseModel(BaseModelError):
     """The base model loads, but loramem cannot write adapters for it."""
+
+
+class OutOfMemory(BaseModelError):
+    """The base model, or a batch that it was to compute, does not fit into the device's memory."""
 
 
 class OtherBaseModel(BaseModelError):

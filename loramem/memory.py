@@ -20,6 +20,7 @@ from loramem.index import NAME as INDEX
 from loramem.index import Index
 from loramem.manifest import NAME as MANIFEST
 from loramem.manifest import Manifest, read_manifest
+from loramem.out_of_memory import memory_errors
 from loramem.records import RecordLike, as_records
 from loramem.reports import (
     DeployReport,
@@ -418,8 +419,8 @@ class Memory:
 
     @contextmanager
     def _turn(self) -> Iterator[None]:
-        """One thread at a time, and what SQLite says of the index as errors of ours."""
-        with self._lock, sqlite_errors(self._index.path):
+        """One thread at a time, and what SQLite says of the index, or torch of memory, as errors of ours."""
+        with self._lock, sqlite_errors(self._index.path), memory_errors():
             yield
 
     def _find(self, key: str, namespace: str) -> StoredRecord:

@@ -32,6 +32,7 @@ from loramem.index import VACUUM_DUE
 from loramem.locks import write_lock
 from loramem.manifest import NAME as MANIFEST
 from loramem.memory import Memory, OnConflict
+from loramem.out_of_memory import memory_errors
 from loramem.records import Record, RecordLike, as_records
 from loramem.repair import repair
 from loramem.reports import (
@@ -158,6 +159,7 @@ class MemoryStore(Memory):
             StubbornRecords: Some records could not be certified and ``partial`` is False; nothing was committed.
             TrainingDiverged: NaN or Inf; nothing was committed.
             RecallError: A saved adapter did not decode what training had certified; nothing was committed.
+            OutOfMemory: A batch did not fit into memory; the write waits to be resumed or discarded.
         """
         check_request(goal, rank)
         _check_conflict(on_conflict)
@@ -445,12 +447,13 @@ class MemoryStore(Memory):
             UnfinishedWrite: A write is journalled, and this is not about it.
             StoreError: SQLite could not write, such as on a full disk.
             IntegrityError: index.db is damaged.
+            OutOfMemory: A write that ran into it waits to be resumed or discarded.
         """
         if self._index.read_only:
             raise StoreReadOnly(f"{self.path} cannot be written. Change its permissions, or copy it.")
         if self.manifest.key_salt is not None:
             raise StoreReadOnly(f"{self.path} was pulled without its keys, so that it can only be read.")
-        with write_lock(self.path, self.wait_s), sqlite_errors(self._index.path):
+        with write_lock(self.path, self.wait_s), sqlite_errors(self._index.path), memory_errors():
             if self._index.meta(VACUUM_DUE):
                 self._index.vacuum()
             if not resuming and (pending := self._index.pending_write()) is not None:

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from loramem.batches import Batch, answer_logits, group_by_length, make_batch
 from loramem.layers import decoder_layers, position_wise_blocks
+from loramem.out_of_memory import is_out_of_memory
 from loramem.prompts import EncodedRecord
 
 log = logging.getLogger(__name__)
@@ -167,17 +168,19 @@ def splits_exactly(model: PreTrainedModel, layer: int, records: Sequence[Encoded
     """Whether the tail alone gives the full model's logits, tried on the shortest and the longest record.
 
     What it cannot split (layers that share keys and values, or take more than the hidden states of the one below)
-    is run whole: correct and slower.
+    is run whole: correct and slower. Exhausted memory and what fails without a split are raised as they are.
     """
     ordered = sorted(records, key=lambda record: record.total_tokens)
     batch = make_batch([ordered[0], ordered[-1]], model.device)
+    full = answer_logits(model, batch)  # what fails here fails without a split as well
     try:
         hidden = entering(model, layer, batch)
         # Other tokens in between: what a lower layer leaves behind for those above must not be of this very batch.
         answer_logits(model, replace(batch, input_ids=batch.input_ids.roll(1, dims=1)))
         tail = _tail_logits(model, decoder_layers(model), layer, hidden, batch)
-        full = answer_logits(model, batch)
     except (RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError) as error:
+        if is_out_of_memory(error):
+            raise
         log.warning("%s cannot be split at layer %d (%s); every layer is run", type(model).__name__, layer, error)
         return False
     difference = float((full - tail).abs().max() / full.abs().max())
