@@ -16,6 +16,7 @@ def write_bar() -> Iterator["ProgressCallback"]:
         BarColumn,
         MofNCompleteColumn,
         Progress,
+        TaskID,
         TextColumn,
         TimeElapsedColumn,
         TimeRemainingColumn,
@@ -33,25 +34,31 @@ def write_bar() -> Iterator["ProgressCallback"]:
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        tasks = {}
+    bar = Progress(*columns, console=Console(stderr=True))
+    tasks: dict[int, TaskID] = {}
 
-        def show(told: "WriteProgress") -> None:
-            if told.shard not in tasks:
-                tasks[told.shard] = bar.add_task(
-                    "", start=True, total=told.tokens_total, shard="", min_prob=0.0, loss=0.0, rank=0, step=0
-                )
-            bar.update(
-                tasks[told.shard],
-                completed=told.tokens_ordered,
-                shard=f"{told.shard}/{told.shards}",
-                min_prob=told.min_prob,
-                loss=told.loss,
-                rank=told.rank,
-                step=told.step,
+    def show(told: "WriteProgress") -> None:
+        if not tasks:
+            bar.start()  # not before: what fails earlier has nothing to draw, and ending would print an empty line
+        if told.shard not in tasks:
+            tasks[told.shard] = bar.add_task(
+                "", start=True, total=told.tokens_total, shard="", min_prob=0.0, loss=0.0, rank=0, step=0
             )
+        bar.update(
+            tasks[told.shard],
+            completed=told.tokens_ordered,
+            shard=f"{told.shard}/{told.shards}",
+            min_prob=told.min_prob,
+            loss=told.loss,
+            rank=told.rank,
+            step=told.step,
+        )
 
+    try:
         yield show
+    finally:
+        if tasks:
+            bar.stop()
 
 
 @contextmanager

@@ -1,34 +1,42 @@
 """The frozen base model: find, load, freeze."""
 
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import huggingface_hub
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
+from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError is of the HTTP library it uses
+    HTTPError,
+    LocalEntryNotFoundError,
 )
-from transformers.utils import logging as logging_of_transformers
+from huggingface_hub.file_download import repo_folder_name
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from loramem import embedded
-from loramem.errors import BaseModelNotFound, UnsupportedBaseModel
+from loramem.errors import BaseModelNotFound, UnsupportedBaseModel, reason
 from loramem.fingerprint import Fingerprint, fingerprint
+from loramem.model_files import check_files
+from loramem.out_of_memory import memory_errors
 from loramem.parameters import parameters_sha256
+from loramem.pretrained import (
+    check_computes,
+    context_tokens,
+    read_config,
+    read_model,
+    read_tokenizer,
+    vocabulary_size,
+)
 from loramem.prompts import PromptTemplate
 
 # Everything a causal LM needs and nothing that could run code: no pickles, no Python files.
 HUB_PATTERNS = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt")
 SNAPSHOT = re.compile(r"/models--([^/]+)/snapshots/([0-9a-f]{40})$")
 """End of the path of a repository's commit in the Hub's cache."""
+# The same weights once more in another vendor's layout, and folders of other formats: a pattern's * crosses "/".
+HUB_IGNORED = ("consolidated*", "*/*")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -48,6 +56,8 @@ class BaseModel:
     template: PromptTemplate
     unreachable: frozenset[int]
     """Token ids that can never be decoded greedily; see `unreachable_tokens`."""
+    vocabulary: int
+    """Rows of the embedding and the unembedding: token ids from here on cannot be computed."""
     fingerprint: Fingerprint
     device: torch.device
     dtype: str
@@ -69,7 +79,7 @@ class BaseModel:
     @property
     def max_tokens(self) -> int:
         """Context length in tokens."""
-        return int(self.model.config.get_text_config().max_position_embeddings)
+        return context_tokens(self.model.config, self.tokenizer.model_max_length)
 
 
 def load_base_model(
@@ -90,8 +100,10 @@ def load_base_model(
         rehash: Hash the weights again even if the cache knows these files.
 
     Raises:
-        BaseModelNotFound: Nothing there, no network, or no safetensors.
-        UnsupportedBaseModel: Quantised weights, no usable end token, or a device or dtype that cannot be used.
+        BaseModelNotFound: Nothing there, no network, no safetensors, or files that are damaged.
+        UnsupportedBaseModel: Weights that are not all there or belong to another configuration, code of its own,
+            quantised weights, a tokenizer without a usable end token, or a device or dtype that cannot be used.
+        OutOfMemory: It does not fit into the device's memory.
     """
     target = _device(device)
     if dtype == "auto":
@@ -99,29 +111,21 @@ def load_base_model(
     if dtype not in DTYPES:
         raise UnsupportedBaseModel(f"Unknown dtype {dtype!r}. Use one of {', '.join(DTYPES)} or auto.")
     folder, identity, commit = find_base_model(name, revision)
-    if not sorted(folder.glob("*.safetensors")):
-        raise BaseModelNotFound(
-            f"{name!r} has no *.safetensors weights. loramem never loads pickled weights; convert the model first."
-        )
-    try:
-        config = AutoConfig.from_pretrained(folder)
-        if "quantization_config" in config.to_dict():
-            raise UnsupportedBaseModel(
-                f"{name!r} is quantised. Its kernels do not give the same logits in every batch shape, so recall "
-                "could not be certified; use the unquantised model."
-            )
-        with _no_progress_bar():
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype], use_safetensors=True)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise BaseModelNotFound(f"{name!r} cannot be loaded as a causal language model: {reason}") from error
-    parameters = parameters_sha256(model)  # before anything is done with them
-    model.to(target)  # type: ignore[arg-type]  # transformers wraps nn.Module.to
-    model.eval().requires_grad_(False)
-    # Published generation settings sample, or penalise repetition; generate() would mix them into ours.
-    model.generation_config = GenerationConfig()
-    unreachable = unreachable_tokens(model)
+    lacking = _lacking(name, commit)
+    values = check_files(folder, name, lacking)
+    with memory_errors():
+        config = read_config(folder, name)
+        model = read_model(folder, config, DTYPES[dtype], name, values)
+        tokenizer = read_tokenizer(folder, name, lacking)
+        context_tokens(model.config, tokenizer.model_max_length)
+        parameters = parameters_sha256(model)  # before anything is done with it
+        model.to(target)  # type: ignore[arg-type]  # transformers wraps nn.Module.to
+        model.eval().requires_grad_(False)
+        # Published generation settings sample, or penalise repetition; generate() would mix them into ours.
+        model.generation_config = GenerationConfig()
+        vocabulary, unreachable = vocabulary_size(model, name), unreachable_tokens(model)
+        template = PromptTemplate.of(tokenizer, unreachable, vocabulary)
+        check_computes(model, template, name)
     return BaseModel(
         id=identity,
         revision=commit,
@@ -129,8 +133,9 @@ def load_base_model(
         folder=folder,
         model=model,
         tokenizer=tokenizer,
-        template=PromptTemplate.of(tokenizer, unreachable),
+        template=template,
         unreachable=unreachable,
+        vocabulary=vocabulary,
         fingerprint=replace(fingerprint(folder, rehash=rehash), parameters=parameters),
         device=target,
         dtype=dtype,
@@ -146,18 +151,6 @@ def _device(name: str) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise UnsupportedBaseModel(f"Device {name!r} cannot be used here ({reason}). Use auto or cpu.") from None
-
-
-@contextmanager
-def _no_progress_bar() -> Iterator[None]:
-    """transformers draws a bar for reading weights from disk; downloads keep theirs."""
-    shown = logging_of_transformers.is_progress_bar_enabled()
-    logging_of_transformers.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging_of_transformers.enable_progress_bar()
 
 
 @torch.inference_mode()
@@ -181,7 +174,7 @@ def unreachable_tokens(model: PreTrainedModel, tolerance: float = 0.005) -> froz
 
 def location_of(name: str) -> str | None:
     """The folder that a name is the path of; None if it is "loramem-tiny" or can only be a Hub id."""
-    local = Path(name).expanduser()
+    local = _expanded(name)
     return str(local.resolve()) if name != embedded.NAME and local.is_dir() else None
 
 
@@ -196,12 +189,46 @@ def find_base_model(name: str, revision: str | None = None) -> tuple[Path, str, 
     if (location := location_of(name)) is not None:
         if match := SNAPSHOT.search(location):
             return Path(location), match[1].replace("--", "/"), match[2]
-        return Path(name).expanduser(), Path(location).name, None
+        return _expanded(name), Path(location).name, None
     try:
-        folder = Path(snapshot_download(name, revision=revision, allow_patterns=list(HUB_PATTERNS)))
-    except (RepositoryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError, ValueError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        folder = Path(
+            snapshot_download(
+                name, revision=revision, allow_patterns=list(HUB_PATTERNS), ignore_patterns=list(HUB_IGNORED)
+            )
+        )
+    # The client lets through errors of its HTTP library, RuntimeError of downloads, what nonsense does to its parsers.
+    except (HTTPError, OSError, ValueError, RuntimeError, KeyError) as error:
+        if isinstance(error, LocalEntryNotFoundError) and _is_cached(name):  # offline, and a file is lacking
+            raise BaseModelNotFound(_incomplete(name, revision)) from error
         raise BaseModelNotFound(
-            f"Base model {name!r} is neither a local folder nor available from the Hub ({reason})."
+            f"Base model {name!r} is neither a local folder nor available from the Hub ({reason(error)})."
         ) from error
     return folder, name, folder.name
+
+
+def _expanded(name: str) -> Path:
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:  # ~someone who is not a user here
+        return Path(name)
+
+
+def _is_cached(name: str) -> bool:
+    """Whether some revision of a Hub repository was downloaded, in whole or in part."""
+    cached = Path(huggingface_hub.constants.HF_HUB_CACHE, repo_folder_name(repo_id=name, repo_type="model"))
+    return next(cached.glob("snapshots/*/*"), None) is not None
+
+
+def _lacking(name: str, commit: str | None) -> str:
+    """What to do about a file that a model's folder does not have."""
+    if commit is not None and huggingface_hub.is_offline_mode():  # otherwise it was completed just now
+        return _incomplete(name, commit)
+    return "Give a folder with all of a model, its weights as safetensors: loramem never loads pickled ones."
+
+
+def _incomplete(name: str, revision: str | None) -> str:
+    where = f" at revision {revision}" if revision else ""
+    return (
+        f"The cached copy of {name}{where} is incomplete: go online once (HF_HUB_OFFLINE unset) and load it, which "
+        "completes it."
+    )

@@ -189,7 +189,9 @@ def encode_sample(
     """
 
     def encode(records: Sequence[Record]) -> list[EncodedRecord]:
-        return encode_records(records, base.tokenizer, base.template, base.max_tokens, base.unreachable)
+        return encode_records(
+            records, base.tokenizer, base.template, base.max_tokens, base.unreachable, base.vocabulary
+        )
 
     if not data:
         return encode(sample(kind, length, base.tokenizer, seed))

@@ -72,6 +72,14 @@ def reason(error: BaseException, limit: int = 200) -> str:
     return text if len(text) <= limit else text[:limit] + "…"
 
 
+def is_failure(error: BaseException) -> bool:
+    """Whether code of another library failed; interrupts and exits did not.
+
+    What Rust code panics with (tokenizers, safetensors) is no `Exception`, and its class cannot be imported.
+    """
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
+
 def _restored(kind: type[LoramemError], args: tuple[Any, ...], attributes: dict[str, Any]) -> LoramemError:
     error = kind.__new__(kind, *args)
     vars(error).update(attributes)

@@ -10,8 +10,6 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from jinja2 import TemplateError
-
 from loramem import chat
 from loramem.errors import (
     NotRoundTrip,
@@ -20,6 +18,8 @@ from loramem.errors import (
     TooLong,
     UnreachableToken,
     UnsupportedBaseModel,
+    is_failure,
+    reason,
 )
 from loramem.records import Record
 
@@ -38,14 +38,16 @@ class PromptTemplate:
     """"chat" (from the tokenizer's chat template) or "plain" (key, line feed, value)."""
 
     @classmethod
-    def of(cls, tokenizer: Any, unreachable: Collection[int] = ()) -> "PromptTemplate":
+    def of(cls, tokenizer: Any, unreachable: Collection[int] = (), vocabulary: int | None = None) -> "PromptTemplate":
         """The template of a transformers tokenizer: its chat template, or a plain one if it has none.
 
         Args:
             unreachable: Ids that the base model cannot give p > 0.5 (`loramem.base_model.unreachable_tokens`).
+            vocabulary: Ids that the base model has an embedding for.
 
         Raises:
-            UnsupportedBaseModel: No usable end token, or a chat template that does not contain the key once.
+            UnsupportedBaseModel: No usable end token, or a chat template that does not contain the key once or needs
+                a token that the base model does not have.
         """
         if tokenizer.eos_token_id is None:
             raise UnsupportedBaseModel(
@@ -53,6 +55,13 @@ class PromptTemplate:
                 "tokenizer_config.json."
             )
         template = _chat(tokenizer) if tokenizer.chat_template else _plain(tokenizer, unreachable)
+        if (
+            beyond := first_beyond((*template.prefix_ids, *template.suffix_ids, template.end_id), vocabulary)
+        ) is not None:
+            raise UnsupportedBaseModel(
+                f"The prompt needs the token {tokenizer.convert_ids_to_tokens(beyond)!r} of id {beyond}, and the base "
+                f"model has an embedding for {vocabulary} ids. Give the tokenizer that belongs to the weights."
+            )
         if template.end_id in unreachable:
             raise UnsupportedBaseModel(
                 f"The end token {tokenizer.convert_ids_to_tokens(template.end_id)!r} was never trained in this base "
@@ -92,8 +101,11 @@ def _chat(tokenizer: Any) -> PromptTemplate:
     def render(*turns: tuple[str, str], generate: bool) -> str:
         try:
             return chat.render(tokenizer, turns, generate=generate)
-        except TemplateError as error:  # templates refuse roles with raise_exception
-            raise UnsupportedBaseModel(f"The chat template does not take a plain question: {error}.") from None
+        except Exception as error:  # a template is a program of the model's: it refuses roles, adds None to text…
+            raise UnsupportedBaseModel(
+                f"The chat template does not take a plain question ({type(error).__name__}: {reason(error)}). Correct "
+                "it, or remove it from the model's folder for plain prompts."
+            ) from error
 
     prompt = render(("user", PLACEHOLDER), generate=True)
     if prompt.count(PLACEHOLDER) != 1:
@@ -119,8 +131,21 @@ def _plain(tokenizer: Any, unreachable: Collection[int]) -> PromptTemplate:
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:
-    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    try:
+        ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    except BaseException as error:  # such as a word-level vocabulary without an unknown token
+        if not is_failure(error):
+            raise
+        raise UnsupportedBaseModel(
+            f"The tokenizer has no tokens for {text[:40]!r} ({reason(error)}). Use another base model, or encode the "
+            "text (base64, \\u escapes)."
+        ) from error
     return ids
+
+
+def first_beyond(ids: Iterable[int], vocabulary: int | None) -> int | None:
+    """The first of these ids that a base model of so many has no embedding for; None without one, or a limit."""
+    return None if vocabulary is None else next((token for token in ids if token >= vocabulary), None)
 
 
 @dataclass(frozen=True)
@@ -156,6 +181,7 @@ def encode_records(
     template: PromptTemplate,
     max_tokens: int,
     unreachable: Collection[int] = (),
+    vocabulary: int | None = None,
     *,
     kept: Mapping[tuple[str, str], Mapping[str, Any]] | None = None,
     taken: Callable[[Record, Sequence[int]], bool] = lambda record, ids: False,
@@ -165,13 +191,15 @@ def encode_records(
     Args:
         max_tokens: Context length of the base model.
         unreachable: Ids that the base model cannot give p > 0.5.
+        vocabulary: Ids that the base model has an embedding for.
         kept: Prompts of records that were written before, by namespace and key; they stay as they are.
         taken: Whether ids are the prompt of another key already.
 
     Raises:
         SpecialTokenInText: Key or value contains the text of a special token.
         NotRoundTrip: The value's ids do not decode to the value.
-        UnreachableToken: The value needs a token that can never be decoded.
+        UnreachableToken: The value needs a token that can never be decoded, or key or value one that the base model
+            does not have.
         TooLong: Prompt, answer and end token exceed ``max_tokens``.
         PromptCollision: Two keys of one namespace have the same prompt ids.
     """
@@ -189,6 +217,15 @@ def encode_records(
                     line=record.line,
                 )
         entry = encode_record(record, tokenizer, template, ids)
+        if (beyond := first_beyond((*entry.prompt_ids, *entry.answer_ids), vocabulary)) is not None:
+            text = str(tokenizer.convert_ids_to_tokens(beyond))
+            raise UnreachableToken(
+                f"Key {record.key!r} or its value needs the token {text!r} of id {beyond}; this base model has an "
+                f"embedding for {vocabulary} ids. Write it differently, or use another base model.",
+                token=text,
+                key=record.key,
+                line=record.line,
+            )
         if never := [token for token in entry.answer_ids if token in unreachable]:
             text = str(tokenizer.convert_ids_to_tokens(never[0]))
             raise UnreachableToken(

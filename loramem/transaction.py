@@ -96,6 +96,7 @@ class Transaction:
             self.template,
             base.max_tokens,
             base.unreachable,
+            base.vocabulary,
             kept=kept,
             taken=lambda record, prompt_ids: holder(record, prompt_ids) is not None,
         )

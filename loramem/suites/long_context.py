@@ -129,12 +129,10 @@ def _ranks(request: Request, noise: float | None) -> tuple[int, ...]:
 def _lengths(request: Request) -> tuple[int, ...]:
     if not request.paper:
         return QUICK_LENGTHS if request.quick else LENGTHS
-    from transformers import AutoConfig
-
     from loramem.base_model import find_base_model
+    from loramem.pretrained import context_tokens, read_config
 
-    config = AutoConfig.from_pretrained(find_base_model(request.model)[0])
-    limit = int(config.get_text_config().max_position_embeddings) - PROMPT_TOKENS
+    limit = context_tokens(read_config(find_base_model(request.model)[0], request.model)) - PROMPT_TOKENS
     return tuple(length for length in PAPER_LENGTHS if length <= limit)
 
 
@@ -247,7 +245,9 @@ def encoded(cell: Cell, base: "BaseModel") -> "EncodedRecord":
     value = with_noise(
         base.tokenizer, ids, cell.noise or 0.0, cell.seed, base.unreachable | special_ids(base.tokenizer)
     )
-    (record,) = encode_records([Record(key, value)], base.tokenizer, base.template, base.max_tokens, base.unreachable)
+    (record,) = encode_records(
+        [Record(key, value)], base.tokenizer, base.template, base.max_tokens, base.unreachable, base.vocabulary
+    )
     return record
 
 
