@@ -30,6 +30,7 @@ from loramem.pretrained import (
     vocabulary_size,
 )
 from loramem.prompts import PromptTemplate
+from loramem.unreachable import unreachable_tokens
 
 # Everything a causal LM needs and nothing that could run code: no pickles, no Python files.
 HUB_PATTERNS = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt")
@@ -151,25 +152,6 @@ def _device(name: str) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise UnsupportedBaseModel(f"Device {name!r} cannot be used here ({reason}). Use auto or cpu.") from None
-
-
-@torch.inference_mode()
-def unreachable_tokens(model: PreTrainedModel, tolerance: float = 0.005) -> frozenset[int]:
-    """Ids whose row of the unembedding equals another token's: their logits are equal whatever the hidden state.
-
-    Two equal logits cannot both exceed p = 0.5, so no adapter below the head can make such a token certain. Tokens
-    that a base model never saw in training often share one row.
-
-    Args:
-        tolerance: Largest distance of two "equal" rows, as a share of their norm.
-    """
-    rows = model.get_output_embeddings().weight
-    # Equal rows have equal projections, so that after sorting it is enough to compare neighbours.
-    direction = torch.randn(rows.shape[1], generator=torch.Generator().manual_seed(0)).to(rows)
-    order = torch.sort(rows @ direction).indices
-    first, second = rows[order[:-1]].float(), rows[order[1:]].float()
-    equal = (first - second).norm(dim=1) <= tolerance * first.norm(dim=1)
-    return frozenset(order[:-1][equal].tolist()) | frozenset(order[1:][equal].tolist())
 
 
 def location_of(name: str) -> str | None:

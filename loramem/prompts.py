@@ -42,7 +42,7 @@ class PromptTemplate:
         """The template of a transformers tokenizer: its chat template, or a plain one if it has none.
 
         Args:
-            unreachable: Ids that the base model cannot give p > 0.5 (`loramem.base_model.unreachable_tokens`).
+            unreachable: Ids that the base model cannot give p > 0.5 (`loramem.unreachable.unreachable_tokens`).
             vocabulary: Ids that the base model has an embedding for.
 
         Raises:

@@ -106,6 +106,7 @@ LAYERS = (
         "loramem.reports",
         "loramem.settings",
         "loramem.timings",
+        "loramem.unreachable",
         "loramem.whole_model",
     ),
     ("loramem.embedded",),
