@@ -42,7 +42,7 @@ from .output import note
 )
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option(
-    "--save", type=click.Path(path_type=Path, dir_okay=False), help="Where to keep what was learnt; your cache."
+    "--save", type=options.OutputPath(path_type=Path, dir_okay=False), help="Where to keep what was learnt; your cache."
 )
 @options.input_options
 @options.runs_option

@@ -35,7 +35,9 @@ LARGEST_SAMPLE = 4000  # answer tokens: what longer ones cost is proportional
 )
 @click.option("--max-rank", type=click.IntRange(1), default=128, show_default=True, help="Highest rank allowed.")
 @click.option("--ranks", type=options.Numbers(), help="The only ranks allowed, such as 8,16,32.")
-@click.option("--plot", type=click.Path(path_type=Path), help="Draw the law for the first adapter: .png, .svg or .pdf.")
+@click.option(
+    "--plot", type=options.OutputPath(path_type=Path), help="Draw the law for the first adapter: .png, .svg or .pdf."
+)
 @options.input_options
 @options.namespace_option
 @options.goal_options

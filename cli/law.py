@@ -26,7 +26,7 @@ LAST_WRITES = 10
 @click.option("--combined", is_flag=True, help="Also one law for all mixtures of text and random tokens.")
 @click.option("--forms", is_flag=True, help="Also other forms of the law, and how they predict what was left out.")
 @click.option("--points", is_flag=True, help="Also every point with its residual.")
-@click.option("--plot", type=click.Path(path_type=Path), help="Draw the one law chosen: .png, .svg or .pdf.")
+@click.option("--plot", type=options.OutputPath(path_type=Path), help="Draw the one law chosen: .png, .svg or .pdf.")
 @options.runs_option
 @options.store_option
 @click.option("--json", "as_json", is_flag=True, help="JSON on stdout.")

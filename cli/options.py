@@ -1,5 +1,6 @@
 """Options that several commands share."""
 
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -31,6 +32,15 @@ class Numbers(click.ParamType[tuple[int, ...]]):
         return tuple(map(int, parts))
 
 
+class OutputPath(click.Path):
+    """A file or folder to write, which lies in no store."""
+
+    def convert(self, value: str | os.PathLike[str], param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        from loramem.files import outside_stores
+
+        return outside_stores(Path(os.fsdecode(super().convert(value, param, ctx))))
+
+
 _STORE = click.option(
     "--store",
     type=click.Path(path_type=Path),
@@ -52,7 +62,7 @@ _DEVICE = click.option(
 _NAMESPACE = click.option("--namespace", default="", help="Recall space, such as team/project.")
 _RUNS = click.option(
     "--runs",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=OutputPath(path_type=Path, dir_okay=False),
     help="File of calibration runs (JSON lines); one in your cache folder unless given.",
 )
 _WAIT = click.option(

@@ -33,7 +33,9 @@ def list_() -> None:
 
 @command.command("run")
 @click.argument("name")
-@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Results file; docs/results/NAME.jsonl.")
+@click.option(
+    "--out", type=options.OutputPath(path_type=Path, dir_okay=False), help="Results file; docs/results/NAME.jsonl."
+)
 @click.option("--methods", metavar="M,M…", help="Of sft, memft-ot, memft-sw and loramem; all unless given.")
 @click.option("--ranks", type=options.Numbers(), help="In place of the suite's own.")
 @click.option("--lengths", type=options.Numbers(), help="Answer tokens, in place of the suite's own.")
@@ -138,7 +140,9 @@ def _refuse_idle_options(name: str) -> None:
 
 @command.command("report")
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path, exists=True, file_okay=False))
-@click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="Folder; DIR/report unless given.")
+@click.option(
+    "--out", type=options.OutputPath(path_type=Path, file_okay=False), help="Folder; DIR/report unless given."
+)
 @options.json_option
 def report_(folder: Path, out: Path | None, as_json: bool) -> None:
     """Write a report of the results files (*.jsonl) in DIR: lines, Markdown, plots and one HTML page."""

@@ -34,10 +34,10 @@ def backup(store: Path, index: Index, target: Path) -> int:
     """Copy a store, which may be written to meanwhile, as it was committed at one moment; returns the bytes.
 
     Raises:
-        StoreError: There is something at ``target``.
+        StoreError: There is something at ``target``, or it lies in a store's folder.
         IntegrityError: A file is not what was committed: damage is not copied.
     """
-    with beside(target) as partial:
+    with beside(target, store) as partial:
         folder = partial / "store"
         _copy(store, index, folder)
         copy_synced(store / MANIFEST, folder / MANIFEST)
@@ -49,7 +49,7 @@ def export(store: Path, index: Index, target: Path) -> int:
 
     Raises as `backup`.
     """
-    with beside(target) as partial:
+    with beside(target, store) as partial:
         folder = partial / "store"
         _copy(store, index, folder)
         _leave_behind(store, folder)
@@ -70,9 +70,9 @@ def import_bundle(source: Path, target: Path) -> None:
 
     Raises:
         BundleError: Not an export, a damaged one, or one of a newer format.
-        StoreError: There is something at ``target``.
+        StoreError: There is something at ``target``, or it lies in a store's folder.
     """
-    with beside(target) as partial:
+    with beside(target, source) as partial:
         folder = partial / "store"
         with _read(source) as content:
             listed = _listed(content(NAME), source)

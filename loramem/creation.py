@@ -8,7 +8,7 @@ from loramem import embedded
 from loramem.commits import seal_index
 from loramem.engine import ModelRequest
 from loramem.errors import StoreFormatError, StoreLocked
-from loramem.files import PRIVATE_FOLDER, make_directory
+from loramem.files import PRIVATE_FOLDER, make_directory, outside_stores
 from loramem.index import NAME as INDEX
 from loramem.index import Index
 from loramem.locks import HOLDER, LOCK, write_lock
@@ -28,6 +28,7 @@ def create_store(path: Path, request: ModelRequest, *, keep_values: bool) -> "Ba
 
     Raises:
         StoreFormatError: There is something else at the path.
+        StoreError: It lies in another store's folder.
         StoreLocked: Another process holds the lock there and makes no store.
         BaseModelNotFound, UnsupportedBaseModel: See `load_base_model`.
     """
@@ -37,6 +38,7 @@ def create_store(path: Path, request: ModelRequest, *, keep_values: bool) -> "Ba
         if (path / MANIFEST).exists():
             return None
         raise StoreFormatError(f"{path} exists and is not a loramem store. Give another path.")
+    outside_stores(path, new=True)
     base = load_base_model(
         request.name or embedded.NAME, revision=request.revision, device=request.device, dtype=request.dtype
     )

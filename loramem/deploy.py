@@ -56,7 +56,7 @@ def deploy(engine: Engine, folder: Path, wanted: Deployment) -> DeployReport:
     Raises:
         NotServable: The server would refuse the result, or serve something else; nothing is left of it.
         AdapterError: ``pad_rank`` is below the rank of an adapter.
-        StoreError: There is something at ``folder``, or the store is empty.
+        StoreError: There is something at ``folder``, it lies in a store's folder, or the store is empty.
         IntegrityError: An adapter's files are not what was committed.
     """
     manifest = engine.manifest
@@ -69,7 +69,7 @@ def deploy(engine: Engine, folder: Path, wanted: Deployment) -> DeployReport:
         records = engine.reader.compared(records)  # of older ones it is not known
     chat = chat_keys(manifest, records)
     server = server_of(engine, wanted.target, None, wanted.base_name)
-    with beside(folder) as partial:
+    with beside(folder, engine.store) as partial:
         made = partial / "folder"
         for adapter in adapters:
             config, tensors = _committed(engine.store, adapter)

@@ -9,6 +9,8 @@ from pathlib import Path
 from loramem.errors import StoreError
 
 PRIVATE_FILE, PRIVATE_FOLDER = 0o600, 0o700
+OF_A_STORE = ("store.json", "index.db")
+"""What every store has, by the names of `loramem.manifest` and `loramem.index`, which build on this module."""
 
 
 def write_synced(path: Path, content: bytes, mode: int = PRIVATE_FILE) -> None:
@@ -49,16 +51,51 @@ def publish_directory(source: Path, target: Path) -> None:
     sync_directory(target.parent)
 
 
-@contextmanager
-def beside(target: Path) -> Iterator[Path]:
-    """A folder beside the target for all that it takes to make it; what a crash left there is removed first.
+def outside_stores(target: Path, *, new: bool = False) -> Path:
+    """The path as it is, where no store's folder holds it, by whatever links it is named.
+
+    `erase` clears a store's own files: a copy among them would keep what it erases. And a folder that a store takes for
+    its own, such as ``staging``, is removed with all that lies in it.
+
+    Args:
+        new: The target may become a store itself meanwhile.
 
     Raises:
-        StoreError: There is something at ``target``.
+        StoreError: A store's folder does, or it is one.
+    """
+    itself = Path(os.path.realpath(target))
+    parent = Path(os.path.realpath(target.parent))
+    for folder in (*([] if new else [itself]), *itself.parents, parent, *parent.parents):
+        if is_store(folder):
+            raise StoreError(
+                f"{target} lies in the folder of the store {folder}, which would not erase there what it erases. "
+                "Give a path outside it."
+            )
+    return target
+
+
+def is_store(folder: Path) -> bool:
+    """Whether a folder looks like a store, whatever is in its files."""
+    return all(os.path.isfile(folder / name) for name in OF_A_STORE)  # noqa: PTH113 - False where Path raises
+
+
+@contextmanager
+def beside(target: Path, source: Path | None = None) -> Iterator[Path]:
+    """A folder beside the target for all that it takes to make it; what a crash left there is removed first.
+
+    Args:
+        source: What the target is made of, which is never taken for what a crash left.
+
+    Raises:
+        StoreError: There is something at ``target``, it lies in a store, or the folder beside it is in use.
     """
     if target.exists():
         raise StoreError(f"{target} exists already. Give another path.")
+    outside_stores(target)
     partial = target.with_name(target.name + ".partial")
+    real = Path(os.path.realpath(partial))
+    if is_store(partial) or (source is not None and Path(os.path.realpath(source)).is_relative_to(real)):
+        raise StoreError(f"{partial} would be overwritten to make {target}. Give another path, or move what is there.")
     if partial.is_dir():
         remove_directory(partial)
     partial.unlink(missing_ok=True)  # a file of that name would block every later call

@@ -332,7 +332,7 @@ class Memory:
         Raises:
             NotServable: The server would refuse the adapters, or serve something else; nothing was written.
             AdapterError: ``pad_rank`` is below the rank of an adapter.
-            StoreError: There is something at ``folder``, or the store is empty.
+            StoreError: There is something at ``folder``, it lies in a store's folder, or the store is empty.
             IntegrityError: An adapter's files are not what was committed.
         """
         from loramem.deploy import Deployment, deploy
@@ -344,7 +344,7 @@ class Memory:
         """Copy the store, while it may be written to, as it was committed at one moment; returns the bytes.
 
         Raises:
-            StoreError: There is something at ``target``.
+            StoreError: There is something at ``target``, or it lies in a store's folder.
             IntegrityError: A file is not what was committed: damage is not copied.
         """
         with self._turn():

@@ -80,7 +80,7 @@ class MemoryStore(Memory):
         StoreNotFound: No store there and ``create`` is False.
         StoreFormatError: The folder is something else, or a newer format.
         StoreReadOnly: It cannot be written, and was not closed where it could.
-        StoreError: ``keep_values`` is not what the store does.
+        StoreError: ``keep_values`` is not what the store does; or a new one would lie in another store's folder.
         IntegrityError: store.json or index.db is not what was committed.
 
     A store is a context manager and may be shared between threads; calls that need the model take turns. Namespaces
@@ -371,7 +371,7 @@ class MemoryStore(Memory):
 
         Raises:
             BundleError: Not an export, a damaged one, or one of a newer format.
-            StoreError: There is something at ``path``.
+            StoreError: There is something at ``path``, or it lies in a store's folder.
         """
         bundle.import_bundle(Path(source), Path(path))
         return cls(path, create=False)
@@ -406,7 +406,7 @@ class MemoryStore(Memory):
             RefusedRepository: It breaks a rule.
             HubOffline, HubAccess, HubError: The Hub cannot be asked, or says no.
             OtherBaseModel: The base model at hand is not the one the adapters were written for.
-            StoreError: There is something at ``path``.
+            StoreError: There is something at ``path``, or it lies in a store's folder.
         """
         from loramem.hub.pull import MAX_BYTES, pull
 

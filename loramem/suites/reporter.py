@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from loramem.errors import InputError
-from loramem.files import write_synced
+from loramem.files import outside_stores, write_synced
 from loramem.suites import figures
 from loramem.suites.page import page
 from loramem.suites.report import Report, build, markdown, parse
@@ -39,7 +39,11 @@ def write(report: Report, out: Path) -> tuple[Path, ...]:
 
     Returns:
         The files in the order written.
+
+    Raises:
+        StoreError: The folder lies in a store.
     """
+    outside_stores(out)
     drawn = figures.installed()
     remarks = report.remarks(drawn)
     plots = [(part.stem(plot), plot, part.title) for part in report.parts for plot in part.plots if drawn]
