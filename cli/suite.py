@@ -1,6 +1,5 @@
 """loramem suite: the measurements, run again on this machine."""
 
-import os
 import shlex
 import sys
 import tempfile
@@ -84,6 +83,7 @@ def run(
     suite are refused.
     """
     from loramem import embedded
+    from loramem.processes import usable_cores
     from loramem.suites.runner import METHODS, SUITES, Request, load_suite, measured, run_suite
 
     if name not in SUITES:
@@ -102,7 +102,7 @@ def run(
         seeds=seeds,
         model=model or embedded.NAME,
         device=device,
-        threads=threads or max(1, (os.cpu_count() or 1) // workers),
+        threads=threads or max(1, usable_cores() // workers),
         workers=workers,
         quick=quick,
         paper=paper,

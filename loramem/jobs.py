@@ -1,7 +1,6 @@
 """Shard jobs, one after the other in this process or side by side in an executor's."""
 
 import multiprocessing
-import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -11,7 +10,7 @@ import torch
 
 from loramem.adapters import AdaptedModel
 from loramem.errors import WorkerLost
-from loramem.processes import end_with_parent
+from loramem.processes import end_with_parent, usable_cores
 from loramem.shards import ShardJob, ShardResult, run_job, write_shard
 from loramem.writer import ProgressCallback, WriteProgress
 
@@ -59,8 +58,11 @@ def run_jobs(
 
 @contextmanager
 def process_pool(workers: int) -> Iterator[Executor]:
-    """Spawned processes that share the cores: each computes with as many threads as its share."""
-    threads = max(1, (os.cpu_count() or 1) // workers)
+    """Spawned processes that share the cores this one may use: each computes with as many threads as its share.
+
+    Never with more than this process does, so that OMP_NUM_THREADS holds for each of them.
+    """
+    threads = max(1, min(usable_cores() // workers, torch.get_num_threads()))
     with ProcessPoolExecutor(
         workers,
         mp_context=multiprocessing.get_context("spawn"),

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 from loramem import embedded
-from loramem.processes import end_with_parent
+from loramem.processes import end_with_parent, usable_cores
 from loramem.suites.figures import HeatMap, Plot
 
 SUITES = {
@@ -252,7 +252,7 @@ def machine(request: Request) -> dict[str, Any]:
         "base_model": identity,
         "base_weights": fingerprint(folder).weights[:12],
         "processor": processor(),
-        "cores": os.cpu_count(),
+        "cores": usable_cores(),
         "threads": request.threads,
         "python": platform.python_version(),
         **{package: version(package) for package in PACKAGES},

@@ -6,7 +6,6 @@ one line of the results file; a cell that stands there already is not run again.
 
 import contextlib
 import json
-import os
 import tempfile
 import time
 from collections.abc import Iterator
@@ -24,6 +23,7 @@ from loramem.errors import RecallError
 from loramem.files import write_directory
 from loramem.generators import KINDS, generate
 from loramem.layers import decoder_layers
+from loramem.processes import usable_cores
 from loramem.prompts import encode_records
 from loramem.recall import answer_probabilities, decode_records
 from loramem.settings import WriterSettings
@@ -238,7 +238,7 @@ def run_cell(base: BaseModel, cell: Cell) -> dict[str, Any]:
 @click.option(
     "--results", type=click.Path(path_type=Path), default=Path("docs/results/writing.jsonl"), show_default=True
 )
-@click.option("--threads", default=os.cpu_count(), show_default="all cores")
+@click.option("--threads", default=usable_cores, show_default="all cores")
 @click.option("--model", help="Base model: a Hub id or a local folder, in place of loramem-tiny.")
 @click.option("--no-run", is_flag=True, help="Only print what is in the results file.")
 def main(suite: str, results: Path, threads: int, model: str | None, no_run: bool) -> None:
