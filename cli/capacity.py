@@ -33,7 +33,6 @@ LARGEST_SAMPLE = 4000  # answer tokens: what longer ones cost is proportional
     "tokens), random (tokens), or a file that was calibrated with. With FILE it names the law that is asked; the one "
     "nearest in cost unless given.",
 )
-@click.option("--max-rank", type=click.IntRange(1), default=128, show_default=True, help="Highest rank allowed.")
 @click.option("--ranks", type=options.Numbers(), help="The only ranks allowed, such as 8,16,32.")
 @click.option(
     "--plot", type=options.OutputPath(path_type=Path), help="Draw the law for the first adapter: .png, .svg or .pdf."

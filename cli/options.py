@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from loramem.settings import MAX_RANK, WriterSettings
+
 if TYPE_CHECKING:
     from concurrent.futures import Executor
 
@@ -118,12 +120,26 @@ def runs_option(command: Command) -> Command:
 
 
 def goal_options(command: Command) -> Command:
-    """--goal and --rank."""
+    """--goal, --rank and --max-rank."""
     goal = click.option(
         "--goal", type=click.Choice(["fast", "small"]), default="fast", show_default=True, help="Seconds or parameters."
     )
-    rank = click.option("--rank", type=click.IntRange(1, 128), help="First rank, in place of the planned one.")
-    return goal(rank(command))
+    rank = click.option("--rank", type=click.IntRange(1), help="First rank, in place of the planned one.")
+    max_rank = click.option(
+        "--max-rank", type=click.IntRange(1), default=MAX_RANK, show_default=True, help="Highest rank allowed."
+    )
+    return goal(rank(max_rank(command)))
+
+
+def writer_settings(goal: str, rank: int | None, max_rank: int, seed: int = 0) -> WriterSettings:
+    """How to train within the ranks allowed; a rank beyond them is a wrong option."""
+    from loramem.capacity import RankLimits, check_request
+
+    try:
+        check_request(goal, rank, RankLimits(max_rank))
+    except ValueError as error:
+        raise click.UsageError(f"{error}.") from None
+    return WriterSettings(max_rank=max_rank, seed=seed)
 
 
 def _delimiter(_ctx: click.Context, _param: click.Parameter, value: str | None) -> str | None:

@@ -25,14 +25,16 @@ def command(
     namespace: str,
     goal: str,
     rank: int | None,
+    max_rank: int,
     wait_s: float,
 ) -> None:
     """Write one record into the store (./memory unless named)."""
     from loramem import Record
 
+    settings = options.writer_settings(goal, rank, max_rank)
     record = Record(key, value, namespace)
     with options.open_store(store, model, device, create=True, wait_s=wait_s) as opened, write_bar() as progress:
-        report = opened.write([record], goal=goal, rank=rank, progress=progress)
+        report = opened.write([record], goal=goal, rank=rank, settings=settings, progress=progress)
     if as_json:
         print_json(report)
     elif report.written:

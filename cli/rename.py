@@ -26,10 +26,14 @@ def command(
     namespace: str,
     goal: str,
     rank: int | None,
+    max_rank: int,
 ) -> None:
     """Write the value of KEY under NEW_KEY and end KEY, in one commit of the store (./memory unless named)."""
+    settings = options.writer_settings(goal, rank, max_rank)
     with options.open_store(store, model, device, wait_s=wait_s) as opened, write_bar() as progress:
-        report = opened.rename(key, new_key, namespace=namespace, goal=goal, rank=rank, progress=progress)
+        report = opened.rename(
+            key, new_key, namespace=namespace, goal=goal, rank=rank, settings=settings, progress=progress
+        )
     if as_json:
         print_json(report)
     else:

@@ -28,6 +28,7 @@ def command(
     namespace: str,
     goal: str,
     rank: int | None,
+    max_rank: int,
 ) -> None:
     """Give KEY another VALUE in the store (./memory unless named); the old one is not recalled from then on.
 
@@ -36,6 +37,7 @@ def command(
     """
     if value is None and not meta:
         raise click.UsageError("Give a VALUE, or --meta.")
+    settings = options.writer_settings(goal, rank, max_rank)
     with options.open_store(store, model, device, wait_s=wait_s) as opened, write_bar() as progress:
         report = opened.update(
             key,
@@ -44,6 +46,7 @@ def command(
             metadata=options.named_values(meta) if meta else None,
             goal=goal,
             rank=rank,
+            settings=settings,
             progress=progress,
         )
     if as_json:

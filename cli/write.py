@@ -45,6 +45,7 @@ def command(
     namespace: str,
     goal: str,
     rank: int | None,
+    max_rank: int,
     on_conflict: "OnConflict",
     no_values: bool,
     seed: int,
@@ -61,13 +62,13 @@ def command(
     """
     if (file is not None) + resume + discard != 1:
         raise click.UsageError("Give a FILE (- for stdin), or --resume, or --discard.")
+    settings = options.writer_settings(goal, rank, max_rank, seed)
     if discard:
         with options.open_store(store, model, device, wait_s=wait_s) as opened:
             count = opened.discard()
         print_json({"discarded": count}) if as_json else note(f"Discarded an interrupted write of {count} records.")
         return
 
-    from loramem import WriterSettings
 
     if file is None:
         with (
@@ -90,7 +91,7 @@ def command(
                 goal=goal,
                 rank=rank,
                 partial=partial,
-                settings=WriterSettings(seed=seed),
+                settings=settings,
                 progress=progress,
                 executor=pool,
             )

@@ -229,7 +229,7 @@ def serialize(weights: dict[str, Tensor], base: BaseModel, placement: Placement)
     Weights are float32, the precision they were trained and certified in.
     """
     tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in sorted(weights.items())}
-    rank = min(next(tensor.shape for name, tensor in tensors.items() if ".lora_A." in name))
+    rank = next(len(tensor) for name, tensor in tensors.items() if ".lora_A." in name)
     config = portable_config(rank, placement, base.id, base.revision)
     return {
         WEIGHTS: save(tensors, metadata={"format": "pt"}),

@@ -24,8 +24,8 @@ from loramem.errors import DoesNotFit, OutOfReach
 from loramem.law import MemoryLaw
 from loramem.law_fit import SATURATED
 from loramem.pace import Pace
+from loramem.settings import MAX_RANK
 
-MAX_RANK = 128
 OPTIMISTIC_BITS, MOST_BITS = 2.0, 3.6  # of cost per parameter
 PROBABILITY = 0.9
 ADAPTER_BYTES, MATRIX_BYTES = 1400, 150  # of an adapter's files beside its weights: config, card; header per matrix
@@ -204,7 +204,8 @@ def check_request(goal: str, rank: int | None, limits: RankLimits = ANY_RANK) ->
     if goal not in GOALS:
         raise ValueError(f"goal must be one of {', '.join(GOALS)}, not {goal!r}")
     if rank is not None and not 1 <= rank <= limits.highest:
-        raise ValueError(f"rank must be between 1 and {limits.highest}, not {rank}")
+        remedy = f". Give a lower one, or allow it with max_rank={rank} (--max-rank {rank})" if rank > 0 else ""
+        raise ValueError(f"rank must be between 1 and {limits.highest}, not {rank}{remedy}")
     if rank is not None and limits.choices and rank not in limits.choices:
         raise ValueError(f"rank must be one of {', '.join(map(str, limits.choices))}, not {rank}")
 
@@ -353,7 +354,7 @@ def _shard(
         raise DoesNotFit(
             f"Values that cost {cost:,.0f} bits do not fit into one adapter of rank {limits.most}, which holds at most "
             f"{MOST_BITS * per_rank * limits.most:,.0f} ({MOST_BITS} per parameter). Allow a rank of "
-            f"{math.ceil(cost / (MOST_BITS * per_rank))} or more, or write shorter values.",
+            f"{math.ceil(cost / (MOST_BITS * per_rank))} or more (max_rank, --max-rank), or write shorter values.",
             cost_bits=cost,
             rank=limits.most,
         )

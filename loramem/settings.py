@@ -6,6 +6,8 @@ OBJECTIVES = ("sft", "memft-ot", "memft-sw")
 OPTIMIZERS = ("muon", "adamw")
 STARTS = ("gradient", "random")
 PRECISIONS = ("auto", "float32", "bfloat16")
+MAX_RANK = 128
+"""Highest rank of an adapter where nobody allows more. Servers have maxima of their own (`loramem.targets`)."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,8 @@ class WriterSettings:
     """A shard of a single answer longer than this is trained with the sliding window."""
     patience_passes: int = 40
     """Steps without progress before the rank grows, in passes over all records."""
-    max_rank: int = 128
+    max_rank: int = MAX_RANK
+    """Highest rank: of the first one asked for, of plans, and of what training grows to."""
     restarts: int = 2
     """How often training may begin again at a third of the rate, where progress stops with most tokens open."""
     seed: int = 0
@@ -56,6 +59,8 @@ class WriterSettings:
             raise ValueError(f"start must be one of {', '.join(STARTS)}, not {self.start!r}")
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, not {self.precision!r}")
+        if self.max_rank < 1:
+            raise ValueError(f"max_rank must be at least 1, not {self.max_rank}")
         if not 0.5 <= self.certify_threshold <= self.train_threshold < 1:
             raise ValueError(
                 "thresholds must satisfy 0.5 <= certify_threshold <= train_threshold < 1, not "

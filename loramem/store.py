@@ -42,6 +42,7 @@ from loramem.reports import (
     RepairReport,
     WriteReport,
 )
+from loramem.settings import WriterSettings
 from loramem.staging import GRACE_S, clean, collect
 from loramem.tables import DISCARDED, RENAMED, PendingWrite
 
@@ -49,7 +50,6 @@ if TYPE_CHECKING:
     from concurrent.futures import Executor
 
     from loramem.prompts import EncodedRecord
-    from loramem.settings import WriterSettings
     from loramem.writer import ProgressCallback
 
 
@@ -131,7 +131,7 @@ class MemoryStore(Memory):
         goal: str = "fast",
         rank: int | None = None,
         partial: bool = False,
-        settings: "WriterSettings | None" = None,
+        settings: WriterSettings | None = None,
         progress: "ProgressCallback | None" = None,
         executor: "Executor | None" = None,
     ) -> WriteReport:
@@ -145,7 +145,7 @@ class MemoryStore(Memory):
             on_conflict: What becomes of a record whose key is there with another value: "error" refuses the write,
                 "skip" keeps the old value, "replace" ends it in the same commit that brings the new one.
             goal: "fast" or "small".
-            rank: First rank, in place of the planned one.
+            rank: First rank, in place of the planned one; at most ``settings.max_rank``.
             partial: Commit the certified records even if others could not be certified.
             settings: How to train; measured defaults otherwise.
             progress: Called after every training step; after every shard with an executor.
@@ -160,8 +160,9 @@ class MemoryStore(Memory):
             TrainingDiverged: NaN or Inf; nothing was committed.
             RecallError: A saved adapter did not decode what training had certified; nothing was committed.
             OutOfMemory: A batch did not fit into memory; the write waits to be resumed or discarded.
+            ValueError: An unknown goal or conflict rule, or a rank above the highest allowed.
         """
-        check_request(goal, rank)
+        _check(goal, rank, settings)
         _check_conflict(on_conflict)
         with self._lock, self._writing():
             encoded, skipped = self._engine.transaction.admit(as_records(records, namespace), on_conflict)
@@ -177,7 +178,7 @@ class MemoryStore(Memory):
         metadata: Mapping[str, Any] | None = None,
         goal: str = "fast",
         rank: int | None = None,
-        settings: "WriterSettings | None" = None,
+        settings: WriterSettings | None = None,
         progress: "ProgressCallback | None" = None,
     ) -> WriteReport:
         """Give a record another value, other metadata, or both; the old value is not recalled from the commit on.
@@ -189,7 +190,7 @@ class MemoryStore(Memory):
         Raises:
             KeyNotFound: There is no such record; otherwise as `write`.
         """
-        check_request(goal, rank)
+        _check(goal, rank, settings)
         with self._lock, self._writing():
             known = self._find(key, namespace)
             kept = known.metadata if metadata is None else dict(metadata)
@@ -210,7 +211,7 @@ class MemoryStore(Memory):
         namespace: str = "",
         goal: str = "fast",
         rank: int | None = None,
-        settings: "WriterSettings | None" = None,
+        settings: WriterSettings | None = None,
         progress: "ProgressCallback | None" = None,
     ) -> WriteReport:
         """Write a record's value under another key and end the old one, in one commit; metadata are kept.
@@ -219,7 +220,7 @@ class MemoryStore(Memory):
             KeyNotFound: There is no such record.
             ConflictingRecord: The new key is there already; otherwise as `write`.
         """
-        check_request(goal, rank)
+        _check(goal, rank, settings)
         with self._lock, self._writing():
             known = self._find(key, namespace)
             if self._index.find(namespace, new_key) is not None:
@@ -426,8 +427,6 @@ class MemoryStore(Memory):
         executor: "Executor | None" = None,
     ) -> WriteReport:
         """Journal, train and commit admitted records."""
-        from loramem.settings import WriterSettings
-
         if not encoded:
             return WriteReport.nothing(skipped)
         started, transaction = time.monotonic(), self._engine.transaction
@@ -489,6 +488,11 @@ class MemoryStore(Memory):
 
 def _several(keys: str | Iterable[str]) -> Iterable[str]:
     return [keys] if isinstance(keys, str) else keys
+
+
+def _check(goal: str, rank: int | None, settings: WriterSettings | None) -> None:
+    """Refuse what no plan of a write with these settings can follow."""
+    check_request(goal, rank, RankLimits((settings or WriterSettings()).max_rank))
 
 
 def _check_conflict(on_conflict: str) -> None:
