@@ -20,5 +20,5 @@ def command(source: Path, store: Path, as_json: bool) -> None:
     from loramem import MemoryStore
 
     with MemoryStore.import_bundle(source, store) as opened:
-        count = len(opened)
+        count = opened.stats().records
     print_json({"records": count}) if as_json else note(f"Imported {count} records into {store}.")

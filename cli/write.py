@@ -69,7 +69,6 @@ def command(
         print_json({"discarded": count}) if as_json else note(f"Discarded an interrupted write of {count} records.")
         return
 
-
     if file is None:
         with (
             options.open_store(store, model, device, wait_s=wait_s) as opened,

@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from loramem.embedded import base_path
     from loramem.errors import KeyNotFound, LoramemError
     from loramem.input_files import read_records
+    from loramem.namespace import Namespace
     from loramem.records import Record
     from loramem.reports import Explanation, Recall, VerifyReport, WriteReport
     from loramem.settings import WriterSettings
@@ -18,6 +19,7 @@ __all__ = [
     "KeyNotFound",
     "LoramemError",
     "MemoryStore",
+    "Namespace",
     "Plan",
     "Recall",
     "Record",
@@ -33,6 +35,7 @@ _HOME = {
     "KeyNotFound": "errors",
     "LoramemError": "errors",
     "MemoryStore": "store",
+    "Namespace": "namespace",
     "Plan": "capacity",
     "Recall": "reports",
     "Record": "records",

@@ -163,6 +163,15 @@ class Index:
             if not metadata or record.has(metadata):
                 yield record
 
+    def in_order(self, namespace: str) -> Iterator[StoredRecord]:
+        """Live records of a namespace in the order they were written, that of `keys`.
+
+        Raises:
+            IntegrityError: A row is not what was committed.
+        """
+        rows = self._rows("records", "namespace = :namespace", {"namespace": namespace}, order_by="rowid")
+        return map(record_of, rows)
+
     def written(self, adapters: Iterable[str]) -> list[StoredRecord]:
         """Live records of some adapters, in the order they were written.
 

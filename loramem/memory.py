@@ -36,7 +36,7 @@ from loramem.reports import (
 from loramem.serving import check_store
 from loramem.spool import Spool
 from loramem.summary import history, quick_check, stats
-from loramem.tables import PendingWrite, StoredAdapter, StoredRecord
+from loramem.tables import PendingWrite, StoredAdapter, StoredRecord, hidden_names
 from loramem.targets import TARGETS
 
 if TYPE_CHECKING:
@@ -89,16 +89,19 @@ class Memory:
 
     # What is in the store
 
+    # Of the default namespace, as all that is not told another one: `stats` counts the whole store.
+
     def __len__(self) -> int:
-        with self._turn():
-            return self._index.count()
+        return self._count("")
+
+    def __iter__(self) -> Iterator[str]:
+        return self.keys()
 
     def __contains__(self, key: object) -> bool:
-        with self._turn():
-            return isinstance(key, str) and self._index.find("", key) is not None
+        return self._holds(key, "")
 
     def keys(self, namespace: str = "") -> Iterator[str]:
-        """Keys of a namespace in the order they were written."""
+        """Keys of a namespace in the order they were written; none where only digests of them were pulled."""
         with self._turn():
             return iter(list(self._index.keys(namespace)))
 
@@ -109,23 +112,23 @@ class Memory:
 
     def records(
         self,
-        namespace: str | None = None,
+        namespace: str | None = "",
         adapter: str | None = None,
         *,
         since: datetime | None = None,
         until: datetime | None = None,
         metadata: Mapping[str, str] | None = None,
     ) -> Iterator[StoredRecord]:
-        """Index rows, without decoding anything.
+        """Index rows, without decoding anything, adapter by adapter.
 
         Args:
+            namespace: None for those of all namespaces. An adapter's are those of its own one where none is named.
             since: Written at this time or later; a time without a zone is local.
             until: Written before this time.
             metadata: Names and values that a record's metadata must have; values that are not strings as JSON text.
         """
-        with self._turn():
-            chosen = self._index.records(namespace, adapter, since=_utc(since), until=_utc(until), metadata=metadata)
-            return iter(list(chosen))
+        space = namespace if namespace or adapter is None else None
+        return self._records(space, adapter, since=since, until=until, metadata=metadata)
 
     def adapters(self) -> list[StoredAdapter]:
         """Committed adapters that hold live records, oldest first."""
@@ -209,29 +212,45 @@ class Memory:
             except StoreChanged:  # deleted or replaced since the line above: what it is now
                 return next(self._engine.reader.decode([self._find(key, namespace)])).value
 
-    def recall_many(self, keys: Iterable[str] | None = None, namespace: str = "") -> Iterator[Recall]:
+    def recall_many(
+        self, keys: Iterable[str] | None = None, namespace: str = "", *, ordered: bool = True
+    ) -> Iterator[Recall]:
         """Decode many values, batched by adapter and length; all of the namespace if ``keys`` is None.
 
-        Yields in the order of batches, not of ``keys``, all values of the one committed state at the first of them.
-        Memory does not grow with the number of records: index rows wait in a temporary file, without values.
+        Yields in the order of ``keys``, a key given twice twice, or without them in the order of `keys`; all values are
+        of the one committed state at the first of them. Memory does not grow with the number of records: index rows
+        wait in a temporary file, without values, and at most 65,536 values, or a million tokens of them, in memory for
+        one that comes before them. Keys of many adapters in turn are decoded in as many small batches per 65,536.
         Raises as `recall`, at the first record that fails.
+
+        Args:
+            ordered: False yields each value when it is decoded, in the order of batches, which are as few as can be.
 
         Raises:
             StoreChanged: A record was replaced or deleted while this went on, and its adapter removed.
             StoreError: There is no room for the temporary file.
         """
-        from loramem.reader import cut_batches
+        from loramem.reader import in_order
 
-        with Spool() as spool:
+        numbered = self._recall_numbered(keys, namespace, windows=ordered)
+        return in_order(numbered) if ordered else (recall for _, recall in numbered)
+
+    def _recall_numbered(
+        self, keys: Iterable[str] | None, namespace: str, *, windows: bool
+    ) -> Iterator[tuple[int, Recall]]:
+        """Values as they are decoded, each with its place among those asked for."""
+        from loramem.reader import numbered_batches
+
+        with Spool(windows=windows) as spool:
             with self._turn(), self._index.snapshot():
                 if keys is None:
-                    spool.add(self._index.records(namespace))
+                    spool.add(self._index.in_order(namespace))
                 else:
                     spool.add(self._find(key, namespace) for key in keys)
-            for batch in cut_batches(spool.records()):
+            for places, batch in numbered_batches(spool.numbered()):
                 with self._turn():
                     decoded = list(self._engine.reader.decode_current(batch))
-                yield from decoded
+                yield from zip(places, decoded, strict=True)
 
     def explain(self, key: str, namespace: str = "") -> Explanation:
         """Probability of every answer token and the end token, with the adapter and without it.
@@ -422,6 +441,32 @@ class Memory:
         """One thread at a time, and what SQLite says of the index, or torch of memory, as errors of ours."""
         with self._lock, sqlite_errors(self._index.path), memory_errors():
             yield
+
+    def _count(self, namespace: str) -> int:
+        with self._turn():
+            return self._index.count(self._stored_name(namespace))
+
+    def _holds(self, key: object, namespace: str) -> bool:
+        with self._turn():
+            return isinstance(key, str) and self._index.find(namespace, key) is not None
+
+    def _records(
+        self,
+        namespace: str | None,
+        adapter: str | None,
+        *,
+        since: datetime | None = None,
+        until: datetime | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> Iterator[StoredRecord]:
+        with self._turn():
+            stored = None if namespace is None else self._stored_name(namespace)
+            chosen = self._index.records(stored, adapter, since=_utc(since), until=_utc(until), metadata=metadata)
+            return iter(list(chosen))
+
+    def _stored_name(self, namespace: str) -> str:
+        salt = self.manifest.key_salt
+        return namespace if salt is None else hidden_names(salt, namespace, "")[0]
 
     def _find(self, key: str, namespace: str) -> StoredRecord:
         record = self._index.find(namespace, key)

@@ -1,5 +1,6 @@
 """Values from the weights: the right adapter from disk, decoded, compared with the committed digest."""
 
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -27,7 +28,7 @@ class Reader:
         self.store, self.index, self.adapted, self.template = store, index, adapted, template
 
     def decode(self, records: Sequence[StoredRecord]) -> Iterator[Recall]:
-        """Decode records of one adapter in one batch.
+        """Decode records of one adapter in one batch, in their order.
 
         Raises:
             RecallError: A value is not the committed one; it is never returned.
@@ -57,7 +58,12 @@ class Reader:
             current = [self._current(record) for record in records]
             if all(now.adapter == before.adapter for now, before in zip(current, records, strict=True)):
                 raise
-            decoded = [recall for batch in decode_batches(current) for recall in self.decode(batch)]
+            found = {
+                (record.namespace, record.key): recall
+                for batch in decode_batches(current)
+                for record, recall in zip(batch, self.decode(batch), strict=True)
+            }
+            decoded = [found[record.namespace, record.key] for record in records]
         yield from decoded
 
     def values(self, records: Sequence[StoredRecord]) -> dict[tuple[str, str], str]:
@@ -165,6 +171,31 @@ class Reader:
                 key=record.key,
             )
         return current
+
+
+def numbered_batches(
+    records: Iterable[tuple[int, StoredRecord]],
+) -> Iterator[tuple[list[int], list[StoredRecord]]]:
+    """`cut_batches` of records with their numbers, which go along."""
+    numbers = deque[int]()
+
+    def unnumbered() -> Iterator[StoredRecord]:
+        for number, record in records:
+            numbers.append(number)
+            yield record
+
+    for batch in cut_batches(unnumbered()):
+        yield [numbers.popleft() for _ in batch], batch
+
+
+def in_order(numbered: Iterable[tuple[int, Recall]]) -> Iterator[Recall]:
+    """What is numbered from 0 by its numbers, as soon as all before it have come; those that are early wait."""
+    waiting, due = dict[int, Recall](), 0
+    for number, recall in numbered:
+        waiting[number] = recall
+        while due in waiting:
+            yield waiting.pop(due)
+            due += 1
 
 
 def decode_batches(records: Iterable[StoredRecord]) -> Iterator[list[StoredRecord]]:

@@ -32,6 +32,7 @@ from loramem.index import VACUUM_DUE
 from loramem.locks import write_lock
 from loramem.manifest import NAME as MANIFEST
 from loramem.memory import Memory, OnConflict
+from loramem.namespace import Namespace
 from loramem.out_of_memory import memory_errors
 from loramem.records import Record, RecordLike, as_records
 from loramem.repair import repair
@@ -84,7 +85,9 @@ class MemoryStore(Memory):
         IntegrityError: store.json or index.db is not what was committed.
 
     A store is a context manager and may be shared between threads; calls that need the model take turns. Namespaces
-    are separate recall spaces: the same key may be in each.
+    are separate recall spaces: the same key may be in each. ``len``, iteration and ``in`` are about the default one,
+    like every method that is not told another; `namespace` gives a view of another. `stats`, `verify`, `compact` and
+    all that copies or checks take the whole store.
 
     Example:
         >>> import tempfile
@@ -415,6 +418,14 @@ class MemoryStore(Memory):
         limit = MAX_BYTES if max_bytes is None else max_bytes
         pull(repo, Path(path), revision=revision, model=model, verify=verify, max_bytes=limit, progress=progress)
         return cls(path, base_model, device=device, create=False)
+
+    def namespace(self, name: str) -> Namespace:
+        """A view of one namespace that is used as a store of its own is; "" is the default one.
+
+        Raises:
+            InvalidField: No record can be in a namespace of that name.
+        """
+        return Namespace(self, name)
 
     # Helpers
 

@@ -93,7 +93,7 @@ def run(cell: Cell) -> Result:
         refused = sum(_is_refused(store, stranger.key) for stranger in strangers)
         routed = {name: list(predictions(base.model, text)) for name, text in passages.items()}
         effects: dict[str, list[Effect]] = {name: [] for name in passages}
-        for key in {record.adapter: record.key for record in store.records()}.values():
+        for key in {record.adapter: record.key for record in store.records(None)}.values():
             model, _ = store.load(key)
             for name, text in passages.items():
                 effects[name].append(effect(text, bare[name], list(predictions(model, text))))

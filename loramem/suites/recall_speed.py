@@ -75,7 +75,7 @@ def run(cell: Cell) -> Result:
             place, build_s = Path(cell.store), None
         store = stack.enter_context(MemoryStore(place, device=cell.device, create=False))
         warm_up(store.base)
-        everything = list(store.records())
+        everything = list(store.records(None))
         count = len(everything) if cell.sample is None else min(cell.sample, len(everything))
         chosen = sorted(random.Random(cell.seed).sample(everything, count), key=lambda record: record.adapter)
         cold_s, warm_s = _recall_one_by_one(store, chosen)

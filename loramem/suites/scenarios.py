@@ -127,7 +127,7 @@ def _ask(store: "MemoryStore", values: Mapping[str, str], seed: int) -> Result:
     from loramem.prompts import PromptTemplate
     from loramem.reader import decode_batches
 
-    template, stored = PromptTemplate(**store.manifest.prompt), list(store.records())
+    template, stored = PromptTemplate(**store.manifest.prompt), list(store.records(None))
     tokenizer = store.base.tokenizer
     prompts = {tuple(template.stored_ids(tokenizer, record.key, record.prompt)) for record in stored}
 

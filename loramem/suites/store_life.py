@@ -139,7 +139,7 @@ def _grow(store: "MemoryStore", records: Sequence[Record]) -> Iterator[Result]:
         report = store.write(some)
         seconds = clock(store.base.device) - started
         yield {
-            "records": len(store),
+            "records": store.stats().records,
             "seconds": seconds,
             "visits": report.visits,
             "size_mb": size_bytes(store.path) / 2**20,
