@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from loramem import MemoryStore, Record
-    from loramem.adapters import Placement
+    from loramem.placement import Placement
 
 Command = Callable[..., Any]
 
@@ -235,7 +235,7 @@ def pool(workers: int | None) -> "Iterator[Executor | None]":
 
 def placement(model: "PreTrainedModel", modules: str | None, layers: str | None) -> "Placement":
     """The placement that --modules and --layers name; the default one for what is not named."""
-    from loramem.adapters import Placement
+    from loramem.placement import Placement
 
     default = Placement.default(model)
     names = tuple(sorted(modules.split(","))) if modules else default.modules

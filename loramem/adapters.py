@@ -1,4 +1,4 @@
-"""LoRA adapters on a base model: placement, create, grow, save, load.
+"""LoRA adapters on a base model: create, grow, save, load.
 
 The saved form is the portable contract: a plain PEFT LoRA (uniform rank, no bias, no rsLoRA, no DoRA, nothing else
 saved), safetensors and a config written by ourselves with sorted keys, since PEFT's own differs from run to run.
@@ -11,7 +11,6 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,67 +24,12 @@ from transformers import PreTrainedModel
 
 from loramem.adapter_header import CONFIG, WEIGHTS
 from loramem.base_model import DTYPES, BaseModel
-from loramem.layers import decoder_layers, features, linear_modules, linears
+from loramem.errors import UnsupportedBaseModel
+from loramem.module_names import adapted_paths
+from loramem.placement import Placement
 
 CARD = "README.md"
 ALPHA_PER_RANK = 2  # alpha = 2·r: the scaling alpha/r stays 2 when the rank grows, so growth keeps the function
-LAST_LAYERS = 2  # docs/writing.md holds the measurement
-
-
-@dataclass(frozen=True)
-class Placement:
-    """Which linear modules of which decoder layers carry the adapter."""
-
-    modules: tuple[str, ...]
-    """Module names without path, as PEFT's target_modules, sorted."""
-    layers: tuple[int, ...]
-    """0-based decoder layers."""
-
-    @classmethod
-    def default(cls, model: PreTrainedModel) -> "Placement":
-        """All linear modules of the last two layers."""
-        layers = decoder_layers(model)
-        first = max(0, len(layers) - LAST_LAYERS)
-        return cls(linear_modules(layers[-1]), tuple(range(first, len(layers))))
-
-    @classmethod
-    def named(cls, model: PreTrainedModel, modules: Sequence[str], layers: Sequence[int]) -> "Placement":
-        """These modules of these layers (0-based).
-
-        Raises:
-            ValueError: The model has no such linear module or layer.
-        """
-        every = decoder_layers(model)
-        if not layers or not all(0 <= layer < len(every) for layer in layers):
-            raise ValueError(f"The layers are 0 to {len(every) - 1}, not {', '.join(map(str, layers)) or 'none'}.")
-        known = linear_modules(every[-1])
-        if not modules or not set(modules) <= set(known):
-            raise ValueError(f"The linear modules are {', '.join(known)}, not {', '.join(modules) or 'none'}.")
-        return cls(tuple(sorted(set(modules))), tuple(sorted(set(layers))))
-
-    def parameters_per_rank(self, model: PreTrainedModel) -> int:
-        """Adapter parameters that one rank costs: Σ (inputs + outputs) over the adapted modules."""
-        layers = decoder_layers(model)
-        return sum(
-            sum(features(module))
-            for layer in self.layers
-            for name, module in linears(layers[layer])
-            if name in self.modules
-        )
-
-
-def tensor_shapes(model: PreTrainedModel, placement: Placement, rank: int) -> dict[str, tuple[int, int]]:
-    """The tensors of a saved adapter: PEFT name -> shape, lora_A (rank, inputs) and lora_B (outputs, rank)."""
-    shapes, layers = dict[str, tuple[int, int]](), decoder_layers(model)
-    paths = {module: path.replace(".base_layer", "") for path, module in model.named_modules()}
-    for layer in placement.layers:
-        for name, module in linears(layers[layer]):
-            if name in placement.modules:
-                inputs, outputs = features(module)
-                path = f"base_model.model.{paths[module]}"
-                shapes[f"{path}.lora_A.weight"] = (rank, inputs)
-                shapes[f"{path}.lora_B.weight"] = (outputs, rank)
-    return shapes
 
 
 class AdaptedModel:
@@ -115,6 +59,9 @@ class AdaptedModel:
         """Attach a fresh trainable adapter (A random, B zero: the base's function) and activate it.
 
         One of the same name, left by an interrupted training, is replaced.
+
+        Raises:
+            UnsupportedBaseModel: PEFT attaches to other modules than those of the placement.
         """
         config = LoraConfig(
             r=rank,
@@ -131,6 +78,13 @@ class AdaptedModel:
                 if name in self._peft.peft_config:
                     self.remove(name)
                 self._peft.add_adapter(name, config)
+        if (attached := adapted_paths(self.model, name)) != set(placement.paths(self.model)):
+            self.remove(name)
+            raise UnsupportedBaseModel(
+                f"PEFT attaches to {', '.join(sorted(attached)) or 'nothing'} of {type(self.model).__name__}, not to "
+                f"{', '.join(placement.modules)} of layers {', '.join(map(str, placement.layers))} alone. Use the "
+                "version of PEFT that the store was made with, or write a new store."
+            )
         self._activate(name, trainable=True)
 
     def grow(self, name: str, rank: int, placement: Placement, seed: int) -> None:

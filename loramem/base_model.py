@@ -16,6 +16,7 @@ from huggingface_hub.file_download import repo_folder_name
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from loramem import embedded
+from loramem.architecture import check_architecture
 from loramem.errors import BaseModelNotFound, UnsupportedBaseModel, reason
 from loramem.fingerprint import Fingerprint, fingerprint
 from loramem.model_files import check_files
@@ -124,6 +125,7 @@ def load_base_model(
         model.eval().requires_grad_(False)
         # Published generation settings sample, or penalise repetition; generate() would mix them into ours.
         model.generation_config = GenerationConfig()
+        check_architecture(model)
         vocabulary, unreachable = vocabulary_size(model, name), unreachable_tokens(model)
         template = PromptTemplate.of(tokenizer, unreachable, vocabulary)
         check_computes(model, template, name)

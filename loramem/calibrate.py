@@ -21,12 +21,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from loramem.adapters import AdaptedModel, Placement
+from loramem.adapters import AdaptedModel
 from loramem.base_model import BaseModel
 from loramem.calibrations import Calibration, KindSamples, Sample
 from loramem.errors import InputError
 from loramem.generators import generate
 from loramem.long_text import long_text
+from loramem.placement import Placement
 from loramem.pricing import costs_bits
 from loramem.prompts import EncodedRecord, encode_records
 from loramem.recall import answer_probabilities

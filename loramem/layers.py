@@ -3,11 +3,24 @@
 from collections.abc import Iterator
 from inspect import signature
 
+import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from loramem.errors import UnsupportedBaseModel
+
+# Blocks whose linear modules may carry an adapter, by the names that transformers gives them. What is not here is no
+# attention over all positions and no MLP that every position passes: experts, routers, recurrences, indexers.
+ATTENTION = frozenset(
+    {"attn", "attention", "self_attn", "self_attention", "self", "multi_head_attention", "output", "mixer"}
+)
+MLP = frozenset(
+    {"", "mlp", "ffn", "feed_forward", "mlp_block", "intermediate", "w_in", "shared_mlp", "shared_expert"}
+    | {"shared_experts"}
+)
+NEVER = frozenset({"experts", "router", "gate", "crossattention", "adapter_modules"})
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
@@ -34,10 +47,53 @@ def linear_modules(layer: nn.Module) -> tuple[str, ...]:
 
 def linears(layer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """A layer's linear modules by name without path; of an adapted one the frozen original."""
+    for path, module in linear_paths(layer):
+        yield path.rpartition(".")[2], module
+
+
+def linear_paths(layer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """A layer's linear modules by path within it; of an adapted one the frozen original."""
     # PEFT wraps a linear module and keeps the original below it as "base_layer": the wrapper's name is the answer.
     for name, module in layer.named_modules():
         if isinstance(module, nn.Linear | Conv1D) and ".lora_" not in name:
-            yield name.removesuffix(".base_layer").rpartition(".")[2], module
+            yield name.removesuffix(".base_layer"), module
+
+
+def adaptable(layer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The linear modules of a layer that an adapter may sit on, by path within it.
+
+    These are the projections of attention, and of the MLP that every position passes (dense, or the shared one beside
+    experts). Not: routers and gates of experts, single experts, whatever a recurrence or convolution is made of, and
+    attention to an encoder.
+    """
+    for path, module in linear_paths(layer):
+        parent, _, name = path.rpartition(".")
+        parts = parent.split(".")
+        if NEVER.intersection([*parts, name]) or name.endswith("_gate") or any("norm" in part for part in parts):
+            continue
+        if parts[-1] not in ATTENTION | MLP or (parent and _convolves(layer.get_submodule(parent))):
+            continue
+        if _is_plain(module):
+            yield path, module
+
+
+def _convolves(block: nn.Module) -> bool:
+    return any(isinstance(module, nn.Conv1d) for module in block.modules())
+
+
+@torch.no_grad()
+def _is_plain(module: nn.Module) -> bool:
+    """Whether a linear module gives W x + b and nothing else: a router may be a subclass that returns a tuple."""
+    if type(module).forward in (nn.Linear.forward, Conv1D.forward):
+        return True
+    assert isinstance(module, nn.Linear)
+    inputs = torch.ones(1, module.in_features).to(module.weight)
+    try:
+        outputs: object = module(inputs)
+    except (RuntimeError, TypeError, ValueError, IndexError):
+        return False
+    expected = linear(inputs, module.weight, module.bias)
+    return isinstance(outputs, Tensor) and outputs.shape == expected.shape and torch.allclose(outputs, expected)
 
 
 def position_wise_blocks(layer: nn.Module) -> Iterator[nn.Module]:

@@ -12,8 +12,8 @@ from loramem.files import write_synced
 from loramem.index import Index
 
 if TYPE_CHECKING:
-    from loramem.adapters import Placement
     from loramem.base_model import BaseModel
+    from loramem.placement import Placement
     from loramem.prompts import PromptTemplate
 
 FORMAT = 1
@@ -36,7 +36,7 @@ class Manifest:
     prompt: dict[str, Any]
     """Fields of `loramem.prompts.PromptTemplate`."""
     placement: dict[str, Any]
-    """Fields of `loramem.adapters.Placement`."""
+    """Fields of `loramem.placement.Placement`."""
     train_threshold: float
     certify_threshold: float
     keep_values: bool = True
@@ -88,14 +88,14 @@ class Manifest:
 
     def placed(self) -> "Placement":
         """Where the store's adapters sit."""
-        from loramem.adapters import Placement
+        from loramem.placement import Placement
 
         return Placement(tuple(self.placement["modules"]), tuple(self.placement["layers"]))
 
     @classmethod
     def of(cls, base: "BaseModel", *, keep_values: bool = True) -> "Manifest":
         """The manifest of a new store for a loaded base model."""
-        from loramem.adapters import Placement
+        from loramem.placement import Placement
         from loramem.settings import WriterSettings
 
         template, placement = base.template, Placement.default(base.model)

@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 
-from loramem.adapters import AdaptedModel, Placement, adapter_id, serialize
+from loramem.adapters import AdaptedModel, adapter_id, serialize
 from loramem.base_model import load_base_model
 from loramem.errors import StubbornRecords
 from loramem.files import make_directory, write_directory, write_synced
 from loramem.fingerprint import Fingerprint
+from loramem.placement import Placement
 from loramem.prompts import EncodedRecord
 from loramem.recall import Proof, prove
 from loramem.settings import WriterSettings
@@ -177,8 +178,8 @@ def _save_and_prove(job: ShardJob, adapted: AdaptedModel, indices: Sequence[int]
     files = serialize(adapted.weights(UNSAVED), adapted.base, job.placement)
     adapter = adapter_id(files, job.namespace)
     write_directory(job.folder / adapter, files)
-    adapted.remove(UNSAVED)
     adapted.load(adapter, job.folder / adapter)
+    adapted.remove(UNSAVED)  # after the load: PEFT is never left without an adapter that it holds for the active one
     base = adapted.base
     proof = prove(adapted.model, records, adapter, {"base": base.dtype, "adapter": "float32"})
     proof.conditions["parameters"] = base.fingerprint.parameters

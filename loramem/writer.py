@@ -15,12 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from loramem import objectives
-from loramem.adapters import AdaptedModel, Placement, count_parameters, load_weights, rank_choices
+from loramem.adapters import AdaptedModel, count_parameters, load_weights, rank_choices
 from loramem.batches import group_by_length, per_position, token_losses
 from loramem.errors import TrainingDiverged
 from loramem.initialization import aligned_rows, collect_moments
 from loramem.layers import features
 from loramem.optimizer import make_optimizer, set_rate
+from loramem.placement import Placement
 from loramem.prompts import EncodedRecord
 from loramem.settings import WriterSettings
 from loramem.trunk import Trunk

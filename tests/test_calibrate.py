@@ -11,11 +11,11 @@ from loramem_cli import main
 
 from loramem import calibrate
 from loramem import runs as runs_module
-from loramem.adapters import Placement
 from loramem.base_model import BaseModel, load_base_model
 from loramem.calibrate import Request, spread
 from loramem.calibrations import cached
 from loramem.errors import InputError
+from loramem.placement import Placement
 from loramem.records import Record
 from loramem.runs import Run, append_run, read_runs
 from loramem.settings import WriterSettings

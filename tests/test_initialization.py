@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from loramem import WriterSettings, writer
-from loramem.adapters import AdaptedModel, Placement
+from loramem.adapters import AdaptedModel
 from loramem.base_model import BaseModel, load_base_model
 from loramem.batches import answer_logits
 from loramem.initialization import DAMPING, OVERSAMPLING, Moments, aligned_rows, collect_moments
+from loramem.placement import Placement
 from loramem.prompts import encode_records
 from loramem.records import as_records
 from loramem.settings import STARTS

@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from loramem import MemoryStore, WriterSettings, shards, writer
-from loramem.adapters import AdaptedModel, Placement
+from loramem.adapters import AdaptedModel
 from loramem.base_model import BaseModel, load_base_model
 from loramem.batches import Batch, answer_logits, make_batch, token_losses
 from loramem.errors import StubbornRecords, TrainingDiverged
 from loramem.layers import decoder_layers
+from loramem.placement import Placement
 from loramem.prompts import encode_records
 from loramem.recall import answer_probabilities
 from loramem.records import as_records

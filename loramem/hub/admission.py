@@ -14,8 +14,9 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from loramem.adapter_header import CONFIG, SAVED, WEIGHTS
-from loramem.adapters import Placement, adapter_id_of, portable_config
+from loramem.adapters import adapter_id_of, portable_config
 from loramem.hub.publication import Publication, PublishedAdapter
+from loramem.placement import Placement
 
 Shapes = Mapping[str, tuple[int, int]]
 

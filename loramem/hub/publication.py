@@ -81,7 +81,7 @@ class PublishedPrompt(_Strict):
 
 
 class PublishedPlacement(_Strict):
-    """Fields of `loramem.adapters.Placement`."""
+    """Fields of `loramem.placement.Placement`."""
 
     modules: list[Annotated[str, StringConstraints(pattern=r"^\w+$")]] = Field(min_length=1)
     layers: list[Count] = Field(min_length=1)

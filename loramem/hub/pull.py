@@ -202,8 +202,8 @@ def _told(line: PublishedRecord) -> bool:
 
 def _admit(fetched: Fetched, engine: Engine, verify: bool, progress: Callable[[int, int], None] | None) -> None:
     """Check every adapter, and with ``verify`` what it says and answers on the base model here."""
-    from loramem.adapters import tensor_shapes
     from loramem.hub.admission import inspect_adapter
+    from loramem.placement import tensor_shapes
     from loramem.prompts import decode_answer
     from loramem.recheck import recheck
 

@@ -20,8 +20,9 @@ from transformers import (
     TrainingArguments,
 )
 
-from loramem.adapters import ALPHA_PER_RANK, Placement
+from loramem.adapters import ALPHA_PER_RANK
 from loramem.base_model import BaseModel
+from loramem.placement import Placement
 from loramem.prompts import EncodedRecord
 from loramem.suites.timing import all_exact, clock, count_exact, lowest_probability
 

@@ -74,8 +74,9 @@ def run(cell: Cell) -> Result:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from loramem.adapters import AdaptedModel, Placement
+    from loramem.adapters import AdaptedModel
     from loramem.batches import token_losses
+    from loramem.placement import Placement
     from loramem.prompts import encode_records
     from loramem.settings import WriterSettings
     from loramem.shards import ShardJob, write_shard

@@ -96,9 +96,10 @@ def lengths(kind: str, request: Request) -> tuple[int, ...]:
 def run(cell: Cell) -> Result:
     """Make the run, unless it ships."""
     from loramem import calibrate
-    from loramem.adapters import AdaptedModel, Placement
+    from loramem.adapters import AdaptedModel
     from loramem.base_model import load_base_model
     from loramem.layers import decoder_layers
+    from loramem.placement import Placement
     from loramem.suites.paper_unit import paper_layer
     from loramem.suites.timing import conditions
 

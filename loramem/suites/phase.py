@@ -240,7 +240,7 @@ def train(
     Returns:
         What was kept, in order, and last the end of training, which the adapter is left at.
     """
-    from loramem.adapters import Placement
+    from loramem.placement import Placement
     from loramem.settings import WriterSettings
     from loramem.writer import train_adapter
 

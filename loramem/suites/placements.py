@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 
 from transformers import PreTrainedModel
 
-from loramem.adapters import Placement
 from loramem.errors import UnsupportedBaseModel
 from loramem.layers import decoder_layers, linear_modules
+from loramem.placement import Placement
 from loramem.suites.paper_unit import paper_layer
 
 TOLERANCE = 0.1

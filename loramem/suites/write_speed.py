@@ -155,8 +155,8 @@ def _write(cell: Cell) -> Result:
 
 
 def _baseline(cell: Cell) -> Result:
-    from loramem.adapters import Placement
     from loramem.base_model import load_base_model
+    from loramem.placement import Placement
     from loramem.prompts import encode_records
     from loramem.suites import baselines
     from loramem.suites.paper_recipe import paper_recipe

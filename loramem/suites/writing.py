@@ -17,12 +17,13 @@ import click
 import torch
 
 from loramem import embedded
-from loramem.adapters import AdaptedModel, Placement, serialize
+from loramem.adapters import AdaptedModel, serialize
 from loramem.base_model import BaseModel, load_base_model
 from loramem.errors import RecallError
 from loramem.files import write_directory
 from loramem.generators import KINDS, generate
 from loramem.layers import decoder_layers
+from loramem.placement import Placement
 from loramem.processes import usable_cores
 from loramem.prompts import encode_records
 from loramem.recall import answer_probabilities, decode_records
