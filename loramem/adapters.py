@@ -125,8 +125,14 @@ class AdaptedModel:
         """Detach an adapter and free its memory."""
         assert self._peft is not None
         self._loaded.pop(name, None)
-        if self._loaded:  # PEFT warns when the active adapter is deleted
-            self._activate(next(reversed(self._loaded)), trainable=False)
+        others = [other for other in self._peft.peft_config if other != name]
+        if not others:
+            # PEFT would go on holding the deleted adapter for the active one, and looks it up at the next load.
+            self._peft.base_model.unload()
+            self._peft = None
+            return
+        # PEFT warns when the active adapter is deleted.
+        self._activate(next(reversed(self._loaded)) if self._loaded else others[-1], trainable=False)
         self._peft.delete_adapter(name)
 
     def rest(self) -> None:

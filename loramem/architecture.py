@@ -20,9 +20,7 @@ from loramem.records import Record
 PROMPTS = ((7, 3), (6, 2))
 """Tokens of two prompts in a batch, of which the shorter is padded; the second pair is tried if the first disagrees."""
 STEPS = 2  # the first is the pass over the prompts, the second reads the cache
-# Largest distance that counts as rounding, as a share of the logits' norm. Ignored padding gave 3e-7 in float32 and
-# 7e-3 in bfloat16 on the tiny models of the tests; padding that is not ignored 0.05 and more.
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 FAILURES = (RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError, AssertionError)
 
 
@@ -48,8 +46,8 @@ def check_architecture(model: PreTrainedModel) -> None:
     except FAILURES as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UnsupportedBaseModel(
-            f"{name} does not run on token ids alone, as a causal language model does ({type(error).__name__}: {reason}). "
-            "Use a decoder-only text model."
+            f"{name} does not run on token ids alone, as a causal language model does ({type(error).__name__}: "
+            f"{reason}). Use a decoder-only text model."
         ) from error
     if not difference <= TOLERANCE[model.dtype]:  # NaN is not equal
         raise UnsupportedBaseModel(
@@ -82,7 +80,10 @@ def _difference(model: PreTrainedModel, lengths: Sequence[int]) -> tuple[float, 
         EncodedRecord(Record("?", "?"), tuple(prompt), tuple(answer))
         for prompt, answer in zip(prompts, output.sequences[:, -STEPS:].tolist(), strict=True)
     ]
-    padded = answer_logits(model, make_batch(records, model.device))[-STEPS:]
+    batch = make_batch(records, model.device)
+    padded = answer_logits(model, batch)[-STEPS:]
+    with torch.autocast(model.device.type, torch.bfloat16):
+        answer_logits(model, batch)  # adapters are trained so where the processor can; some models cannot
     alone = answer_logits(model, make_batch(records[-1:], model.device))
     return _relative(padded, alone), *(_relative(a, b) for a, b in zip(stepped, alone, strict=True))
 

@@ -17,9 +17,11 @@ ATTENTION = frozenset(
     {"attn", "attention", "self_attn", "self_attention", "self", "multi_head_attention", "output", "mixer"}
 )
 MLP = frozenset(
-    {"", "mlp", "ffn", "feed_forward", "mlp_block", "intermediate", "w_in", "shared_mlp", "shared_expert"}
+    {"mlp", "ffn", "feed_forward", "mlp_block", "intermediate", "w_in", "shared_mlp", "shared_expert"}
     | {"shared_experts"}
 )
+OF_LAYER = frozenset({"fc1", "fc2"})
+"""An MLP that is no block of its own."""
 NEVER = frozenset({"experts", "router", "gate", "crossattention", "adapter_modules"})
 
 
@@ -69,11 +71,10 @@ def adaptable(layer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for path, module in linear_paths(layer):
         parent, _, name = path.rpartition(".")
         parts = parent.split(".")
-        if NEVER.intersection([*parts, name]) or name.endswith("_gate") or any("norm" in part for part in parts):
+        if NEVER.intersection([*parts, name]) or name.endswith("_gate") or parts[0].endswith("layernorm"):
             continue
-        if parts[-1] not in ATTENTION | MLP or (parent and _convolves(layer.get_submodule(parent))):
-            continue
-        if _is_plain(module):
+        known = parts[-1] in ATTENTION | MLP and not _convolves(layer.get_submodule(parent))
+        if (known or path in OF_LAYER) and _is_plain(module):
             yield path, module
 
 

@@ -74,8 +74,8 @@ class Placement:
         return {
             paths[module]: module
             for layer in self.layers
-            for path, module in linear_paths(layers[layer])
-            if is_named(path, self.modules)
+            for _, module in linear_paths(layers[layer])
+            if is_named(paths[module], self.modules)
         }
 
     def parameters_per_rank(self, model: PreTrainedModel) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 
 from loramem.batches import answer_logits, group_by_length, make_batch, pad_left, token_losses
 from loramem.errors import RecallError
@@ -96,12 +97,15 @@ def _decode(
 def shared_prefix(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> int:
     """Tokens that all prompts of a batch begin with, if running them once is worth it and exact; otherwise 0.
 
-    Padding then lies between prefix and key, where a sliding window would count it: such models run every prompt.
+    Padding then lies between prefix and key, where a sliding window would count it and a recurrence would read it: such
+    models run every prompt.
     """
     columns = zip(*(prompt[:-1] for prompt in prompts), strict=False)
     same = sum(1 for _ in takewhile(lambda tokens: len(set(tokens)) == 1, columns)) if len(prompts) > 1 else 0
     window = model.config.get_text_config().to_dict().get("sliding_window")
-    return same if same >= SHARED_PREFIX_TOKENS and window is None else 0
+    if same < SHARED_PREFIX_TOKENS or window is not None:
+        return 0
+    return same if all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers) else 0
 
 
 def _prefix_cache(model: PreTrainedModel, prefix: Tensor, rows: int) -> DynamicCache:

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from loramem.adapter_header import CONFIG, SAVED, WEIGHTS
 from loramem.adapters import adapter_id_of, portable_config
 from loramem.hub.publication import Publication, PublishedAdapter
+from loramem.module_names import is_named
 from loramem.placement import Placement
 
 Shapes = Mapping[str, tuple[int, int]]
@@ -29,7 +30,7 @@ def inspect_adapter(
     Args:
         folder: Of this adapter.
         shapes: The tensors as the base model implies them; None where it is not at hand, which leaves to check that
-            there is a pair of them for every module and layer of the placement, of the right rank.
+            they come in pairs of the right rank, in every layer and for every module of the placement.
 
     Raises:
         ValueError: What is wrong, in words, naming the file.
@@ -84,17 +85,24 @@ def _check_tensors(path: Path, adapter: PublishedAdapter, placement: Placement, 
 def _check_shapes(
     found: Mapping[str, tuple[int, ...]], adapter: PublishedAdapter, placement: Placement, shapes: Shapes | None
 ) -> None:
-    placed = {(layer, module, side) for layer in placement.layers for module in placement.modules for side in "AB"}
+    pairs = dict[str, set[str]]()
     for name, shape in found.items():
-        place = _place(name)
-        if place not in placed:
+        if (
+            (place := _place(name)) is None
+            or place[0] not in placement.layers
+            or not is_named(place[1], placement.modules)
+        ):
             raise ValueError(f"{WEIGHTS} has a tensor {name!r} that its config does not imply")
-        placed.remove(place)
+        pairs.setdefault(place[1], set()).add(place[2])
         if len(shape) != 2 or shape[0 if place[2] == "A" else 1] != adapter.rank:
             raise ValueError(f"{WEIGHTS}: {name} has shape {shape}, which is not of rank {adapter.rank}")
-    if placed:
-        layer, module, side = min(placed)
-        raise ValueError(f"{WEIGHTS} has no lora_{side} of {module} in layer {layer}")
+    # Layers may differ in what they hold, so that without the base each name and each layer need occur only once.
+    if alone := sorted(path for path, sides in pairs.items() if len(sides) == 1):
+        raise ValueError(f"{WEIGHTS} has no lora_{min({'A', 'B'} - pairs[alone[0]])} of {alone[0]}")
+    if absent := sorted(module for module in placement.modules if not any(is_named(path, [module]) for path in pairs)):
+        raise ValueError(f"{WEIGHTS} has no matrices of {absent[0]}")
+    if bare := sorted(set(placement.layers) - {place[0] for name in found if (place := _place(name))}):
+        raise ValueError(f"{WEIGHTS} has no matrices in layer {bare[0]}")
     if (parameters := sum(map(math.prod, found.values()))) != adapter.parameters:
         raise ValueError(f"{WEIGHTS} has {parameters:,} parameters, not the {adapter.parameters:,} published")
     if shapes is not None and found != dict(shapes):
@@ -103,9 +111,9 @@ def _check_shapes(
 
 
 def _place(name: str) -> tuple[int, str, str] | None:
-    """Layer, module and side of a tensor: the first number in its path, its last part, A or B."""
+    """Layer, path and side of a tensor: the first number in its path, the path, A or B."""
     if (match := SAVED.fullmatch(name)) is None:
         return None
-    path = match["module"].split(".")
-    number = next((part for part in path if part.isdecimal()), "")
-    return (int(number), path[-1], match["matrix"]) if 0 < len(number) < 10 else None
+    path = match["module"]
+    number = next((part for part in path.split(".") if part.isdecimal()), "")
+    return (int(number), path, match["matrix"]) if 0 < len(number) < 10 else None
