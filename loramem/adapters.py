@@ -71,12 +71,12 @@ class AdaptedModel:
             task_type="CAUSAL_LM",
         )
         with torch.random.fork_rng(devices=[]), _no_future_warnings():
+            if self._peft is not None and name in self._peft.peft_config:
+                self.remove(name)
             torch.manual_seed(seed)
             if self._peft is None:
                 self._peft = get_peft_model(self.base.model, config, adapter_name=name)
             else:
-                if name in self._peft.peft_config:
-                    self.remove(name)
                 self._peft.add_adapter(name, config)
         if (attached := adapted_paths(self.model, name)) != set(placement.paths(self.model)):
             self.remove(name)

@@ -46,14 +46,14 @@ def check_architecture(model: PreTrainedModel) -> None:
     except FAILURES as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UnsupportedBaseModel(
-            f"{name} does not run on token ids alone, as a causal language model does ({type(error).__name__}: "
-            f"{reason}). Use a decoder-only text model."
+            f"{name} does not run as training and recall run it, on token ids and under bfloat16 autocast "
+            f"({type(error).__name__}: {reason}). Use a decoder-only text model."
         ) from error
     if not difference <= TOLERANCE[model.dtype]:  # NaN is not equal
         raise UnsupportedBaseModel(
             f"{name} decodes a prompt otherwise in a padded batch than alone: its logits differ by {difference:.1e} of "
-            f"their size, {TOLERANCE[model.dtype]:.0e} is rounding. Recurrent and bidirectional models do; use a "
-            "model with causal attention."
+            f"their size, {TOLERANCE[model.dtype]:.0e} is rounding. Recurrences and positions that count the padding "
+            "do this, and attention to the right; use a model with causal attention."
         )
 
 

@@ -63,7 +63,7 @@ def test_what_padding_or_placement_forbids_is_refused(family: str, reason: str) 
 
 def test_a_model_that_sees_the_tokens_to_the_right_is_refused() -> None:
     check_architecture(loud("bert"))
-    with pytest.raises(UnsupportedBaseModel, match="bidirectional"):
+    with pytest.raises(UnsupportedBaseModel, match="attention to the right"):
         check_architecture(loud("bert", is_decoder=False))
 
 

@@ -1,5 +1,6 @@
 """Which modules carry the adapter: projections of known role, the same ones in PEFT as in our own counting."""
 
+import json
 import warnings
 from pathlib import Path
 
@@ -96,11 +97,19 @@ def test_a_stored_placement_that_peft_attaches_elsewhere_is_refused_before_train
         adapted.create("new", 2, Placement((*ATTENTION, *GATED), (0, 1)), seed=0)
 
 
+def test_a_rank_above_the_width_of_a_module_is_saved_as_it_is(tmp_path: Path) -> None:
+    base = load_base_model(str(build_tiny("qwen2_moe", tmp_path / "tiny")))  # its shared expert is 16 wide
+    adapted, placement = AdaptedModel(base), Placement.default(base.model)
+    adapted.create("new", 24, placement, seed=0)
+    assert json.loads(serialize(adapted.weights("new"), base, placement)["adapter_config.json"])["r"] == 24
+
+
 def test_an_adapter_loads_after_the_only_one_was_removed(tmp_path: Path) -> None:
     # PEFT looks the active adapter up while it loads another, in architectures whose tensors it renames.
     base = load_base_model(str(build_tiny("qwen3_moe", tmp_path / "tiny")))
     adapted, placement = AdaptedModel(base), Placement.default(base.model)
-    adapted.create("first", 2, placement, seed=0)
+    adapted.create("first", 3, placement, seed=0)
+    adapted.create("first", 2, placement, seed=0)  # in the place of the one of this name
     (tmp_path / "adapter").mkdir()
     for name, content in serialize(adapted.weights("first"), base, placement).items():
         (tmp_path / "adapter" / name).write_bytes(content)
