@@ -125,10 +125,10 @@ def load_base_model(
         model.eval().requires_grad_(False)
         # Published generation settings sample, or penalise repetition; generate() would mix them into ours.
         model.generation_config = GenerationConfig()
-        check_architecture(model)
         vocabulary, unreachable = vocabulary_size(model, name), unreachable_tokens(model)
         template = PromptTemplate.of(tokenizer, unreachable, vocabulary)
         check_computes(model, template, name)
+        check_architecture(model)
     return BaseModel(
         id=identity,
         revision=commit,

@@ -13,7 +13,7 @@ from loramem.errors import ConflictingRecord, EmptyField, InputError, InvalidFie
 KEY, VALUE = "key", "value"
 METADATA_DEPTH = 100
 """JSON readers give up somewhere between 200 and 1,000 levels; what was taken in must also be read again."""
-LISTED = frozenset({"prompt_sha256", "answer_tokens", "adapter", "min_prob", "written_at"})
+LISTED = frozenset({"prompt_sha256", "answer_tokens", "adapter", "min_prob", "written_at", "chat"})
 """What `loramem ls --json` says of a record beside what was given: true of the store it was listed from alone."""
 
 

@@ -7,6 +7,7 @@ besides, `NOT_BUILT` the families that cannot be made tiny, with the reason.
 their rows are written anew.
 """
 
+import json
 import math
 import re
 import sys
@@ -61,7 +62,6 @@ HALF_LINEAR_INDEXED = {
     "initializer_range": 0.1,
 }
 GLOBAL_HEADS = {"global_head_dim": 8}
-NO_POSITIONS = {"max_position_embeddings": CONTEXT}  # their own configuration has no such field
 LOGITS = {"logit_scale": 1.0}  # the default makes p = 0.9 impossible at this width
 # A value of ... takes a name out of SIZES.
 OVERRIDES: dict[str, dict[str, Any]] = {
@@ -74,7 +74,6 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "kimi_linear": {**HALF_LINEAR_LATENT, "initializer_range": 0.2},
     **dict.fromkeys(("lfm2", "lfm3"), HALF_CONVOLUTION),
     **dict.fromkeys(("cohere", "cohere2", "cohere2_moe"), LOGITS),
-    **dict.fromkeys(("bloom", "mpt"), NO_POSITIONS),
     "bamba": {"attn_layer_indices": [1]},
     "cohere_compass_text": {
         **LOGITS,
@@ -100,7 +99,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "reformer": {"axial_pos_embds_dim": [16, 16], "axial_pos_shape": [16, 16], "attention_head_size": 8},
     "roc_bert": {"pronunciation_embed_dim": 8, "shape_embed_dim": 8, "shape_vocab_size": 64},
     "xlnet": {"max_position_embeddings": ..., "d_inner": 2 * WIDTH},
-    "recurrent_gemma": {**NO_POSITIONS, "block_types": ["recurrent", "attention"]},
+    "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
     "xlstm": {"v_head_dim": ..., "embedding_dim": WIDTH},
     "zamba": {"layers_block_type": ["mamba", "hybrid"], "head_dim": ..., "initializer_range": 0.2},
     "zamba2": {"layers_block_type": ["mamba", "hybrid"], "head_dim": ..., "initializer_range": 0.2, "chunk_size": 16},
@@ -162,6 +161,8 @@ def build_tiny(family: str, folder: Path) -> Path:
     embeddings[0] = embeddings[1]  # transformers draws the row of the padding token as zeros, trained models have none
     model.save_pretrained(folder)
     save_tokenizer(folder)
+    described = folder / "tokenizer_config.json"  # some configurations do not say how long the context is
+    described.write_text(json.dumps({**json.loads(described.read_text()), "model_max_length": CONTEXT}))
     return folder
 
 

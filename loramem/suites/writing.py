@@ -239,7 +239,7 @@ def run_cell(base: BaseModel, cell: Cell) -> dict[str, Any]:
 @click.option(
     "--results", type=click.Path(path_type=Path), default=Path("docs/results/writing.jsonl"), show_default=True
 )
-@click.option("--threads", default=usable_cores, show_default="all cores")
+@click.option("--threads", type=int, default=usable_cores, show_default="all cores")
 @click.option("--model", help="Base model: a Hub id or a local folder, in place of loramem-tiny.")
 @click.option("--no-run", is_flag=True, help="Only print what is in the results file.")
 def main(suite: str, results: Path, threads: int, model: str | None, no_run: bool) -> None:
