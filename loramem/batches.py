@@ -5,12 +5,12 @@ teacher forcing sees the same left-padded layout as batched generation.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from loramem.prompts import EncodedRecord
 
@@ -25,6 +25,8 @@ class Batch:
         position_ids: (B, T), counting from each record's first real token.
         targets: (B, K) answer and end token ids.
         supervised: (B, K) bool; False left of shorter answers.
+        cache: Keys and values of S tokens that stand before ``input_ids`` in every row; the mask covers them as well,
+            (B, S + T). A pass adds to it, so that it serves one.
     """
 
     input_ids: Tensor
@@ -32,6 +34,15 @@ class Batch:
     position_ids: Tensor
     targets: Tensor
     supervised: Tensor
+    cache: DynamicCache | None = None
+
+    def after(self, tokens: int, cache: DynamicCache) -> "Batch":
+        """The same rows behind ``tokens`` more, which all have in common and whose keys and values are known."""
+        before = torch.ones(len(self.input_ids), tokens, dtype=torch.long, device=self.input_ids.device)
+        mask = torch.ones_like(self.input_ids) if self.attention_mask is None else self.attention_mask
+        return replace(
+            self, attention_mask=torch.cat([before, mask], 1), position_ids=self.position_ids + tokens, cache=cache
+        )
 
 
 def make_batch(records: Sequence[EncodedRecord], device: torch.device | str) -> Batch:
@@ -75,7 +86,8 @@ def answer_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
             # Without padding the positions are the default ones, and fused attention needs no mask.
             position_ids=None if batch.attention_mask is None else batch.position_ids,
             logits_to_keep=batch.targets.shape[1] + 1,
-            use_cache=False,
+            past_key_values=batch.cache,
+            use_cache=batch.cache is not None,
         )
     finally:
         head.remove()

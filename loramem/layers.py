@@ -1,6 +1,7 @@
 """The decoder layers of a causal language model and the linear modules in them, whatever the architecture."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from inspect import signature
 
 import torch
@@ -20,6 +21,8 @@ MLP = frozenset(
     {"mlp", "ffn", "feed_forward", "mlp_block", "intermediate", "w_in", "shared_mlp", "shared_expert"}
     | {"shared_experts"}
 )
+ATTENTION_OUTPUT = frozenset({"o_proj", "out_proj", "c_proj", "dense", "wo"})
+"""Names of an attention's output projection; the order in which modules are defined does not tell it."""
 OF_LAYER = frozenset({"fc1", "fc2"})
 """An MLP that is no block of its own."""
 NEVER = frozenset({"experts", "router", "gate", "crossattention", "adapter_modules"})
@@ -115,3 +118,30 @@ def features(module: nn.Module) -> tuple[int, int]:
     assert isinstance(module.weight, Tensor)
     inputs, outputs = module.weight.shape  # Conv1D of GPT-2 stores the transpose
     return int(inputs), int(outputs)
+
+
+@dataclass(frozen=True)
+class LastLayer:
+    """The parts of the last decoder layer."""
+
+    layer: nn.Module
+    attention: nn.Module
+    projection: nn.Module | None
+    """The output projection of the attention, by its name: what it gives is what the attention gives."""
+    blocks: tuple[nn.Module, ...]
+    """Position-wise: the MLP, dense or of experts."""
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> "LastLayer":
+        """The last layer's parts.
+
+        Raises:
+            UnsupportedBaseModel: Other than one attention beside the position-wise blocks.
+        """
+        layer = decoder_layers(model)[-1]
+        blocks = tuple(position_wise_blocks(layer))
+        others = [block for block in layer.children() if block not in blocks and next(linears(block), None)]
+        if len(others) != 1:
+            raise UnsupportedBaseModel(f"{type(layer).__name__} has {len(others)} attentions where one is expected.")
+        projections = [module for name, module in linears(others[0]) if name in ATTENTION_OUTPUT]
+        return cls(layer, others[0], projections[0] if len(projections) == 1 else None, blocks)

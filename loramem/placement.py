@@ -1,13 +1,14 @@
 """Where an adapter sits: which linear modules of which decoder layers."""
 
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from loramem.errors import UnsupportedBaseModel
-from loramem.layers import adaptable, decoder_layers, features, linear_paths
+from loramem.layers import LastLayer, adaptable, decoder_layers, features, linear_paths
 from loramem.module_names import exact_names, is_named, module_paths
 
 LAST_LAYERS = 2  # docs/writing.md holds the measurement
@@ -67,6 +68,35 @@ class Placement:
         if found != set(meant):
             raise ValueError(f"PEFT cannot attach to {min(set(meant) - found)} of {type(model).__name__} alone.")
         return cls(exact, layers)
+
+    @classmethod
+    def ladder(cls, model: PreTrainedModel) -> "list[Placement]":
+        """Placements that hold more and more, for writes that find the one before too small.
+
+        First those behind the last attention, where training needs no pass through the network (`loramem.features`):
+        the last projection of the last MLP, all of its projections, that of the attention as well. A last MLP of
+        experts offers the attention's alone. Then `default`.
+
+        Raises:
+            UnsupportedBaseModel: See `default`.
+        """
+        widest = cls.default(model)
+        try:
+            last = LastLayer.of(model)
+        except UnsupportedBaseModel:
+            return [widest]
+        layer, paths = len(decoder_layers(model)) - 1, module_paths(model)
+        allowed = {module for _, module in adaptable(last.layer)}
+        mlp = [module for block in last.blocks for _, module in linear_paths(block)]
+        dense = mlp if mlp and set(mlp) <= allowed else []
+        attention = [last.projection] if last.projection is not None and last.projection in allowed else []
+        steps = [dense[-1:], dense, [*dense, *attention]] if dense else [attention]
+        rungs = list[Placement]()
+        for modules in steps:
+            with suppress(ValueError):  # PEFT cannot attach there alone
+                rung = cls.named(model, [paths[module] for module in modules], [layer])
+                rungs += [rung] if rung not in rungs else []
+        return [*rungs, widest]
 
     def paths(self, model: PreTrainedModel) -> dict[str, nn.Module]:
         """The adapted linear modules by their path in the model, layer by layer."""

@@ -1,8 +1,8 @@
-"""Reading facts back from the weights: decoding, teacher forcing, and the proof that a write holds."""
+"""Reading facts back from the weights: greedy decoding and teacher forcing."""
 
-import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import replace
 from itertools import takewhile
 from typing import Any
 
@@ -11,29 +11,11 @@ from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from loramem.batches import answer_logits, group_by_length, make_batch, pad_left, token_losses
-from loramem.errors import RecallError
+from loramem.batches import Batch, answer_logits, group_by_length, make_batch, pad_left, token_losses
 from loramem.prompts import EncodedRecord
 
 DECODE_RECORDS, DECODE_TOKENS = 256, 32_768
-# The second composition of the proof: another order, another batch size, other neighbours and padding.
-SHUFFLED_RECORDS = 61
 SHARED_PREFIX_TOKENS = 16  # a chat template with a system prompt; below this the extra pass costs what it saves
-ALONE = 16
-
-
-@dataclass(frozen=True)
-class Proof:
-    """That every record of an adapter was decoded exactly, and under which conditions."""
-
-    min_probs: tuple[float, ...]
-    """Per record, in the order given: the lowest teacher-forced probability of its answer tokens and end token."""
-    conditions: dict[str, object]
-    """dtypes, device, batch shapes and torch version the proof holds for; JSON-able."""
-
-    @property
-    def min_prob(self) -> float:
-        return min(self.min_probs)
 
 
 def greedy_decode(
@@ -84,14 +66,27 @@ def _decode(
     config = GenerationConfig(
         num_beams=1, max_new_tokens=max_tokens, eos_token_id=end_id, pad_token_id=end_id, **choice
     )
-    output = model.generate(  # type: ignore[operator]  # a mixin's method, hidden by nn.Module.__getattr__
-        input_ids=ids.to(model.device),
-        attention_mask=mask.to(model.device),
-        past_key_values=_prefix_cache(model, ids[:1, :shared], len(prompts)) if shared else None,
-        generation_config=config,
-    )
+    with _contiguous_before_the_head(model):
+        output = model.generate(  # type: ignore[operator]  # a mixin's method, hidden by nn.Module.__getattr__
+            input_ids=ids.to(model.device),
+            attention_mask=mask.to(model.device),
+            past_key_values=_prefix_cache(model, ids[:1, :shared], len(prompts)) if shared else None,
+            generation_config=config,
+        )
     rows: list[list[int]] = output[:, ids.shape[1] :].tolist()
     return [row[: row.index(end_id)] if end_id in row else row for row in rows]
+
+
+@contextmanager
+def _contiguous_before_the_head(model: PreTrainedModel) -> Iterator[None]:
+    """Of the pass over the prompts `generate` unembeds the last column, a view; torch multiplies a view of three
+    dimensions by a copy of the whole unembedding for every row, which took most of that pass."""
+    head = model.get_output_embeddings()
+    handle = head.register_forward_pre_hook(lambda _, args: (args[0].contiguous(),))
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def shared_prefix(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> int:
@@ -106,6 +101,17 @@ def shared_prefix(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> i
     if same < SHARED_PREFIX_TOKENS or window is not None:
         return 0
     return same if all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers) else 0
+
+
+def forced_batch(model: PreTrainedModel, records: Sequence[EncodedRecord]) -> Batch:
+    """The records as a batch for one teacher-forced pass, with a long common prefix run already."""
+    prompts = [record.prompt_ids for record in records]
+    shared = shared_prefix(model, prompts)
+    if not shared:
+        return make_batch(records, model.device)
+    rest = [replace(record, prompt_ids=record.prompt_ids[shared:]) for record in records]
+    cache = _prefix_cache(model, torch.tensor([prompts[0][:shared]]), len(records))
+    return make_batch(rest, model.device).after(shared, cache)
 
 
 def _prefix_cache(model: PreTrainedModel, prefix: Tensor, rows: int) -> DynamicCache:
@@ -134,68 +140,7 @@ def decode_records(
 def answer_probabilities(model: PreTrainedModel, records: Sequence[EncodedRecord]) -> Iterator[tuple[int, Tensor]]:
     """Teacher-forced probability of every answer token and the end token; yields (index, probabilities (ℓ + 1,))."""
     for batch in group_by_length(records, range(len(records)), DECODE_RECORDS, DECODE_TOKENS):
-        tensors = make_batch([records[index] for index in batch], model.device)
+        tensors = forced_batch(model, [records[index] for index in batch])
         probs = torch.exp(-token_losses(answer_logits(model, tensors), tensors)).cpu()
         for row, index in enumerate(batch):
             yield index, probs[row, -len(records[index].answer_ids) :]
-
-
-def prove(model: PreTrainedModel, records: Sequence[EncodedRecord], adapter: str, dtypes: dict[str, str]) -> Proof:
-    """Decode every record from the active adapter in two batch compositions, the least certain also alone.
-
-    Args:
-        adapter: Name for error messages.
-        dtypes: Recorded with the proof: "base" and "adapter".
-
-    Raises:
-        RecallError: A decoded answer differs from the record; names the first.
-    """
-    probs = dict(answer_probabilities(model, records))
-    min_probs = [float(probs[index].min()) for index in range(len(records))]
-    batches = compositions(records, min_probs)
-    for index, name in misrecalled(model, records, batches):
-        key = records[index].record.key
-        raise RecallError(
-            f"Adapter {adapter} does not decode {key!r} exactly (batches {name}, lowest p {min_probs[index]:.3f}). "
-            "Nothing was committed; write again with a higher rank or another seed.",
-            key=key,
-            adapter=adapter,
-        )
-    conditions: dict[str, object] = {
-        "dtypes": dtypes,
-        "device": model.device.type,
-        "torch": torch.__version__,
-        "decoded_batches": batch_sizes(batches),
-    }
-    return Proof(tuple(min_probs), conditions)
-
-
-Compositions = dict[str, list[list[int]]]
-"""Batches of indices of records, by the name of the way in which they were put together."""
-
-
-def compositions(records: Sequence[EncodedRecord], min_probs: Sequence[float]) -> Compositions:
-    """The batches in which records must be decoded: two ways over all of them, the least certain also alone."""
-    shuffled = list(range(len(records)))
-    random.Random(len(records)).shuffle(shuffled)
-    least_certain = sorted(shuffled, key=lambda index: min_probs[index])[:ALONE]
-    return {
-        "by length": group_by_length(records, range(len(records)), DECODE_RECORDS, DECODE_TOKENS),
-        "shuffled": [shuffled[start : start + SHUFFLED_RECORDS] for start in range(0, len(records), SHUFFLED_RECORDS)],
-        "alone": [[index] for index in least_certain],
-    }
-
-
-def misrecalled(
-    model: PreTrainedModel, records: Sequence[EncodedRecord], batches: Compositions
-) -> Iterator[tuple[int, str]]:
-    """Records that the active adapter does not decode exactly, as they are found: (index, name of the composition)."""
-    for name, groups in batches.items():
-        for index, ids in decode_records(model, records, groups):
-            if tuple(ids) != records[index].answer_ids[:-1]:
-                yield index, name
-
-
-def batch_sizes(batches: Compositions) -> dict[str, list[int]]:
-    """Records per batch that occur in each composition, ascending."""
-    return {name: sorted({len(group) for group in groups}) for name, groups in batches.items()}

@@ -6,16 +6,15 @@ certificates of a store in float32 are worth: this measures it, through PEFT, in
 
 from collections.abc import Callable, Iterator, Sequence
 
+from loramem.adapters import STORED_DTYPE
+from loramem.certificate import examine, least_certain, misrecalled
 from loramem.engine import Engine
 from loramem.errors import IntegrityError
 from loramem.prompts import encode_record
 from loramem.reader import decode_batches
-from loramem.recall import answer_probabilities, batch_sizes, compositions, misrecalled
 from loramem.records import Record
 from loramem.reports import AdapterCheck
 from loramem.tables import StoredRecord
-
-STORED_DTYPE = "float32"  # of every saved adapter; PEFT keeps it on a base of any dtype
 
 
 def recheck(
@@ -69,10 +68,9 @@ def _check(engine: Engine, adapter: str, rows: Sequence[StoredRecord], adapter_d
         if row.key in known  # unique: an adapter holds one namespace
     ]
     with reader.active(adapter):
-        probs = dict(answer_probabilities(model, encoded))
-        min_probs = [float(probs[index].min()) for index in range(len(encoded))]
-        batches = compositions(encoded, min_probs)
-        wrong = {encoded[index].record.key for index, _ in misrecalled(model, encoded, batches)}
+        found = examine(model, encoded)
+        alone = [[index] for index in least_certain(found.min_probs)]
+        wrong = {encoded[index].record.key for index in (*found.wrong, *misrecalled(model, encoded, alone))}
     failed = tuple(row.key for row in rows if row.key in wrong or row.key not in known)
     return AdapterCheck(
         adapter=adapter,
@@ -80,11 +78,11 @@ def _check(engine: Engine, adapter: str, rows: Sequence[StoredRecord], adapter_d
         exact=len(rows) - len(failed),
         failed=failed,
         unscored=len(rows) - len(encoded),
-        min_prob=min(min_probs, default=None),
+        min_prob=min(found.min_probs, default=None),
         committed_min_prob=min((row.min_prob for row in rows), default=None),
         dtypes={"base": base.dtype, "adapter": adapter_dtype},
         device=base.device.type,
-        batches=batch_sizes(batches),
+        batches={**found.batch_sizes, "alone": [1] if alone else []},
     )
 
 

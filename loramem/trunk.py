@@ -133,7 +133,7 @@ def _tail_logits(model: PreTrainedModel, layers: nn.ModuleList, layer: int, hidd
     for block in position_wise_blocks(layers[-1]):
         # The column before the first target predicts it.
         forwards[block] = _on_last_columns(block.forward, batch.targets.shape[1] + 1)
-    with _replaced(forwards):
+    with replaced_forwards(forwards):
         return answer_logits(model, batch)
 
 
@@ -148,7 +148,7 @@ def _on_last_columns(forward: Forward, columns: int) -> Forward:
 
 
 @contextmanager
-def _replaced(forwards: Mapping[nn.Module, Forward]) -> Iterator[None]:
+def replaced_forwards(forwards: Mapping[nn.Module, Forward]) -> Iterator[None]:
     """Within this context these modules compute what they are given here."""
     before = {module: vars(module).get("forward") for module in forwards}
     for module, forward in forwards.items():

@@ -1,0 +1,94 @@
+"""Adam over LoRA matrices in coordinates in which the inputs of a module are uncorrelated.
+
+At the depth of the last layer nine tenths of a module's input at an answer position are a mean that all records share;
+the directions in which records differ are faint. Adam moves every entry of A by the same amount, so it spends its
+steps on the mean. With L·Lᵀ = E[x xᵀ] + λI and A = Ã·L⁻¹ every direction of the inputs weighs alike, and it is Ã that
+Adam moves.
+
+Rates are relative: with rate ρ a step changes Ã by ρ of its entries, and B so that B·A·x changes by about ρ of the
+scale of what it is added to.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.linalg import cholesky, solve_triangular
+
+DAMPING = 0.1
+"""λ as a share of the mean input variance."""
+BETAS = (0.9, 0.95)
+
+
+@dataclass(frozen=True)
+class Site:
+    """One adapted module."""
+
+    a: nn.Parameter
+    """(r, in)."""
+    b: nn.Parameter
+    """(out, r)."""
+    factor: Tensor
+    """L, (in, in), lower triangular, from `whitening_factor`."""
+    scale: float
+    """Root mean square of what the product B·A·x is added to."""
+
+
+def whitening_factor(moments: Tensor, damping: float = DAMPING) -> Tensor:
+    """L of the second moments (in, in) of a module's inputs."""
+    damped = moments.clone()
+    damped.diagonal().add_(damping * moments.diagonal().mean() + torch.finfo(moments.dtype).tiny)
+    factor: Tensor = cholesky(damped)
+    return factor
+
+
+def random_rows(rows: int, factor: Tensor, seed: int) -> Tensor:
+    """Rows (rows, in) of A whose Ã is random with entries of variance 1 / in."""
+    inputs = len(factor)
+    white = torch.randn(rows, inputs, generator=torch.Generator().manual_seed(seed)) / math.sqrt(inputs)
+    return _raw(white.to(factor), factor)
+
+
+def _raw(white: Tensor, factor: Tensor) -> Tensor:
+    """A of Ã."""
+    raw: Tensor = solve_triangular(factor.T, white.T, upper=True).T
+    return raw
+
+
+class WhitenedAdam:
+    """Adam on Ã and B of every site; after a step the modules' A is Ã·L⁻¹."""
+
+    def __init__(self, sites: Sequence[Site], rate: float) -> None:
+        self.sites, self.rate = sites, rate
+        self.white = [nn.Parameter(site.a.detach() @ site.factor) for site in sites]
+        groups = []
+        for white, site in zip(self.white, sites, strict=True):
+            rank, inputs = white.shape
+            groups.append({"params": [white], "relative": 1 / math.sqrt(inputs)})
+            groups.append({"params": [site.b], "relative": site.scale / math.sqrt(rank)})
+        self._adam = torch.optim.Adam(groups, lr=rate, betas=BETAS)
+
+    @torch.no_grad()
+    def step(self, factor: float, gradient_scale: float = 1.0) -> bool:
+        """One step at ``factor`` times the rate; False, and nothing moved, if a gradient is not finite.
+
+        Args:
+            gradient_scale: What the gradients of A and B are multiplied by: they may be of a sum of losses.
+        """
+        for group in self._adam.param_groups:
+            group["lr"] = self.rate * factor * group["relative"]
+        finite = True
+        for white, site in zip(self.white, self.sites, strict=True):
+            assert site.a.grad is not None and site.b.grad is not None
+            white.grad = solve_triangular(site.factor, site.a.grad.T * gradient_scale, upper=False).T
+            site.b.grad *= gradient_scale
+            finite &= bool(torch.isfinite(white.grad).all() & torch.isfinite(site.b.grad).all())
+        if finite:
+            self._adam.step()
+            for white, site in zip(self.white, self.sites, strict=True):
+                site.a.copy_(_raw(white, site.factor))
+        for site in self.sites:
+            site.a.grad = site.b.grad = None
+        return finite
