@@ -204,12 +204,13 @@ def open_store(
     *,
     create: bool = False,
     keep_values: bool | None = None,
+    serve: "Sequence[str] | None" = None,
     wait_s: float = 0.0,
 ) -> "MemoryStore":
     """The store that the options name."""
     from loramem import MemoryStore
 
-    return MemoryStore(store, model, device=device, create=create, keep_values=keep_values, wait_s=wait_s)
+    return MemoryStore(store, model, device=device, create=create, keep_values=keep_values, serve=serve, wait_s=wait_s)
 
 
 def named_values(given: Sequence[str]) -> dict[str, str]:
@@ -234,10 +235,10 @@ def pool(workers: int | None) -> "Iterator[Executor | None]":
 
 
 def placement(model: "PreTrainedModel", modules: str | None, layers: str | None) -> "Placement":
-    """The placement that --modules and --layers name; the default one for what is not named."""
+    """The placement that --modules and --layers name; where writes begin for what is not named."""
     from loramem.placement import Placement
 
-    default = Placement.default(model)
+    default = Placement.ladder(model)[0]
     names = tuple(sorted(modules.split(","))) if modules else default.modules
     if layers and not all(part.isdecimal() for part in layers.split(",")):
         raise click.UsageError(f"--layers takes numbers from 0, such as 4,5, not {layers!r}.")

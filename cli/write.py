@@ -27,6 +27,12 @@ if TYPE_CHECKING:
     help="What becomes of a record whose key is there with another value.",
 )
 @click.option("--no-values", is_flag=True, help="A new store keeps salted digests only, not the values.")
+@click.option(
+    "--serve",
+    metavar="DTYPES",
+    help="Dtypes that a new store's adapters will be served in, such as bfloat16,float16, beside the base model's own; "
+    "each write is proved in all.  [default: bfloat16]",
+)
 @click.option("--seed", default=0, show_default=True, help="Same seed and input, same bytes on one machine.")
 @options.workers_option
 @click.option("--partial", is_flag=True, help="Commit the certified records even if others could not be.")
@@ -48,6 +54,7 @@ def command(
     max_rank: int,
     on_conflict: "OnConflict",
     no_values: bool,
+    serve: str | None,
     seed: int,
     workers: int | None,
     partial: bool,
@@ -80,7 +87,15 @@ def command(
         records = options.read_input(file, format_, delimiter, key_field, value_field, namespace)
         keep_values = False if no_values else None  # unless said, as the store does
         with (
-            options.open_store(store, model, device, create=True, keep_values=keep_values, wait_s=wait_s) as opened,
+            options.open_store(
+                store,
+                model,
+                device,
+                create=True,
+                keep_values=keep_values,
+                serve=None if serve is None else serve.split(","),
+                wait_s=wait_s,
+            ) as opened,
             options.pool(workers) as pool,
             write_bar() as progress,
         ):
@@ -103,10 +118,11 @@ def command(
     if report.min_prob is None:
         print_facts([("written", "0 records")])
         return
+    served = [f"{least:.3f} in {dtype}" for dtype, least in report.served.items()]
     print_facts(
         [
             ("written", f"{report.written} records, every one decoded exactly from the adapter as saved"),
-            ("lowest p", f"{report.min_prob:.3f}"),
+            ("lowest p", ", ".join([f"{report.min_prob:.3f}", *served])),
             ("adapters", len(report.adapters)),
             ("rank", report.rank),
             ("parameters", f"{report.parameters:,} ({report.bits_per_parameter:.3f} bits of value each)"),

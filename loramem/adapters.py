@@ -29,6 +29,7 @@ from loramem.module_names import adapted_paths
 from loramem.placement import Placement
 
 CARD = "README.md"
+STORED_DTYPE = "float32"  # of every saved adapter; PEFT keeps it on a base of any dtype
 ALPHA_PER_RANK = 2  # alpha = 2·r: the scaling alpha/r stays 2 when the rank grows, so growth keeps the function
 
 
@@ -47,6 +48,8 @@ class AdaptedModel:
         self.base = base
         self.max_loaded = max_loaded
         self.adapter_dtype = None if adapter_dtype is None else DTYPES[adapter_dtype]
+        self.dtypes = {"base": base.dtype, "adapter": adapter_dtype or STORED_DTYPE}
+        """What certificates name: dtypes of the base model and of adapters that are loaded from disk."""
         self._peft: PeftModel | None = None
         self._loaded: OrderedDict[str, None] = OrderedDict()
 

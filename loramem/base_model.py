@@ -110,8 +110,7 @@ def load_base_model(
     target = _device(device)
     if dtype == "auto":
         dtype = "bfloat16" if target.type == "cuda" else "float32"
-    if dtype not in DTYPES:
-        raise UnsupportedBaseModel(f"Unknown dtype {dtype!r}. Use one of {', '.join(DTYPES)} or auto.")
+    check_dtype(dtype)
     folder, identity, commit = find_base_model(name, revision)
     lacking = _lacking(name, commit)
     values = check_files(folder, name, lacking)
@@ -143,6 +142,16 @@ def load_base_model(
         device=target,
         dtype=dtype,
     )
+
+
+def check_dtype(name: str) -> None:
+    """Refuse the name of a dtype that base models are not loaded in.
+
+    Raises:
+        UnsupportedBaseModel: There is no such dtype here.
+    """
+    if name not in DTYPES:
+        raise UnsupportedBaseModel(f"Unknown dtype {name!r}. Use one of {', '.join(DTYPES)} or auto.")
 
 
 def _device(name: str) -> torch.device:

@@ -25,6 +25,8 @@ from loramem.adapters import AdaptedModel
 from loramem.base_model import BaseModel
 from loramem.calibrations import Calibration, KindSamples, Sample
 from loramem.errors import InputError
+from loramem.feature_writer import train_on_features
+from loramem.features import Features
 from loramem.generators import generate
 from loramem.long_text import long_text
 from loramem.placement import Placement
@@ -34,6 +36,7 @@ from loramem.recall import answer_probabilities
 from loramem.records import Record
 from loramem.runs import KINDS, LAW_OBJECTIVE, Run, append_run, identity, read_runs
 from loramem.settings import OBJECTIVES, WriterSettings
+from loramem.shard_training import features_of
 from loramem.trunk import Trunk
 from loramem.writer import train_adapter
 
@@ -151,7 +154,7 @@ def price_sample(base: BaseModel, kind: str, length: int, data: Sequence[Record]
 
 def bare_calibration(base: BaseModel) -> Calibration:
     """The base model as a calibration begins: nothing measured yet."""
-    placement = Placement.default(base.model)
+    placement = Placement.ladder(base.model)[0]  # where writes begin
     return Calibration(
         base.id,
         base.fingerprint.weights[:12],
@@ -256,7 +259,14 @@ class Bench:
         if request.objective == LAW_OBJECTIVE:
             patience = max(IDLE_PASSES, math.ceil(IDLE_STEPS / self.steps_per_pass))
             settings = replace(settings, learning_rate=request.learning_rate, patience_passes=patience)
-        training = train_adapter(self.adapted, "run", self.records, rank, request.placement, settings, trunk=self.trunk)
+        if request.objective == LAW_OBJECTIVE or self.features is None:
+            training = train_adapter(
+                self.adapted, "run", self.records, rank, request.placement, settings, trunk=self.trunk
+            )
+        else:  # as a write trains
+            training = train_on_features(
+                self.adapted, "run", self.features, len(self.records), rank, request.placement, settings
+            )
         after, lowest = self._probabilities()
         self.adapted.remove("run")
         return Run(
@@ -282,6 +292,13 @@ class Bench:
         )
 
     @cached_property
+    def features(self) -> list[Features] | None:
+        """What a write at this placement trains on, if it lies behind the last attention."""
+        if self.request.placement not in Placement.ladder(self.adapted.model)[:-1]:
+            return None
+        return features_of([self.adapted], self.records)
+
+    @cached_property
     def trunk(self) -> Trunk:
         return Trunk(self.adapted.model, self.records, min(self.request.placement.layers))
 
@@ -296,9 +313,11 @@ class Bench:
 
 
 def _conditions(base: BaseModel, request: Request) -> dict[str, Any]:
-    law_training = {"learning_rate": request.learning_rate, "converged": [IDLE_PASSES, IDLE_STEPS]}
+    law_training: dict[str, Any] = {"learning_rate": request.learning_rate, "converged": [IDLE_PASSES, IDLE_STEPS]}
     if request.objective != LAW_OBJECTIVE:
         law_training = {"learning_rate": WriterSettings.learning_rate}
+        if request.placement in Placement.ladder(base.model)[:-1]:
+            law_training = {"feature_rate": WriterSettings.feature_rate}
     return {
         "base_model": base.id,
         "base_weights": base.fingerprint.weights[:12],

@@ -27,7 +27,6 @@ from loramem.pace import Pace
 from loramem.settings import MAX_RANK
 
 OPTIMISTIC_BITS, MOST_BITS = 2.0, 3.6  # of cost per parameter
-PROBABILITY = 0.9
 ADAPTER_BYTES, MATRIX_BYTES = 1400, 150  # of an adapter's files beside its weights: config, card; header per matrix
 WIDEST = 1024  # times the law's rank: the end of the search for its interval
 
@@ -38,6 +37,8 @@ class Goal:
 
     density: float
     """Bits of cost per parameter that the first rank is chosen for (without a boundary, for "small")."""
+    probability: float
+    """That no higher rank is needed, by the success boundary: "small" begins low, since growing costs seconds."""
     min_rank: int
     shard_records: int
     """Most records of one shard: many adapters with exact routing, none too large to rewrite."""
@@ -46,9 +47,9 @@ class Goal:
 
 
 GOALS = {
-    "fast": Goal(density=0.018, min_rank=8, shard_records=200, shard_tokens=4000),
-    # A large shard holds more per parameter: rank 2 held 400 phone numbers where rank 1 left three of 200.
-    "small": Goal(density=0.5, min_rank=1, shard_records=400, shard_tokens=8000),
+    "fast": Goal(density=0.08, probability=0.9, min_rank=16, shard_records=200, shard_tokens=4000),
+    # A large shard holds more per parameter: what its values share is held once.
+    "small": Goal(density=1.0, probability=0.1, min_rank=1, shard_records=400, shard_tokens=8000),
 }
 
 
@@ -239,7 +240,8 @@ def plan_write(
         ranges = cut(lengths, GOALS[goal], least)
         prices = [price(first, last) for first, last in ranges]
         needed = [
-            _needed(part.cost_bits, sum(lengths[a:b]), basis, rank) for part, (a, b) in zip(prices, ranges, strict=True)
+            _needed(part.cost_bits, sum(lengths[a:b]), basis, goal, rank)
+            for part, (a, b) in zip(prices, ranges, strict=True)
         ]
         wide = [need for need, (a, b) in zip(needed, ranges, strict=True) if need > limits.most and b - a > 1]
         if not wide:
@@ -327,13 +329,15 @@ def law_rank(law: MemoryLaw, base_loss: float, length: float) -> LawRank | None:
     return LawRank(rank, low=reaches(1, 0.5), high=reaches(0, 2.0))
 
 
-def _needed(cost_bits: float, length: int, basis: Basis, rank: int | None) -> int:
+def _needed(cost_bits: float, length: int, basis: Basis, goal: str, rank: int | None) -> int:
     """The least rank worth trying; the least that can hold it at all if the rank is given."""
     least = math.ceil(cost_bits / (MOST_BITS * basis.parameters_per_rank))
     if rank is not None:
         return least
     if basis.boundary is not None:
-        wanted = basis.boundary.rank_for_success(length, cost_bits, basis.parameters_per_rank, PROBABILITY, basis.kind)
+        wanted = basis.boundary.rank_for_success(
+            length, cost_bits, basis.parameters_per_rank, GOALS[goal].probability, basis.kind
+        )
         return max(least, wanted)
     return math.ceil(cost_bits / (GOALS["small"].density * basis.parameters_per_rank))
 

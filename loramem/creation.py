@@ -1,5 +1,6 @@
 """A new, empty store."""
 
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,14 +24,16 @@ CREATION_S = 10.0
 """Another process that makes the same store is done in less, its base model being loaded before."""
 
 
-def create_store(path: Path, request: ModelRequest, *, keep_values: bool) -> "BaseModel | None":
+def create_store(
+    path: Path, request: ModelRequest, *, keep_values: bool, serve: Sequence[str] | None = None
+) -> "BaseModel | None":
     """Make a store, and give back the base model that it is bound to; None if another process made it meanwhile.
 
     Raises:
         StoreFormatError: There is something else at the path.
         StoreError: It lies in another store's folder.
         StoreLocked: Another process holds the lock there and makes no store.
-        BaseModelNotFound, UnsupportedBaseModel: See `load_base_model`.
+        BaseModelNotFound, UnsupportedBaseModel: See `load_base_model`; also for an unknown dtype to serve in.
     """
     from loramem.base_model import load_base_model
 
@@ -42,7 +45,7 @@ def create_store(path: Path, request: ModelRequest, *, keep_values: bool) -> "Ba
     base = load_base_model(
         request.name or embedded.NAME, revision=request.revision, device=request.device, dtype=request.dtype
     )
-    manifest = Manifest.of(base, keep_values=keep_values)
+    manifest = Manifest.of(base, keep_values=keep_values, serve=serve)
     make_directory(path)
     with suppress(PermissionError):  # an empty folder that was there already, perhaps somebody else's
         path.chmod(PRIVATE_FOLDER)

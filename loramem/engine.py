@@ -36,9 +36,14 @@ class Engine:
         self.store, self.index, self.manifest, self._request = store, index, manifest, request
         self._adapter_dtype = adapter_dtype
 
+        self._served = dict[str, Engine]()
+
     def served_in(self, dtype: str) -> "Engine":
         """The same store as a server in this dtype holds it: the base model loaded in it, adapters cast to it."""
-        return Engine(self.store, self.index, self.manifest, replace(self._request, dtype=dtype), dtype)
+        if dtype not in self._served:
+            request = replace(self._request, dtype=dtype)
+            self._served[dtype] = Engine(self.store, self.index, self.manifest, request, dtype)
+        return self._served[dtype]
 
     @cached_property
     def base(self) -> "BaseModel":
@@ -98,4 +103,7 @@ class Engine:
         """Writes records."""
         from loramem.transaction import Transaction
 
-        return Transaction(self.store, self.index, self.manifest, self.adapted)
+        def served(dtype: str) -> "AdaptedModel":
+            return self.served_in(dtype).adapted
+
+        return Transaction(self.store, self.index, self.manifest, self.adapted, served)

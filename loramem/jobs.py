@@ -1,7 +1,7 @@
 """Shard jobs, one after the other in this process or side by side in an executor's."""
 
 import multiprocessing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,6 +18,7 @@ from loramem.writer import ProgressCallback, WriteProgress
 def run_jobs(
     jobs: Sequence[ShardJob],
     adapted: AdaptedModel,
+    served: Mapping[str, AdaptedModel],
     executor: Executor | None = None,
     progress: ProgressCallback | None = None,
 ) -> list[ShardResult]:
@@ -25,6 +26,7 @@ def run_jobs(
 
     Args:
         adapted: The model that runs them in this process, if there is no executor.
+        served: The same in other dtypes; see `write_shard`.
         executor: Runs `run_job` on each; its processes must find the base model and the staging folder.
         progress: Told of every step in this process; of every finished shard with an executor.
 
@@ -35,7 +37,7 @@ def run_jobs(
     """
     if executor is None:
         return [
-            write_shard(job, adapted, _numbered(progress, number, len(jobs)))
+            write_shard(job, adapted, _numbered(progress, number, len(jobs)), served)
             for number, job in enumerate(jobs, start=1)
         ]
     futures = {executor.submit(run_job, job): number for number, job in enumerate(jobs, start=1)}

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,8 @@ FORMAT = 1
 NEEDS = "0.1.0"
 """The first version of loramem that reads this format; what an older one tells its user to get."""
 NAME = "store.json"
+SERVE = ("bfloat16",)
+"""What servers cast to unless told otherwise."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,8 @@ class Manifest:
     """Fields of `loramem.placement.Placement`."""
     train_threshold: float
     certify_threshold: float
+    serve: tuple[str, ...] = ()
+    """Dtypes beside its own in which every write is proved as well."""
     keep_values: bool = True
     """Whether the index holds the values, or only salted digests of them."""
     key_salt: str | None = None
@@ -93,12 +98,22 @@ class Manifest:
         return Placement(tuple(self.placement["modules"]), tuple(self.placement["layers"]))
 
     @classmethod
-    def of(cls, base: "BaseModel", *, keep_values: bool = True) -> "Manifest":
-        """The manifest of a new store for a loaded base model."""
+    def of(cls, base: "BaseModel", *, serve: Sequence[str] | None = None, keep_values: bool = True) -> "Manifest":
+        """The manifest of a new store for a loaded base model.
+
+        Args:
+            serve: Dtypes that its adapters will be served in; bfloat16 unless said.
+
+        Raises:
+            UnsupportedBaseModel: Unknown dtype.
+        """
+        from loramem.base_model import check_dtype
         from loramem.placement import Placement
         from loramem.settings import WriterSettings
 
-        template, placement = base.template, Placement.default(base.model)
+        for dtype in serve or ():
+            check_dtype(dtype)
+        template, placement = base.template, Placement.ladder(base.model)[0]
         return cls(
             base_model=base.id,
             location=base.location if base.location != base.id else None,
@@ -114,6 +129,7 @@ class Manifest:
             placement={"modules": list(placement.modules), "layers": list(placement.layers)},
             train_threshold=WriterSettings.train_threshold,
             certify_threshold=WriterSettings.certify_threshold,
+            serve=tuple(dtype for dtype in dict.fromkeys(SERVE if serve is None else serve) if dtype != base.dtype),
             keep_values=keep_values,
         )
 
@@ -136,7 +152,7 @@ class Manifest:
                 f"loramem{version}."
             )
         try:
-            return cls(**fields)
+            return cls(**{**fields, "serve": tuple(fields.get("serve", ()))})
         except TypeError:
             raise StoreFormatError(f"{store / NAME} is damaged: its fields are {', '.join(sorted(fields))}.") from None
 

@@ -1,6 +1,7 @@
 """What the store answers with: plain, frozen, JSON-able with ``dataclasses.asdict``."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,8 @@ class WriteReport:
     """Planning, training, saving, proof and commit; loading the base model apart."""
     needs_ids: int = 0
     """Records that a chat server would ask for by other ids than were trained: give it ids in place of the key."""
+    served: Mapping[str, float] = field(default_factory=dict)
+    """`min_prob` in each other dtype that the store is written for, base model and adapters cast to it."""
 
     @property
     def bits_per_parameter(self) -> float:

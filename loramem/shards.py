@@ -17,19 +17,22 @@ import torch
 
 from loramem.adapters import AdaptedModel, adapter_id, serialize
 from loramem.base_model import load_base_model
-from loramem.errors import StubbornRecords
+from loramem.certificate import Proof, prove
+from loramem.errors import RecallError, StubbornRecords
 from loramem.files import make_directory, write_directory, write_synced
 from loramem.fingerprint import Fingerprint
 from loramem.placement import Placement
 from loramem.prompts import EncodedRecord
-from loramem.recall import Proof, prove
 from loramem.settings import WriterSettings
+from loramem.shard_training import ShardTraining, train_shard
 from loramem.staging import RESULT
 from loramem.tables import StoredAdapter, now
-from loramem.writer import ProgressCallback, Training, train_adapter
+from loramem.writer import ProgressCallback, Training
 
 log = logging.getLogger(__name__)
 
+CAUTION = (1.5, 2.5, 4.0)
+"""Factors on the deviations between dtypes: an adapter that a proof refuses is trained again over larger ones."""
 UNSAVED = "unsaved"  # name of the adapter being trained, inside the model only
 
 
@@ -45,9 +48,12 @@ class ShardJob:
     device: str
     dtype: str
     fingerprint: Fingerprint
+    serve: tuple[str, ...]
+    """Dtypes that the adapter is proved in, of base model and adapter; the base's own beside the adapter as saved."""
     records: tuple[EncodedRecord, ...]
     rank: int
     placement: Placement
+    """Where training begins; what does not fit there goes up the ladder."""
     settings: WriterSettings
     staging: Path
     """Folder of the write, in which the job makes one of its own."""
@@ -66,6 +72,7 @@ class ShardJob:
             "base": asdict(self.fingerprint),
             "device": self.device,
             "dtype": self.dtype,
+            "serve": self.serve,
             "torch": torch.__version__,
             "records": [[entry.prompt_ids, entry.answer_ids] for entry in self.records],
             "rank": self.rank,
@@ -83,7 +90,16 @@ class Shard:
     indices: tuple[int, ...]
     """Which of the job's records it holds."""
     training: Training
+    placement: Placement
+    climbed: bool
+    """As in `ShardTraining`."""
     proof: Proof
+    served: dict[str, Proof]
+    """Proofs in the other dtypes that were asked for."""
+
+    def proof_in(self, dtype: str) -> Proof:
+        """The proof on a base model of this dtype."""
+        return self.served.get(dtype, self.proof)
 
 
 @dataclass(frozen=True)
@@ -105,7 +121,10 @@ class ShardResult:
                 shard["adapter"],
                 tuple(shard["indices"]),
                 Training(**{**shard["training"], "stubborn": tuple(shard["training"]["stubborn"])}),
-                Proof(tuple(shard["proof"]["min_probs"]), shard["proof"]["conditions"]),
+                Placement(tuple(shard["placement"]["modules"]), tuple(shard["placement"]["layers"])),
+                shard["climbed"],
+                _proof(shard["proof"]),
+                {dtype: _proof(proof) for dtype, proof in shard["served"].items()},
             )
             for shard in fields["shards"]
         )
@@ -117,24 +136,41 @@ def run_job(job: ShardJob) -> ShardResult:
 
     Raises as `write_shard`, and OtherBaseModel if this process finds or loads another base model.
     """
-    adapted = _adapted_model(job.location, job.revision, job.device, job.dtype)
-    adapted.base.check(asdict(job.fingerprint), job.dtype)
-    adapted.base = adapted.base.known_as(job.base_id, job.revision)
-    return write_shard(job, adapted)
+
+    def load(dtype: str, adapter_dtype: str | None = None) -> AdaptedModel:
+        adapted = _adapted_model(job.location, job.revision, job.device, dtype, adapter_dtype)
+        adapted.base.check(asdict(job.fingerprint), job.dtype)
+        adapted.base = adapted.base.known_as(job.base_id, job.revision)
+        return adapted
+
+    return write_shard(job, load(job.dtype), served={dtype: load(dtype, dtype) for dtype in job.serve})
 
 
-@lru_cache(maxsize=1)
-def _adapted_model(location: str, revision: str | None, device: str, dtype: str) -> AdaptedModel:
-    return AdaptedModel(load_base_model(location, revision=revision, device=device, dtype=dtype))
+@lru_cache(maxsize=4)
+def _adapted_model(
+    location: str, revision: str | None, device: str, dtype: str, adapter_dtype: str | None
+) -> AdaptedModel:
+    return AdaptedModel(
+        load_base_model(location, revision=revision, device=device, dtype=dtype), adapter_dtype=adapter_dtype
+    )
 
 
-def write_shard(job: ShardJob, adapted: AdaptedModel, progress: ProgressCallback | None = None) -> ShardResult:
+def write_shard(
+    job: ShardJob,
+    adapted: AdaptedModel,
+    progress: ProgressCallback | None = None,
+    served: Mapping[str, AdaptedModel] | None = None,
+) -> ShardResult:
     """Write records into one adapter; stubborn ones get an adapter of their own before they are given up.
+
+    Args:
+        served: The base model, adapters cast alike, in each dtype of ``job.serve``.
 
     Raises:
         TrainingDiverged: See `train_adapter`.
-        RecallError: The saved adapter does not decode what training certified.
+        RecallError, StubbornRecords: The saved adapter does not decode what training certified.
     """
+    served = served or {}
     if (done := _finished(job)) is not None:
         log.info("shard of %d records was finished before", len(job.records))
         return done
@@ -142,13 +178,30 @@ def write_shard(job: ShardJob, adapted: AdaptedModel, progress: ProgressCallback
     remaining = list(range(len(job.records)))
     while remaining:
         records = [job.records[index] for index in remaining]
-        training = train_adapter(adapted, UNSAVED, records, job.rank, job.placement, job.settings, progress)
-        stubborn = [remaining[place] for place in training.stubborn]
-        certified = [index for index in remaining if index not in set(stubborn)]
-        if certified:
-            shards.append(_save_and_prove(job, adapted, certified, training))
-        else:
-            adapted.remove(UNSAVED)
+        for caution in CAUTION:
+            trained = train_shard(
+                adapted,
+                UNSAVED,
+                records,
+                job.rank,
+                job.placement,
+                job.settings,
+                progress,
+                list(served.values()),
+                caution,
+            )
+            stubborn = [remaining[place] for place in trained.training.stubborn]
+            certified = [index for index in remaining if index not in set(stubborn)]
+            if not certified:
+                adapted.remove(UNSAVED)
+                break
+            try:
+                shards.append(_save_and_prove(job, adapted, served, certified, trained))
+                break
+            except (RecallError, StubbornRecords) as error:
+                if not served or not trained.on_features or caution == CAUTION[-1]:
+                    raise
+                log.info("%s; training again over larger deviations", error)
         if len(stubborn) == len(remaining):
             break
         if stubborn:
@@ -173,25 +226,49 @@ def _finished(job: ShardJob) -> ShardResult | None:
     return result
 
 
-def _save_and_prove(job: ShardJob, adapted: AdaptedModel, indices: Sequence[int], training: Training) -> Shard:
+def _save_and_prove(
+    job: ShardJob,
+    adapted: AdaptedModel,
+    served: Mapping[str, AdaptedModel],
+    indices: Sequence[int],
+    trained: ShardTraining,
+) -> Shard:
     records = [job.records[index] for index in indices]
-    files = serialize(adapted.weights(UNSAVED), adapted.base, job.placement)
+    files = serialize(adapted.weights(UNSAVED), adapted.base, trained.placement)
     adapter = adapter_id(files, job.namespace)
     write_directory(job.folder / adapter, files)
     adapted.load(adapter, job.folder / adapter)
     adapted.remove(UNSAVED)  # after the load: PEFT is never left without an adapter that it holds for the active one
+    proof = _proved(job, adapted, adapter, records, trained.training.rank)
+    proofs = dict[str, Proof]()
+    for dtype, model in served.items():
+        model.load(adapter, job.folder / adapter)
+        proofs[dtype] = _proved(job, model, adapter, records, trained.training.rank)
+        model.remove(adapter)
+    return Shard(adapter, tuple(indices), trained.training, trained.placement, trained.climbed, proof, proofs)
+
+
+def _proved(job: ShardJob, adapted: AdaptedModel, adapter: str, records: Sequence[EncodedRecord], rank: int) -> Proof:
+    """
+    Raises:
+        RecallError, StubbornRecords: A record is not decoded exactly, or with less certainty than is certified.
+    """
     base = adapted.base
-    proof = prove(adapted.model, records, adapter, {"base": base.dtype, "adapter": "float32"})
+    proof = prove(adapted.model, records, adapter, adapted.dtypes)
     proof.conditions["parameters"] = base.fingerprint.parameters
     if proof.min_prob < job.settings.certify_threshold:
         least = min(range(len(records)), key=proof.min_probs.__getitem__)
         raise StubbornRecords(
-            f"As saved, {records[least].record.key!r} has p = {proof.min_prob:.3f}, below the certified "
-            f"{job.settings.certify_threshold}. Write again with a higher rank.",
+            f"As saved, {records[least].record.key!r} has p = {proof.min_prob:.3f} in {base.dtype}, below the "
+            f"certified {job.settings.certify_threshold}. Write again with a higher rank.",
             keys=[records[least].record.key],
-            rank=training.rank,
+            rank=rank,
         )
-    return Shard(adapter, tuple(indices), training, proof)
+    return proof
+
+
+def _proof(fields: Mapping[str, Any]) -> Proof:
+    return Proof(tuple(fields["min_probs"]), fields["conditions"])
 
 
 def stored_adapter(job: ShardJob, shard: Shard, cost_bits: float, request: Mapping[str, Any]) -> StoredAdapter:
@@ -210,8 +287,15 @@ def stored_adapter(job: ShardJob, shard: Shard, cost_bits: float, request: Mappi
         parameters=shard.training.parameters,
         size_bytes=sum(map(len, files.values())),
         files={name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
-        placement=asdict(job.placement),
+        placement=asdict(shard.placement),
         training={**training, "settings": asdict(job.settings), "cost_bits": cost_bits, "request": dict(request)},
-        proof={**shard.proof.conditions, "min_prob": shard.proof.min_prob, "records": len(shard.indices)},
+        proof={
+            **shard.proof.conditions,
+            "min_prob": shard.proof.min_prob,
+            "records": len(shard.indices),
+            "served": {
+                dtype: {**proof.conditions, "min_prob": proof.min_prob} for dtype, proof in shard.served.items()
+            },
+        },
         created_at=now(),
     )

@@ -75,13 +75,16 @@ class MemoryStore(Memory):
         keep_values: Whether the index keeps values beside the adapters, to rewrite and repair them. If False it keeps
             salted digests alone, and rewriting recalls the values from the weights. Decided when a store is made
             (True unless said); of an existing one it must be what that store does.
+        serve: Dtypes, beside that of the base model, that the adapters will be served in: every write is trained and
+            proved in each. Decided when a store is made (bfloat16 unless said); of an existing one as that does.
         wait_s: Seconds that a change waits for another process to end its own.
 
     Raises:
         StoreNotFound: No store there and ``create`` is False.
         StoreFormatError: The folder is something else, or a newer format.
         StoreReadOnly: It cannot be written, and was not closed where it could.
-        StoreError: ``keep_values`` is not what the store does; or a new one would lie in another store's folder.
+        StoreError: ``keep_values`` or ``serve`` is not what the store does; or a new one would lie in another store's
+            folder.
         IntegrityError: store.json or index.db is not what was committed.
 
     A store is a context manager and may be shared between threads; calls that need the model take turns. Namespaces
@@ -107,6 +110,7 @@ class MemoryStore(Memory):
         dtype: str = "auto",
         create: bool = True,
         keep_values: bool | None = None,
+        serve: Sequence[str] | None = None,
         wait_s: float = 0.0,
     ) -> None:
         self.wait_s = wait_s
@@ -114,8 +118,14 @@ class MemoryStore(Memory):
         if not (path / MANIFEST).exists():
             if not create:
                 raise StoreNotFound(f"There is no store at {path}. Write records first, or name it with --store.")
-            base = create_store(path, request, keep_values=keep_values is not False)
+            base = create_store(path, request, keep_values=keep_values is not False, serve=serve)
         super().__init__(path, request)
+        if serve is not None and set(serve) - {self.manifest.dtype} != set(self.manifest.serve):
+            self.close()
+            raise StoreError(
+                f"{path} is written for {', '.join((self.manifest.dtype, *self.manifest.serve))}, which cannot be "
+                f"changed, not for {', '.join(serve) or 'one dtype alone'}. Write a new store."
+            )
         if keep_values not in (None, self.manifest.keep_values):
             self.close()
             raise StoreError(

@@ -3,10 +3,11 @@
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -17,6 +18,7 @@ from loramem import calibrations, timings
 from loramem.adapters import AdaptedModel
 from loramem.boundary import Outcome
 from loramem.capacity import ANY_RANK, Basis, Plan, Price, RankLimits, ShardPlan, plan_groups
+from loramem.certificate import least_certain, prove_alone
 from loramem.commits import commit_write, end_write
 from loramem.errors import ConflictingRecord, PromptCollision, RecallError, StubbornRecords, WriteError
 from loramem.events import tell
@@ -24,6 +26,7 @@ from loramem.files import make_directory, publish_directory
 from loramem.index import Index
 from loramem.jobs import run_jobs
 from loramem.manifest import Manifest
+from loramem.placement import Placement
 from loramem.pricing import costs_bits
 from loramem.prompts import EncodedRecord, encode_records
 from loramem.recall import answer_probabilities
@@ -42,8 +45,15 @@ log = logging.getLogger(__name__)
 class Transaction:
     """The steps of a write to one store; the caller holds its locks."""
 
-    def __init__(self, store: Path, index: Index, manifest: Manifest, adapted: AdaptedModel) -> None:
-        self.store, self.index, self.adapted = store, index, adapted
+    def __init__(
+        self,
+        store: Path,
+        index: Index,
+        manifest: Manifest,
+        adapted: AdaptedModel,
+        served: Callable[[str], AdaptedModel],
+    ) -> None:
+        self.store, self.index, self.adapted, self.serve, self._served = store, index, adapted, manifest.serve, served
         self.template, self.placement = manifest.template(), manifest.placed()
         self.keep_values = manifest.keep_values
 
@@ -242,19 +252,22 @@ class Transaction:
         make_directory(self.store / STAGING)
         jobs = self._jobs(plan, encoded, settings)
         try:
-            results = run_jobs(jobs, self.adapted, executor, progress)
-        finally:
-            self.adapted.rest()
-        planned = list(zip(jobs, plan.shards, results, strict=True))
-        tell("trained", shards=len(jobs), records=len(encoded))
-        return Trained(
-            [
+            served = {dtype: self._served(dtype) for dtype in self.serve}
+            results = run_jobs(jobs, self.adapted, served, executor, progress)
+            planned = list(zip(jobs, plan.shards, results, strict=True))
+            written = [
                 Written(job, shard, one.cost_bits * len(shard.indices) / one.records)
                 for job, one, result in planned
                 for shard in result.shards
-            ],
+            ]
+            _prove_least_certain(written, [self.adapted, *served.values()])
+        finally:
+            self.adapted.rest()
+        tell("trained", shards=len(jobs), records=len(encoded))
+        return Trained(
+            written,
             [job.records[index] for job, _, result in planned for index in result.failed],
-            [outcome for _, one, result in planned for outcome in outcomes(one, result, plan.kind)],
+            [outcome for job, one, result in planned for outcome in outcomes(one, job.placement, result, plan.kind)],
         )
 
     def publish(self, written: Sequence["Written"], request: Mapping[str, Any]) -> list[StoredAdapter]:
@@ -278,6 +291,7 @@ class Transaction:
                 device=str(base.device),
                 dtype=base.dtype,
                 fingerprint=base.fingerprint,
+                serve=self.serve,
                 records=tuple(encoded[planned.first : planned.first + planned.records]),
                 rank=planned.rank,
                 placement=self.placement,
@@ -288,9 +302,12 @@ class Transaction:
         ]
 
     def _note_time(self, written: Sequence["Written"]) -> None:
-        base = self.adapted.base
-        tokens = sum(one.shard.training.visits * mean(entry.length for entry in one.records) for one in written)
-        seconds = sum(one.shard.training.elapsed_s for one in written)
+        """For plans: a visit takes another time where a shard climbs to, and none is planned to."""
+        base, usual = self.adapted.base, [one for one in written if not one.shard.climbed]
+        if not usual:
+            return
+        tokens = sum(one.shard.training.visits * mean(entry.length for entry in one.records) for one in usual)
+        seconds = sum(one.shard.training.elapsed_s for one in usual)
         timings.note_time(base.fingerprint.weights[:12], base.device.type, seconds, max(tokens, 1))
 
 
@@ -311,6 +328,25 @@ class Written:
         return zip(self.records, self.shard.proof.min_probs, strict=True)
 
 
+def _prove_least_certain(written: Sequence[Written], models: Sequence[AdaptedModel]) -> None:
+    """Decode what is least certain of a write, over all of its dtypes, once more: each record alone.
+
+    Raises:
+        RecallError: One of them is not decoded exactly.
+    """
+    runs = [(one, adapted) for one in written for adapted in models]
+    every = [
+        (run, entry, min_prob)
+        for run, (one, adapted) in enumerate(runs)
+        for entry, min_prob in zip(one.records, one.shard.proof_in(adapted.base.dtype).min_probs, strict=True)
+    ]
+    chosen = sorted((every[index] for index in least_certain([min_prob for *_, min_prob in every])), key=itemgetter(0))
+    for run, found in groupby(chosen, key=itemgetter(0)):
+        (one, adapted), adapter = runs[run], runs[run][0].shard.adapter
+        adapted.load(adapter, one.job.folder / adapter)
+        prove_alone(adapted.model, [entry for _, entry, _ in found], adapter, adapted.dtypes)
+
+
 @dataclass(frozen=True)
 class Trained:
     """What the shards of a plan came to."""
@@ -321,10 +357,11 @@ class Trained:
     outcomes: list[Outcome]
 
 
-def outcomes(planned: ShardPlan, result: ShardResult, kind: str | None) -> list[Outcome]:
+def outcomes(planned: ShardPlan, placement: Placement, result: ShardResult, kind: str | None) -> list[Outcome]:
     """What a shard teaches the success boundary: whether its first rank did, and if not, the one that did.
 
     Args:
+        placement: That it was planned for, and that the boundary is of: another one teaches nothing.
         kind: Of data that it was planned as; None where no kind is known.
     """
 
@@ -333,8 +370,10 @@ def outcomes(planned: ShardPlan, result: ShardResult, kind: str | None) -> list[
         known_as = kind or calibrations.UNKNOWN
         return Outcome(known_as, rank, planned.length, parameters, planned.cost_bits, certified, visits)
 
-    if result.failed or len(result.shards) != 1:
+    if result.failed or len(result.shards) != 1 or result.shards[0].climbed:
         return [outcome(planned.rank, False)]
+    if result.shards[0].placement != placement:  # which was not tried: the base cannot be trained there alone
+        return []
     training = result.shards[0].training
     if training.rank == planned.rank:
         return [outcome(planned.rank, True, training.visits / planned.records)]
@@ -359,6 +398,9 @@ def _report(trained: Trained, skipped: int, elapsed_s: float) -> WriteReport:
         visits=sum(training.visits for training in trainings),
         training_s=sum(training.elapsed_s for training in trainings),
         elapsed_s=elapsed_s,
+        served={
+            dtype: min(one.shard.served[dtype].min_prob for one in shards) for dtype in sorted(shards[0].shard.served)
+        },
         needs_ids=sum(entry.prompt is not None and not entry.prompt["chat"] for one in shards for entry in one.records),
     )
 

@@ -24,6 +24,7 @@ from transformers import (
 from loramem import MemoryStore
 from loramem.base_model import load_base_model
 from loramem.errors import BaseModelNotFound, OutOfMemory, UnreachableToken, UnsupportedBaseModel
+from loramem.placement import Placement
 from loramem.pretrained import context_tokens
 from loramem.prompts import encode_records
 from loramem.records import Record
@@ -445,6 +446,9 @@ EXHAUSTED = [
 ]
 
 
+NAMES = ["cuda", "linux", "windows", "python"]
+
+
 def fail(error: Exception) -> Callable[..., Any]:
     def failing(*_: object, **__: object) -> None:
         raise error
@@ -452,7 +456,7 @@ def fail(error: Exception) -> Callable[..., Any]:
     return failing
 
 
-@pytest.mark.parametrize("error", EXHAUSTED, ids=["cuda", "linux", "windows", "python"])
+@pytest.mark.parametrize("error", EXHAUSTED, ids=NAMES)
 def test_exhausted_memory_is_told_as_such_when_a_base_model_is_loaded(
     folder: Path, error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -460,13 +464,25 @@ def test_exhausted_memory_is_told_as_such_when_a_base_model_is_loaded(
     refused(folder, OutOfMemory, "Out of memory", "smaller")
 
 
-@pytest.mark.parametrize("error", EXHAUSTED, ids=["cuda", "linux", "windows", "python"])
+@pytest.mark.parametrize(
+    ("place", "error"),
+    [
+        pytest.param("loramem.features.answer_logits", EXHAUSTED[0], id="the frozen pass"),
+        *(
+            pytest.param("loramem.features.Ending.logits", error, id=f"training over features, {name}")
+            for name, error in zip(NAMES, EXHAUSTED, strict=True)
+        ),
+        pytest.param("loramem.trunk._tail_logits", EXHAUSTED[1], id="training through layers"),
+    ],
+)
 def test_exhausted_memory_of_a_write_is_told_and_the_write_waits(
-    base: Path, tmp_path: Path, error: Exception, monkeypatch: pytest.MonkeyPatch
+    base: Path, tmp_path: Path, place: str, error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if "trunk" in place:  # a store as they were made before, at the default placement
+        monkeypatch.setattr(Placement, "ladder", classmethod(lambda cls, model: [cls.default(model)]))
     with MemoryStore(tmp_path / "memory", str(base)) as store:
         with monkeypatch.context() as patched:
-            patched.setattr("loramem.trunk._tail_logits", fail(error))
+            patched.setattr(place, fail(error))
             with pytest.raises(OutOfMemory, match="batch_tokens"):
                 store.write({"a": "12"})
         assert store.pending() is not None

@@ -23,7 +23,7 @@ from loramem.calibrations import (
     plan_length,
     summarise,
 )
-from loramem.capacity import Basis
+from loramem.capacity import GOALS, Basis
 from loramem.errors import InputError
 from loramem.runs import Run
 
@@ -284,7 +284,7 @@ def test_a_length_is_shared_evenly(length: int, records: int) -> None:
 def test_a_planned_length_costs_what_its_kind_does() -> None:
     [shard] = plan_length(SAMPLES, Basis(500, 8), 200, 20, goal="small").shards
     assert (shard.base_loss, shard.cost_bits) == SAMPLES.at(200)
-    assert shard.rank == math.ceil(SAMPLES.at(200)[1] / (0.5 * 500))
+    assert shard.rank == math.ceil(SAMPLES.at(200)[1] / (GOALS["small"].density * 500))
 
 
 def test_asking_what_is_known_needs_neither_torch_nor_scipy() -> None:

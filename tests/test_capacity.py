@@ -205,13 +205,20 @@ def test_a_plan_without_a_boundary_says_that_it_guesses() -> None:
 # --- ranks by the boundary
 
 
-def test_the_goal_small_takes_the_least_rank_that_nine_writes_of_ten_certify_with() -> None:
+def test_the_goal_small_begins_where_one_write_of_ten_certifies_and_fast_where_nine_do() -> None:
     basis = dataclasses.replace(BASIS, boundary=BOUNDARY)
-    for cost, rank in ((1000.0, 4), (1150.0, 4), (1160.0, 5), (10_000.0, 35), (1.0, 1)):
-        # 2√3 = 3.4641 parameters per bit
-        assert rank == max(1, math.ceil(2 * math.sqrt(3) * cost / PARAMETERS))
+    for cost, rank in ((1000.0, 2), (860.0, 1), (870.0, 2), (10_000.0, 12), (1.0, 1)):
+        # odds of one ninth: 2 / √3 = 1.1547 parameters per bit
+        assert rank == max(1, math.ceil(2 / math.sqrt(3) * cost / PARAMETERS))
         [shard] = plan([500], cost, basis, goal="small").shards
-        assert shard.rank == rank == BOUNDARY.rank_for_success(500, cost, PARAMETERS)
+        assert shard.rank == rank == BOUNDARY.rank_for_success(500, cost, PARAMETERS, 0.1)
+        assert shard.success is not None and shard.success >= 0.1
+    half = PARAMETERS // (2 * BASIS.matrices)
+    for needed in (half + 1, half + 2):  # more than half the width: what is needed decides
+        cost = (needed - 0.5) * PARAMETERS / (2 * math.sqrt(3))
+        [shard] = plan([500], cost, basis).shards
+        # odds of nine: 2√3 = 3.4641 parameters per bit
+        assert shard.rank == math.ceil(2 * math.sqrt(3) * cost / PARAMETERS)
         assert shard.success is not None and shard.success >= 0.9
 
 
@@ -235,9 +242,11 @@ def test_the_chance_of_a_plan_is_that_of_all_its_shards_together() -> None:
 
 def test_a_boundary_that_is_asked_beyond_its_outcomes_says_so() -> None:
     basis = dataclasses.replace(BASIS, boundary=dataclasses.replace(BOUNDARY, length_range=(100.0, 900.0)))
-    assert plan([500], 100.0, basis).warnings == ()
-    (warning,) = plan([901], 100.0, basis).warnings
-    assert "extrapolated" in warning
+    # 1000 bits get the least rank, 16: 16 parameters per bit, inside.
+    assert plan([500], 1000.0, basis).warnings == ()
+    for length, cost in ((901, 1000.0), (500, 159.0)):  # too long; 100.6 parameters per bit
+        (warning,) = plan([length], cost, basis).warnings
+        assert "extrapolated" in warning
 
 
 # --- the two ranks beside
@@ -304,15 +313,16 @@ def test_a_predicted_loss_is_never_below_zero() -> None:
 
 def test_a_law_that_is_asked_beyond_its_runs_says_so() -> None:
     basis = dataclasses.replace(BASIS, boundary=BOUNDARY, law=LAW)
-    assert plan([400], 100.0, basis).warnings == ()
-    (warning,) = plan([4000], 100.0, basis).warnings
+    # 1000 bits get rank 16, where the boundary was measured; the law's rank is 8 at 400 tokens and 83 at 4000.
+    assert plan([400], 1000.0, basis).warnings == ()
+    (warning,) = plan([4000], 1000.0, basis).warnings
     assert "law's ranks lie outside" in warning
 
 
 def test_each_laws_rank_is_judged_at_the_length_of_its_own_shard() -> None:
     # The first shard has no law's rank (its base loss is below what any rank gives); the second lies inside.
     def price(first: int, last: int) -> Price:
-        return Price(100.0, 1.5 if first == 0 else 6.0)
+        return Price(1000.0, 1.5 if first == 0 else 6.0)
 
     basis = dataclasses.replace(BASIS, boundary=BOUNDARY, law=LAW)
     result = plan_groups([1, 1], [4000, 400], price, basis)
@@ -416,7 +426,8 @@ def test_cutting_again_ends_and_keeps_every_record_once_in_order(
         if rank is None and shard.records > 1 and not calibrated:
             assert shard.cost_bits <= GOALS["small"].density * PARAMETERS * highest + 1e-6
         if rank is None and shard.records > 1 and calibrated:
-            assert BOUNDARY.rank_for_success(shard.length, shard.cost_bits, PARAMETERS) <= highest
+            likely = GOALS[goal].probability
+            assert BOUNDARY.rank_for_success(shard.length, shard.cost_bits, PARAMETERS, likely) <= highest
 
 
 @given(cost=st.floats(0, 3e5), factor=st.floats(1, 100), calibrated=st.booleans(), goal=st.sampled_from(sorted(GOALS)))

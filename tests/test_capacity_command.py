@@ -106,7 +106,7 @@ def test_the_text_for_a_known_base_model(calibrated: None, capsys: pytest.Captur
     # 400 tokens cost 960 bits, and even odds take 1920 parameters: rank 4 has odds of (4000 / 1920)⁴ = 18.8, rank 3
     # of 6. The law: 6 − (1.5 · √4 + 1) = 2 nats; 0.69 at √r = (5.31 − 1 ∓ 0.2015) / 1.5. Visits: 20 · √0.24 = 9.8 of
     # 400 tokens at 50 ms. Files: 4 · 4000 + 150 · 8 + 1400 bytes.
-    assert run(["capacity", "--length", "400", "--goal", "small"]) == 0
+    assert run(["capacity", "--length", "400", "--goal", "small", "--rank", "4"]) == 0
     shown = capsys.readouterr()
     assert shown.err == ""
     assert shown.out == (
@@ -130,7 +130,7 @@ def test_the_text_for_a_known_base_model(calibrated: None, capsys: pytest.Captur
 
 
 def test_the_json_for_a_known_base_model(calibrated: None, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["capacity", "--length", "400", "--records", "50", "--goal", "small", "--json"]) == 0
+    assert run(["capacity", "--length", "400", "--records", "50", "--goal", "small", "--rank", "4", "--json"]) == 0
     told = capsys.readouterr()
     plan = json.loads(told.out)
     [shard] = plan.pop("shards")
@@ -186,9 +186,9 @@ def test_every_adapter_is_a_row_and_large_ranks_are_whole(calibrated: None, caps
 def test_only_the_ranks_of_a_server_are_planned(calibrated: None, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["capacity", "--length", "400", "--goal", "small", "--ranks", "8,16,32", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["shards"][0]["rank"] == 8
-    assert run(["capacity", "--length", "400", "--goal", "small", "--max-rank", "2", "--json"]) == 0
-    # Rank 2 carries 2000 / (2√3) = 577 bits at nine of ten: two adapters of 480.
-    assert [shard["rank"] for shard in json.loads(capsys.readouterr().out)["shards"]] == [2, 2]
+    assert run(["capacity", "--length", "400", "--goal", "small", "--max-rank", "1", "--json"]) == 0
+    # Rank 1 carries 1000 / (2 / √3) = 866 bits at one of ten: two adapters of 480.
+    assert [shard["rank"] for shard in json.loads(capsys.readouterr().out)["shards"]] == [1, 1]
     assert run(["capacity", "--length", "400", "--rank", "5", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["shards"][0]["rank"] == 5
 

@@ -328,7 +328,7 @@ def test_an_interrupt_exits_130(written: Path, base: Path, tmp_path: Path, monke
 
     place = str(tmp_path / "m")
     with monkeypatch.context() as patched:
-        patched.setattr("loramem.shards.train_adapter", interrupt)
+        patched.setattr("loramem.shards.train_shard", interrupt)
         assert run(["write", str(written / "records.jsonl"), "--store", place, "--model", str(base)]) == 130
     assert run(["write", str(written / "records.jsonl"), "--store", place]) == 1  # unfinished
     assert run(["write", "--resume", "--store", place]) == 0

@@ -100,7 +100,7 @@ def test_a_resumed_write_keeps_its_plan_and_gc_what_it_had_proved(base: Path, tm
         store.gc(grace_s=0)
         with monkeypatch.context() as patched:
             patched.setattr("loramem.transaction.Transaction.plan", again)  # it may come to something else by now
-            patched.setattr("loramem.shards.train_adapter", again)
+            patched.setattr("loramem.shards.train_shard", again)
             assert store.resume().written == 10
         assert store.verify().ok
 

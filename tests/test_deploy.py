@@ -187,7 +187,7 @@ def test_the_guide_says_how_each_server_is_started(store: MemoryStore, tmp_path:
         "sglang": (
             "--model-path someone/model",
             "--max-lora-rank 24",
-            "--lora-target-modules down_proj gate_proj k_proj o_proj q_proj up_proj v_proj",
+            "--lora-target-modules down_proj \\\n",
             f"--lora-paths {first}=./{first}",
             f'"lora_path": "{first}"',
             "not run by loramem",

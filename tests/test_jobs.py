@@ -145,13 +145,13 @@ def killed(base: Path, tmp_path: Path) -> Path:
 def trained(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many records each training was given, from here on."""
     seen: list[int] = []
-    train = shards.train_adapter
+    train = shards.train_shard
 
     def counted(adapted: Any, name: str, records: Any, *rest: Any) -> Any:
         seen.append(len(records))
         return train(adapted, name, records, *rest)
 
-    monkeypatch.setattr(shards, "train_adapter", counted)
+    monkeypatch.setattr(shards, "train_shard", counted)
     return seen
 
 
@@ -237,6 +237,7 @@ def test_the_same_records_and_settings_are_the_same_job(base: Path, tmp_path: Pa
         device="cpu",
         dtype="float32",
         fingerprint=loaded.fingerprint,
+        serve=("bfloat16",),
         records=entries,
         rank=2,
         placement=shards.Placement(("down_proj",), (1,)),
@@ -250,5 +251,6 @@ def test_the_same_records_and_settings_are_the_same_job(base: Path, tmp_path: Pa
         replace(job, settings=shards.WriterSettings(seed=1)),
         replace(job, placement=shards.Placement(("down_proj",), (2,))),
         replace(job, dtype="bfloat16"),
+        replace(job, serve=()),
     ]
-    assert len({job.folder, *(other.folder for other in changed)}) == 6
+    assert len({job.folder, *(other.folder for other in changed)}) == 7

@@ -5,9 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from loramem import MemoryStore, WriterSettings, capacity, shards, timings, writer
+from loramem import MemoryStore, WriterSettings, capacity, shard_training, shards, timings
 from loramem.boundary import Outcome
+from loramem.capacity import RankLimits
 from loramem.errors import DoesNotFit, StubbornRecords
+from loramem.feature_writer import train_on_features
+from loramem.shard_training import ShardTraining, train_shard
+from loramem.writer import Training
 
 from .conftest import numbers
 
@@ -50,16 +54,16 @@ def test_the_size_of_an_adapter_is_what_was_planned(base: Path, tmp_path: Path) 
         assert adapter.size_bytes == pytest.approx(shard.size_bytes, rel=0.05)
 
 
-def grown(*arguments: object, **named: object) -> writer.Training:
-    """A train_adapter that ends two ranks above the one it was given, as if it had grown."""
+def grown(*arguments: object, **named: object) -> ShardTraining:
+    """A train_shard that ends two ranks above the one it was given, as if it had grown."""
     adapted, name, records, rank, *rest = arguments
-    return writer.train_adapter(adapted, name, records, rank + 2, *rest, **named)  # type: ignore[arg-type,operator]
+    return train_shard(adapted, name, records, rank + 2, *rest, **named)  # type: ignore[arg-type,operator]
 
 
 def test_a_write_that_had_to_grow_leaves_its_first_rank_uncertified_and_its_last_certified(
     base: Path, tmp_path: Path, monkeypatch
 ) -> None:
-    monkeypatch.setattr(shards, "train_adapter", grown)
+    monkeypatch.setattr(shards, "train_shard", grown)
     with MemoryStore(tmp_path / "memory", str(base)) as store:
         [shard] = store.plan(numbers(4), rank=2).shards
         assert store.write(numbers(4), rank=2).rank == 4
@@ -70,14 +74,49 @@ def test_a_write_that_had_to_grow_leaves_its_first_rank_uncertified_and_its_last
         ]
 
 
+def climbing(*arguments: object, **named: object) -> Training:
+    """A train_on_features that holds no record in one module alone."""
+    *_, records, _, placement, _, _ = arguments
+    training = train_on_features(*arguments, **named)  # type: ignore[arg-type]
+    too_small = len(placement.modules) == 1  # type: ignore[attr-defined]
+    return replace(training, stubborn=tuple(range(records))) if too_small else training  # type: ignore[call-overload]
+
+
+@pytest.mark.parametrize("train", [train_shard, grown], ids=["at the planned rank", "at another"])
+def test_a_write_that_needed_another_placement_leaves_its_first_rank_uncertified_and_no_time(
+    base: Path, tmp_path: Path, monkeypatch, train
+) -> None:
+    monkeypatch.setattr(shard_training, "train_on_features", climbing)
+    monkeypatch.setattr(shards, "train_shard", train)
+    with MemoryStore(tmp_path / "memory", str(base)) as store:
+        [shard] = store.plan(numbers(4), rank=2).shards
+        store.write(numbers(4), rank=2)
+        (adapter,) = store.adapters()
+        assert (store.manifest.placement["modules"], len(adapter.placement["modules"])) == (["down_proj"], 3)
+        assert store.outcomes() == [Outcome("unknown", 2, 16, shard.parameters, shard.cost_bits, certified=False)]
+        assert timings.seconds_per_visit(store.base.fingerprint.weights[:12], "cpu") is None  # a plan's is elsewhere
+
+
+def test_a_base_that_is_never_trained_where_it_was_planned_teaches_nothing_of_that_place(
+    base: Path, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setattr(shard_training, "features_of", lambda *_: None)
+    with MemoryStore(tmp_path / "memory", str(base)) as store:
+        store.write(numbers(2))
+        (adapter,) = store.adapters()
+        assert adapter.placement["layers"] == [1, 2]
+        assert store.outcomes() == []
+        assert timings.seconds_per_visit(store.base.fingerprint.weights[:12], "cpu") is not None  # as of all its writes
+
+
 def stubborn(times: int):
-    """A train_adapter that calls the first record stubborn, that many times."""
+    """A train_shard that calls the first record stubborn, that many times."""
     left = [times]
 
-    def train(*arguments: object, **named: object) -> writer.Training:
-        training = writer.train_adapter(*arguments, **named)  # type: ignore[arg-type]
+    def train(*arguments: object, **named: object) -> ShardTraining:
+        trained = train_shard(*arguments, **named)  # type: ignore[arg-type]
         left[0] -= 1
-        return replace(training, stubborn=(0,)) if left[0] >= 0 else training
+        return replace(trained, training=replace(trained.training, stubborn=(0,))) if left[0] >= 0 else trained
 
     return train
 
@@ -85,10 +124,10 @@ def stubborn(times: int):
 def test_a_failed_write_leaves_uncertified_outcomes_and_nothing_else(base: Path, tmp_path: Path) -> None:
     settings = WriterSettings(max_rank=1, patience_passes=2)
     with MemoryStore(tmp_path / "memory", str(base)) as store:
-        [shard] = store.plan(numbers(40, 12), rank=1).shards
+        [shard] = store.plan(numbers(5, 12), rank=1, limits=RankLimits(1)).shards
         with pytest.raises(StubbornRecords):
-            store.write(numbers(40, 12), rank=1, settings=settings)
-        assert store.outcomes() == [Outcome("unknown", 1, 480, shard.parameters, shard.cost_bits, certified=False)]
+            store.write(numbers(5, 12), rank=1, settings=settings)
+        assert store.outcomes() == [Outcome("unknown", 1, 60, shard.parameters, shard.cost_bits, certified=False)]
         assert (len(store), store.adapters(), store.pending()) == (0, [], None)
         assert not list((store.path / "adapters").glob("*"))
         assert timings.seconds_per_visit(store.base.fingerprint.weights[:12]) is None
@@ -99,7 +138,7 @@ def test_a_failed_write_leaves_uncertified_outcomes_and_nothing_else(base: Path,
 def test_records_that_needed_an_adapter_of_their_own_were_not_certified_together(
     base: Path, tmp_path: Path, monkeypatch, partial: bool
 ) -> None:
-    monkeypatch.setattr(shards, "train_adapter", stubborn(1 + partial))
+    monkeypatch.setattr(shards, "train_shard", stubborn(1 + partial))
     with MemoryStore(tmp_path / "memory", str(base)) as store:
         report = store.write(numbers(4), partial=partial)
         assert len(report.failed) == partial
@@ -125,7 +164,7 @@ def test_an_interrupted_write_teaches_once_it_is_resumed(base: Path, tmp_path: P
 
     with MemoryStore(tmp_path / "memory", str(base)) as store:
         with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-            patched.setattr(shards, "train_adapter", interrupt)
+            patched.setattr(shards, "train_shard", interrupt)
             store.write(numbers(4))
         assert store.outcomes() == []
         store.resume()

@@ -67,7 +67,9 @@ LAYERS = (
     ("loramem.jobs", "loramem.checks"),
     ("loramem.manifest",),
     ("loramem.shards",),
-    ("loramem.writer",),
+    ("loramem.shard_training",),
+    ("loramem.feature_writer",),
+    ("loramem.writer", "loramem.features", "loramem.certificate"),
     ("loramem.recall", "loramem.trunk"),
     ("loramem.adapters",),
     (
@@ -76,6 +78,7 @@ LAYERS = (
         "loramem.objectives",
         "loramem.initialization",
         "loramem.optimizer",
+        "loramem.whitening",
         "loramem.calibrations",
         "loramem.plots",
         "loramem.law_tables",

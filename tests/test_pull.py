@@ -227,11 +227,11 @@ def _writable(found: dict[str, np.ndarray]) -> list[np.ndarray]:
 
 
 def _swap_shapes(found: dict[str, np.ndarray]) -> None:
-    """One column from a matrix to the next: the number of parameters stays."""
-    wide, other = [name for name in sorted(found) if ".lora_A." in name][:2]
-    rank = len(found[wide])
-    found[other] = np.concatenate([found[other], np.zeros((rank, 1), np.float32)], axis=1)
-    found[wide] = np.ascontiguousarray(found[wide][:, :-1])
+    """An input less and an output more of one module: the number of parameters stays."""
+    inputs = first(found)
+    outputs = inputs.replace("lora_A", "lora_B")
+    found[outputs] = np.concatenate([found[outputs], np.zeros((1, len(found[inputs])), np.float32)])
+    found[inputs] = np.ascontiguousarray(found[inputs][:, :-1])
 
 
 def refused(

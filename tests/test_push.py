@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from loramem_cli.main import run
 
-from loramem import MemoryStore
+from loramem import MemoryStore, shard_training
 from loramem.errors import (
     DeletedInWeights,
     HubAccess,
@@ -27,7 +27,9 @@ from loramem.errors import (
     StoreReadOnly,
 )
 from loramem.generators import generate
+from loramem.placement import Placement
 from loramem.reports import PushPlan
+from loramem.writer import Training
 
 from .conftest import numbers
 from .hub_faults import Fault, dropped, status
@@ -376,3 +378,25 @@ def test_a_file_that_cannot_be_read_while_it_is_uploaded_is_said_as_that(
     monkeypatch.setattr("huggingface_hub._commit_api.lfs_upload", unreadable)
     with pytest.raises(PermissionError, match=r"Permission denied: 'adapter_model\.safetensors'"):
         store.push(REPO)
+
+
+def test_an_adapter_that_climbed_says_where_it_sits(
+    base: Path, hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train = shard_training.train_on_features
+
+    def fails_at_first(*arguments: object, **named: object) -> Training:
+        training = train(*arguments, **named)  # type: ignore[arg-type]
+        placement = arguments[5]
+        assert isinstance(placement, Placement)
+        return replace(training, stubborn=(0,)) if len(placement.modules) == 1 else training
+
+    monkeypatch.setattr(shard_training, "train_on_features", fails_at_first)
+    with MemoryStore(tmp_path / "climbed", str(base)) as store:
+        store.write({"a key": "17"})
+        assert store.manifest.placement["modules"] == ["down_proj"]
+        assert store.adapters()[0].placement["modules"] == ["down_proj", "gate_proj", "up_proj"]
+        store.push(REPO, include_keys=True)
+    with pulled(tmp_path / "there", base) as there:
+        assert there.adapters()[0].placement["modules"] == ["down_proj", "gate_proj", "up_proj"]
+        assert there.recall("a key") == "17"

@@ -4,21 +4,24 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from loramem import MemoryStore, WriterSettings, shards, writer
+from loramem import MemoryStore, WriterSettings, shard_training, shards, writer
 from loramem.adapters import AdaptedModel
 from loramem.base_model import BaseModel, load_base_model
 from loramem.batches import Batch, answer_logits, make_batch, token_losses
 from loramem.errors import StubbornRecords, TrainingDiverged
+from loramem.features import Ending
 from loramem.layers import decoder_layers
 from loramem.placement import Placement
 from loramem.prompts import encode_records
 from loramem.recall import answer_probabilities
 from loramem.records import as_records
 from loramem.settings import OBJECTIVES, OPTIMIZERS
+from loramem.shard_training import ShardTraining, train_shard
 from loramem.trunk import Trunk
 
 from .conftest import numbers
@@ -217,7 +220,7 @@ def test_what_cannot_be_certified_commits_nothing_and_is_named(base: Path, tmp_p
     settings = WriterSettings(max_rank=1, patience_passes=2)
     with MemoryStore(tmp_path / "memory", str(base)) as store:
         with pytest.raises(StubbornRecords) as caught:
-            store.write(numbers(40, 12), rank=1, settings=settings)
+            store.write(numbers(5, 12), rank=1, settings=settings)
         assert caught.value.keys
         assert len(store) == 0
         assert store.pending() is None
@@ -225,21 +228,21 @@ def test_what_cannot_be_certified_commits_nothing_and_is_named(base: Path, tmp_p
 
 
 def stubborn_first(times: int):
-    """A train_adapter that calls the first record of a shard stubborn, that many times."""
+    """A train_shard that calls the first record of a shard stubborn, that many times."""
     left = [times]
 
-    def train(*arguments: object, **named: object) -> writer.Training:
-        training = writer.train_adapter(*arguments, **named)  # type: ignore[arg-type]
+    def train(*arguments: object, **named: object) -> ShardTraining:
+        trained = train_shard(*arguments, **named)  # type: ignore[arg-type]
         if left[0] > 0:
             left[0] -= 1
-            return replace(training, stubborn=(0,))
-        return training
+            return replace(trained, training=replace(trained.training, stubborn=(0,)))
+        return trained
 
     return train
 
 
 def test_stubborn_records_get_an_adapter_of_their_own(base: Path, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(shards, "train_adapter", stubborn_first(1))
+    monkeypatch.setattr(shards, "train_shard", stubborn_first(1))
     with MemoryStore(tmp_path / "memory", str(base)) as store:
         report = store.write(numbers(4))
         assert report.written == 4
@@ -248,7 +251,7 @@ def test_stubborn_records_get_an_adapter_of_their_own(base: Path, tmp_path: Path
 
 
 def test_partial_commits_what_was_certified_and_names_the_rest(base: Path, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(shards, "train_adapter", stubborn_first(2))
+    monkeypatch.setattr(shards, "train_shard", stubborn_first(2))
     with MemoryStore(tmp_path / "memory", str(base)) as store:
         report = store.write(numbers(4), partial=True)
         assert (report.written, report.failed) == (3, ("key 0",))
@@ -274,11 +277,29 @@ def test_nan_once_goes_back_to_the_last_good_state(loaded: BaseModel, monkeypatc
     assert training.stubborn == ()
 
 
-def test_nan_at_every_rate_is_a_typed_error_and_commits_nothing(base: Path, tmp_path: Path, monkeypatch) -> None:
-    whole = Trunk.logits
-    monkeypatch.setattr(Trunk, "logits", lambda *args: whole(*args) * float("inf"))
+def deep(monkeypatch: pytest.MonkeyPatch) -> None:
+    """New stores write at the default placement, through the tail of the network."""
+    monkeypatch.setattr(Placement, "ladder", classmethod(lambda cls, model: [cls.default(model)]))
+
+
+@pytest.mark.parametrize(("engine", "rate"), [("features", "feature_rate"), ("deep", "the learning rate")])
+def test_nan_at_every_rate_is_a_typed_error_and_commits_nothing(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: str, rate: str
+) -> None:
+    whole, ending = Trunk.logits, Ending.logits
+
+    def in_training(*args: Any, deviating: bool = True) -> torch.Tensor:
+        """Of the few tokens that training looks at; what is computed over the whole vocabulary stays."""
+        return ending(*args, deviating=deviating) * (float("inf") if len(args) > 2 else 1)
+
+    if engine == "deep":
+        deep(monkeypatch)
+        monkeypatch.setattr(Trunk, "logits", lambda *args: whole(*args) * float("inf"))
+    else:
+        monkeypatch.setattr(Ending, "logits", in_training)
+        monkeypatch.setattr(shard_training, "train_adapter", lambda *_: pytest.fail("layers were run"))
     with MemoryStore(tmp_path / "memory", str(base)) as store:
-        with pytest.raises(TrainingDiverged):
+        with pytest.raises(TrainingDiverged, match=f"lower {rate}"):
             store.write(numbers(2))
         assert len(store) == 0
         assert store.pending() is None

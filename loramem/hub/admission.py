@@ -42,7 +42,7 @@ def inspect_adapter(
         with path.open("rb") as content:
             if hashlib.file_digest(content, "sha256").hexdigest() != file.sha256:
                 raise ValueError(f"{name} has another sha256 than the one published")
-    placement = Placement(tuple(publication.placement.modules), tuple(publication.placement.layers))
+    placement = placement_of(adapter, publication)
     base = publication.base_model
     _check_config(folder / CONFIG, portable_config(adapter.rank, placement, base.id, base.revision))
     _check_tensors(folder / WEIGHTS, adapter, placement, shapes)
@@ -65,6 +65,12 @@ def _check_config(path: Path, expected: Mapping[str, object]) -> None:
     for name, value in expected.items():
         if name not in found or type(found[name]) is not type(value) or found[name] != value:
             raise ValueError(f"{CONFIG} has {name} = {found.get(name)!r}, where {value!r} was published")
+
+
+def placement_of(adapter: PublishedAdapter, publication: Publication) -> Placement:
+    """Where an adapter sits."""
+    published = adapter.placement or publication.placement
+    return Placement(tuple(published.modules), tuple(published.layers))
 
 
 def _check_tensors(path: Path, adapter: PublishedAdapter, placement: Placement, shapes: Shapes | None) -> None:

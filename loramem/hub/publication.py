@@ -83,7 +83,7 @@ class PublishedPrompt(_Strict):
 class PublishedPlacement(_Strict):
     """Fields of `loramem.placement.Placement`."""
 
-    modules: list[Annotated[str, StringConstraints(pattern=r"^\w+$")]] = Field(min_length=1)
+    modules: list[Annotated[str, StringConstraints(pattern=r"^\w+(\.\w+)*$")]] = Field(min_length=1)
     layers: list[Count] = Field(min_length=1)
 
 
@@ -149,6 +149,8 @@ class PublishedAdapter(_Strict):
     training: PublishedTraining
     proof: PublishedProof
     created_at: Time
+    placement: PublishedPlacement | None = None
+    """Where it sits, if its records did not fit where the store's writes begin."""
 
 
 class PublishedAsking(_Strict):
@@ -308,6 +310,7 @@ def publish(
             training=PublishedTraining(**{**adapter.training, "cost_bits": math.ceil(adapter.training["cost_bits"])}),
             proof=PublishedProof(**adapter.proof),
             created_at=adapter.created_at,
+            placement=None if adapter.placement == manifest.placement else PublishedPlacement(**adapter.placement),
         )
         for adapter in adapters
         if adapter.id in lowest

@@ -170,7 +170,7 @@ def _assemble(fetched: Fetched, folder: Path, index: Index, manifest: Manifest) 
             parameters=adapter.parameters,
             size_bytes=sum(file.size_bytes for file in adapter.files.values()),
             files={name: file.sha256 for name, file in adapter.files.items()},
-            placement=published.placement.model_dump(),
+            placement=(adapter.placement or published.placement).model_dump(),
             training=adapter.training.model_dump(),
             proof=adapter.proof.model_dump(),
             created_at=adapter.created_at,
@@ -202,14 +202,15 @@ def _told(line: PublishedRecord) -> bool:
 
 def _admit(fetched: Fetched, engine: Engine, verify: bool, progress: Callable[[int, int], None] | None) -> None:
     """Check every adapter, and with ``verify`` what it says and answers on the base model here."""
-    from loramem.hub.admission import inspect_adapter
+    from loramem.hub.admission import inspect_adapter, placement_of
     from loramem.placement import tensor_shapes
     from loramem.prompts import decode_answer
     from loramem.recheck import recheck
 
     for adapter in fetched.publication.adapters:
         where = f"{ADAPTERS}/{adapter.id}"
-        shapes = tensor_shapes(engine.base.model, engine.manifest.placed(), adapter.rank) if verify else None
+        placement = placement_of(adapter, fetched.publication)
+        shapes = tensor_shapes(engine.base.model, placement, adapter.rank) if verify else None
         try:
             inspect_adapter(engine.store / STORED / adapter.id, adapter, fetched.publication, shapes)
         except ValueError as error:

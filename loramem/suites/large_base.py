@@ -98,6 +98,7 @@ def run(cell: Cell) -> Result:
             device=str(base.device),
             dtype=base.dtype,
             fingerprint=base.fingerprint,
+            serve=(),
             records=tuple(records),
             rank=RANK,
             placement=placement,

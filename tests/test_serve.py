@@ -1,0 +1,181 @@
+"""Stores prove what they write in the dtypes that servers cast to; older stores go on as they were."""
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import PreTrainedModel
+
+from loramem import MemoryStore, shards
+from loramem.certificate import Proof, prove
+from loramem.errors import RecallError, StubbornRecords
+from loramem.manifest import SERVE, Manifest
+from loramem.placement import Placement
+from loramem.prompts import EncodedRecord
+from loramem.settings import WriterSettings
+from loramem.shard_training import ShardTraining
+
+from .conftest import ROOT, numbers
+
+RECORDS = numbers(4)
+CERTIFIED = WriterSettings.certify_threshold
+
+
+def test_a_store_written_by_default_is_proved_in_bfloat16_too(base: Path, tmp_path: Path) -> None:
+    with MemoryStore(tmp_path / "m", str(base)) as store:
+        store.write(RECORDS)
+        assert store.manifest.serve == SERVE == ("bfloat16",)
+        (adapter,) = store.adapters()
+        own, served = adapter.proof, adapter.proof["served"]
+        assert set(served) == {"bfloat16"}
+        assert own["dtypes"] == {"base": "float32", "adapter": "float32"}
+        assert served["bfloat16"]["dtypes"] == {"base": "bfloat16", "adapter": "bfloat16"}
+        assert min(own["min_prob"], served["bfloat16"]["min_prob"]) >= CERTIFIED
+        assert own["parameters"] != served["bfloat16"]["parameters"]  # of the weights as they are loaded there
+    with MemoryStore(tmp_path / "m", create=False) as store:
+        (looked_at,) = store.check(["peft"], dtype="bfloat16").certificates
+        assert looked_at.ok
+        assert (looked_at.exact, looked_at.failed) == (len(RECORDS), ())
+        assert looked_at.dtypes == {"base": "bfloat16", "adapter": "bfloat16"}
+        assert looked_at.min_prob == pytest.approx(served["bfloat16"]["min_prob"], abs=1e-3)
+
+
+Watched = list[tuple[str, float]]
+
+
+@pytest.fixture
+def watched(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[str, float], bool]], Watched]:
+    """Proofs fail where asked to; the dtype of each and the caution with which its adapter was trained."""
+
+    def watch(fails: Callable[[str, float], bool]) -> Watched:
+        proved, cautions = Watched(), list[float]()
+
+        def train(*arguments: Any) -> ShardTraining:
+            cautions.append(arguments[-1])
+            return train_shard(*arguments)
+
+        def proving(
+            model: PreTrainedModel, records: Sequence[EncodedRecord], adapter: str, dtypes: dict[str, str]
+        ) -> Proof:
+            proved.append((dtypes["base"], cautions[-1]))
+            if fails(*proved[-1]):
+                raise RecallError(f"not in {dtypes['base']}", key="k", adapter=adapter)
+            return prove(model, records, adapter, dtypes)
+
+        train_shard = shards.train_shard
+        monkeypatch.setattr(shards, "train_shard", train)
+        monkeypatch.setattr(shards, "prove", proving)
+        return proved
+
+    return watch
+
+
+def test_an_adapter_that_fails_in_bfloat16_alone_is_trained_again_with_more_caution(
+    base: Path, tmp_path: Path, watched: Callable[[Callable[[str, float], bool]], Watched]
+) -> None:
+    proved = watched(lambda dtype, caution: dtype == "bfloat16" and caution == shards.CAUTION[0])
+    with MemoryStore(tmp_path / "m", str(base)) as store:
+        store.write(RECORDS)
+        first, second, *_ = shards.CAUTION
+        assert second > first
+        assert proved == [(dtype, caution) for caution in (first, second) for dtype in ("float32", "bfloat16")]
+        (adapter,) = store.adapters()  # the refused one is not there
+        assert {path.name for path in (tmp_path / "m" / "adapters").iterdir()} == {adapter.id}
+        assert {key: store.recall(key) for key in RECORDS} == RECORDS
+        assert store.check(["peft"], dtype="bfloat16").ok
+
+
+def test_what_fails_with_all_caution_is_refused_and_nothing_committed(
+    base: Path, tmp_path: Path, watched: Callable[[Callable[[str, float], bool]], Watched]
+) -> None:
+    proved = watched(lambda dtype, _: dtype == "bfloat16")
+    with MemoryStore(tmp_path / "m", str(base)) as store:
+        with pytest.raises(RecallError, match="not in bfloat16"):
+            store.write(RECORDS)
+        assert [caution for dtype, caution in proved if dtype == "bfloat16"] == list(shards.CAUTION)
+        assert store.adapters() == []
+        assert list(store.keys()) == []
+    with MemoryStore(tmp_path / "m", create=False) as store:  # and what was tried is not in the way
+        assert store.pending() is None
+
+
+def test_a_certificate_too_low_in_bfloat16_alone_is_refused(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def proving(
+        model: PreTrainedModel, records: Sequence[EncodedRecord], adapter: str, dtypes: dict[str, str]
+    ) -> Proof:
+        proof = prove(model, records, adapter, dtypes)
+        low = (CERTIFIED - 0.01,) * len(records)
+        return Proof(low, proof.conditions) if dtypes["base"] == "bfloat16" else proof
+
+    monkeypatch.setattr(shards, "prove", proving)
+    with MemoryStore(tmp_path / "m", str(base)) as store:
+        with pytest.raises(StubbornRecords, match=r"p = 0\.590 in bfloat16"):
+            store.write(RECORDS)
+        assert store.adapters() == []
+
+
+def test_a_store_in_bfloat16_serves_itself(
+    base: Path, tmp_path: Path, watched: Callable[[Callable[[str, float], bool]], Watched]
+) -> None:
+    proved = watched(lambda *_: False)
+    with MemoryStore(tmp_path / "m", str(base), dtype="bfloat16") as store:
+        store.write(RECORDS)
+        assert store.manifest.serve == ()
+        (adapter,) = store.adapters()
+        assert adapter.proof["served"] == {}
+        assert adapter.proof["dtypes"] == {"base": "bfloat16", "adapter": "float32"}
+        assert adapter.proof["min_prob"] >= CERTIFIED
+    assert proved == [("bfloat16", shards.CAUTION[0])]
+    with MemoryStore(tmp_path / "m", create=False) as store:
+        assert {key: store.recall(key) for key in RECORDS} == RECORDS
+
+
+def test_a_store_that_serves_nothing_else_proves_once_and_is_refused_at_once(
+    base: Path, tmp_path: Path, watched: Callable[[Callable[[str, float], bool]], Watched]
+) -> None:
+    """A proof in the store's own dtype that fails says nothing of rounding between dtypes."""
+    proved = watched(lambda *_: True)
+    with MemoryStore(tmp_path / "m", str(base), dtype="bfloat16") as store, pytest.raises(RecallError):
+        store.write(RECORDS)
+    assert len(proved) == 1
+
+
+def test_the_manifest_keeps_the_dtypes_and_an_older_one_has_none(base: Path, tmp_path: Path) -> None:
+    with MemoryStore(tmp_path / "m", str(base)) as store:
+        content = store.manifest.to_bytes()
+        assert Manifest.from_bytes(content, tmp_path) == store.manifest
+    fields = json.loads(content)
+    assert fields.pop("serve") == ["bfloat16"]
+    assert Manifest.from_bytes(json.dumps(fields).encode(), tmp_path).serve == ()
+
+
+def test_a_store_from_before_writes_at_its_deep_placement_as_ever(
+    tmp_path: Path, watched: Callable[[Callable[[str, float], bool]], Watched]
+) -> None:
+    """Through layers, proved in its own dtype alone; what it held comes back as well."""
+    shutil.copytree(ROOT / "tests" / "store-format-1", tmp_path / "m")
+    stored = json.loads((tmp_path / "m" / "store.json").read_bytes())
+    assert "serve" not in stored
+    proved = watched(lambda *_: False)
+    with MemoryStore(tmp_path / "m", create=False) as store:
+        before = {(record.namespace, record.key): record.value for record in store.records()}
+        assert store.manifest.serve == ()
+        assert stored["placement"] == {
+            "modules": list(Placement.default(store.base.model).modules),
+            "layers": list(Placement.default(store.base.model).layers),
+        }
+        old = {adapter.id for adapter in store.adapters()}
+        store.write({"a new key": "42"})
+        (added,) = [adapter for adapter in store.adapters() if adapter.id not in old]
+        assert json.loads(json.dumps(added.placement)) == stored["placement"]
+        assert added.proof["served"] == {}
+    assert [dtype for dtype, _ in proved] == ["float32"]
+    assert json.loads((tmp_path / "m" / "store.json").read_bytes()) == stored
+    with MemoryStore(tmp_path / "m", create=False) as store:
+        assert store.recall("a new key") == "42"
+        assert {(namespace, key): store.recall(key, namespace=namespace) for namespace, key in before} == before

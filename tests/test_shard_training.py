@@ -1,0 +1,213 @@
+"""Which placement and which engine a shard is trained with: the ladder, and what falls back to running layers."""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from loramem import MemoryStore, WriterSettings, shard_training
+from loramem.adapters import AdaptedModel
+from loramem.base_model import BaseModel, load_base_model
+from loramem.errors import UnsupportedBaseModel
+from loramem.features import Features
+from loramem.placement import Placement
+from loramem.prompts import EncodedRecord, encode_records
+from loramem.recall import answer_probabilities
+from loramem.records import as_records
+from loramem.shard_training import train_shard
+from loramem.writer import Training
+
+from .architectures import build_tiny
+from .conftest import numbers
+
+SETTINGS = WriterSettings()
+
+
+@pytest.fixture
+def loaded(base: Path) -> BaseModel:
+    return load_base_model(str(base))
+
+
+def encode(base: BaseModel, records: dict[str, str]) -> list[EncodedRecord]:
+    return encode_records(as_records(records), base.tokenizer, base.template, base.max_tokens)
+
+
+Engine = Callable[[Placement], tuple[int, ...]]
+
+
+@pytest.fixture
+def engines(monkeypatch: pytest.MonkeyPatch) -> Callable[[Engine], list[tuple[str, Placement]]]:
+    """Both engines only say which records are stubborn where; what was called with which placement."""
+
+    def replaced(stubborn: Engine) -> list[tuple[str, Placement]]:
+        called = list[tuple[str, Placement]]()
+
+        def ended(how: str, adapted: AdaptedModel, name: str, rank: int, placement: Placement) -> Training:
+            called.append((how, placement))
+            adapted.create(name, rank, placement, 0)
+            return Training(stubborn(placement), rank, 1, 1, 1, 0.0)
+
+        def on_features(
+            adapted: AdaptedModel,
+            name: str,
+            features: Any,
+            records: int,
+            rank: int,
+            rung: Placement,
+            *_: Any,
+            **__: Any,
+        ) -> Training:
+            return ended("features", adapted, name, rank, rung)
+
+        def through_layers(
+            adapted: AdaptedModel, name: str, records: Any, rank: int, placement: Placement, *_: Any
+        ) -> Training:
+            return ended("layers", adapted, name, rank, placement)
+
+        monkeypatch.setattr(shard_training, "train_on_features", on_features)
+        monkeypatch.setattr(shard_training, "train_adapter", through_layers)
+        return called
+
+    return replaced
+
+
+def test_few_stubborn_records_stay_at_the_rung_and_are_reported(
+    loaded: BaseModel, engines: Callable[[Engine], list[tuple[str, Placement]]]
+) -> None:
+    ladder = Placement.ladder(loaded.model)
+    called = engines(lambda _: (3, 17))
+    found = train_shard(AdaptedModel(loaded), "new", encode(loaded, numbers(20)), 4, ladder[0], SETTINGS)
+    assert called == [("features", ladder[0])]
+    assert found.placement == ladder[0]
+    assert found.training.stubborn == (3, 17)
+
+
+def test_more_climb_to_the_next_rung(
+    loaded: BaseModel, engines: Callable[[Engine], list[tuple[str, Placement]]]
+) -> None:
+    ladder = Placement.ladder(loaded.model)
+    called = engines(lambda rung: (3, 5, 17) if rung == ladder[0] else (5,))
+    adapted = AdaptedModel(loaded)
+    found = train_shard(adapted, "new", encode(loaded, numbers(20)), 4, ladder[0], SETTINGS)
+    assert called == [("features", ladder[0]), ("features", ladder[1])]
+    assert (found.placement, found.training.stubborn) == (ladder[1], (5,))
+    names = {name.split(".")[-3] for name in adapted.weights("new")}
+    assert names == set(ladder[1].modules)  # what is attached is the last one tried
+
+
+def test_what_no_rung_holds_is_trained_through_layers(
+    loaded: BaseModel, engines: Callable[[Engine], list[tuple[str, Placement]]]
+) -> None:
+    ladder = Placement.ladder(loaded.model)
+    called = engines(lambda _: (0,))
+    found = train_shard(AdaptedModel(loaded), "new", encode(loaded, numbers(2)), 4, ladder[1], SETTINGS)
+    assert called == [("features", ladder[1]), ("features", ladder[2]), ("layers", ladder[3])]
+    assert (found.placement, found.training.stubborn) == (ladder[3], (0,))
+
+
+def test_a_placement_that_is_not_behind_the_last_attention_runs_layers(
+    loaded: BaseModel, engines: Callable[[Engine], list[tuple[str, Placement]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called = engines(lambda _: (0,))
+    monkeypatch.setattr(shard_training, "collect", None)  # nothing is collected for it
+    every, adapted = Placement.default(loaded.model), AdaptedModel(loaded)
+    for modules, layers in ((["down_proj"], [1, 2]), (["q_proj"], [2]), (every.modules, every.layers)):
+        placement = Placement.named(loaded.model, modules, layers)
+        found = train_shard(adapted, "new", encode(loaded, numbers(2)), 4, placement, SETTINGS)
+        assert called.pop() == ("layers", placement)
+        assert found.placement == placement
+        assert not called
+        adapted.remove("new")
+
+
+def off(features: Features) -> Features:
+    return Features(*(v + 0.1 if v.is_floating_point() else v for v in vars(features).values()))
+
+
+@pytest.mark.parametrize("fault", ["other logits", "nan", "two attentions", "a signature of its own"])
+def test_a_base_whose_end_is_not_understood_is_trained_through_layers_with_a_warning(
+    loaded: BaseModel, fault: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """At the widest placement: it holds more, and runs layers anyway."""
+
+    def collect(model: PreTrainedModel, records: Sequence[EncodedRecord]) -> Features:
+        if fault == "two attentions":
+            raise UnsupportedBaseModel("Block has 2 attentions where one is expected.")
+        if fault == "a signature of its own":
+            raise TypeError("forward() got an unexpected keyword argument")
+        found = collected(model, records)
+        return (
+            off(found)
+            if fault == "other logits"
+            else Features(*(v * torch.nan if v.is_floating_point() else v for v in vars(found).values()))
+        )
+
+    collected = shard_training.collect
+    monkeypatch.setattr(shard_training, "collect", collect)
+    records, ladder = encode(loaded, numbers(2)), Placement.ladder(loaded.model)
+    with caplog.at_level(logging.WARNING):
+        found = train_shard(AdaptedModel(loaded), "new", records, 4, ladder[0], SETTINGS)
+    assert [record.message for record in caplog.records if "layers are run in training" in record.message]
+    assert found.placement == ladder[-1]
+    assert found.training.stubborn == ()
+    assert min(float(probs.min()) for _, probs in answer_probabilities(loaded.model, records)) >= 0.6
+
+
+def test_exhausted_memory_is_not_taken_for_a_base_that_is_not_understood(
+    loaded: BaseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def collect(*_: object) -> Features:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(shard_training, "collect", collect)
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        train_shard(
+            AdaptedModel(loaded), "new", encode(loaded, numbers(2)), 4, Placement.ladder(loaded.model)[0], SETTINGS
+        )
+
+
+@pytest.fixture
+def crowded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The first rung holds nothing."""
+
+    def train(adapted: AdaptedModel, name: str, features: Any, records: int, *arguments: Any, **named: Any) -> Training:
+        training: Training = on_features(adapted, name, features, records, *arguments, **named)
+        if arguments[1].modules != ("down_proj",):
+            return training
+        return Training(tuple(range(records)), training.rank, training.parameters, training.steps, training.visits, 0.0)
+
+    on_features = shard_training.train_on_features
+    monkeypatch.setattr(shard_training, "train_on_features", train)
+    yield
+
+
+def test_the_placement_that_holds_a_shard_is_recorded_with_its_adapter(
+    base: Path, tmp_path: Path, crowded: None
+) -> None:
+    records = numbers(3, 2)
+    with MemoryStore(tmp_path / "m", str(base)) as store:
+        store.write(records)
+        (adapter,) = store.adapters()
+        manifest = store.manifest
+    assert tuple(manifest.placement["modules"]) == ("down_proj",)
+    assert list(adapter.placement["modules"]) == ["down_proj", "gate_proj", "up_proj"]
+    with MemoryStore(tmp_path / "m", create=False) as store:
+        assert {key: store.recall(key) for key in records} == records
+        assert store.verify().ok
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
+def test_behind_experts_the_attentions_projection_alone_is_trained_and_recalls(family: str, tmp_path: Path) -> None:
+    records = numbers(3, 2)
+    tiny = build_tiny(family, tmp_path / f"tiny-{family}")
+    with MemoryStore(tmp_path / "m", str(tiny)) as store:
+        store.write(records)
+        (adapter,) = store.adapters()
+    assert list(adapter.placement["modules"]) == ["o_proj"]
+    assert list(adapter.placement["layers"]) == [1]
+    with MemoryStore(tmp_path / "m", create=False) as store:
+        assert {key: store.recall(key) for key in records} == records
