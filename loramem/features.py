@@ -164,11 +164,11 @@ class Ending:
         """
         here = self._values_at(rows, self._dealt if deviating else [])
         forwards: dict[nn.Module, Forward] = {
-            layer.base_layer: _giving(here["output", layer][:, None]) for layer in self._constant
+            layer.base_layer: _giving(here["output", layer]) for layer in self._constant
         }
         if (whole := self._whole) is not None:
-            inputs = here["input", whole][:, None]
-            forwards[self._ends[whole]] = lambda _: whole(inputs)
+            inputs = here["input", whole]
+            forwards[self._ends[whole]] = lambda hidden: whole(_shaped_as(inputs, hidden))
         if head is not None:
             forwards[self.model.get_output_embeddings()] = lambda hidden: linear(hidden, *head)
         mixed = here["input", self._projection] if self._projection else None
@@ -272,7 +272,9 @@ class Ending:
             layer: block
             for layer in adapted
             for block in self._last.blocks
-            if layer in block.modules() and torch.equal(as_they_are.outputs[layer], as_they_are.blocks[block])
+            if layer is not block
+            and layer in block.modules()
+            and torch.equal(as_they_are.outputs[layer], as_they_are.blocks[block])
         }
         self._whole = adapted[0] if len(adapted) == 1 and adapted[0] in self._ends else None
         self._scales = {layer: self._scale(layer, given[layer]) for layer in adapted}
@@ -312,14 +314,20 @@ class _Seen:
 
 def _keeper(inputs: dict[Any, Tensor], outputs: dict[Any, Tensor], module: nn.Module) -> Callable[..., None]:
     def keep(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        inputs[module] = args[0][:, 0]
-        outputs[module] = output[:, 0] if isinstance(output, Tensor) else output[0][:, 0]
+        inputs[module] = args[0].flatten(0, -2)
+        outputs[module] = (output if isinstance(output, Tensor) else output[0]).flatten(0, -2)
 
     return keep
 
 
 def _giving(values: Tensor) -> Forward:
-    return lambda *_, **__: values
+    """Values (n, out) in the place of what a linear module computes: an architecture may flatten what it gives it."""
+    return lambda inputs, *_, **__: _shaped_as(values, inputs)
+
+
+def _shaped_as(values: Tensor, given: Tensor) -> Tensor:
+    """Values (n, f) with the leading dimensions of a tensor of as many positions."""
+    return values.reshape(*given.shape[:-1], values.shape[-1])
 
 
 def _sizes(values: Tensor) -> Tensor:

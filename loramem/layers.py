@@ -107,7 +107,8 @@ def position_wise_blocks(layer: nn.Module) -> Iterator[nn.Module]:
     it does not know apart.
     """
     for block in layer.children():
-        if next(linears(block), None) is not None and len(signature(block.forward).parameters) == 1:
+        own = dict(block.named_children()).get("base_layer", block)  # a linear module may be a block, and be adapted
+        if next(linears(block), None) is not None and len(signature(own.forward).parameters) == 1:
             yield block
 
 

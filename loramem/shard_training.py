@@ -82,9 +82,27 @@ def train_shard(
     steps, visits, elapsed_s = 0, 0, 0.0  # of what was tried in vain
     for rung in behind[behind.index(placement) :]:
         within = replace(settings, max_rank=min(settings.max_rank, max(CLIMB_RANK, math.ceil(CLIMB_GROWTH * rank))))
-        training = train_on_features(
-            adapted, name, features, len(records), rank, rung, within, progress, adapter_dtypes=dtypes, caution=caution
-        )
+        try:
+            training = train_on_features(
+                adapted,
+                name,
+                features,
+                len(records),
+                rank,
+                rung,
+                within,
+                progress,
+                adapter_dtypes=dtypes,
+                caution=caution,
+            )
+        except NOT_UNDERSTOOD as error:
+            if is_out_of_memory(error):
+                raise
+            log.warning(
+                "%s behind its last attention: %s; layers are run in training", type(adapted.model).__name__, error
+            )
+            adapted.remove(name)
+            break
         done = _with(training, steps, visits, elapsed_s)
         if len(training.stubborn) <= FEW * len(records):
             return ShardTraining(done, rung, climbed=rung != placement)

@@ -23,7 +23,6 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from loramem import MemoryStore
 from loramem.base_model import load_base_model
 from loramem.errors import BaseModelError
-from loramem.placement import Placement
 
 from .conftest import ROOT, VOCABULARY, numbers, save_tokenizer
 
@@ -105,6 +104,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "zamba2": {"layers_block_type": ["mamba", "hybrid"], "head_dim": ..., "initializer_range": 0.2, "chunk_size": 16},
     "zaya": {"num_experts_per_tok": 1},
 }
+NOT_IN_BFLOAT16 = frozenset({"xglm"})  # its random weights are not certified in both dtypes; stores are for one
 OTHER_SENSES = "a text model with encoders of images or sound, which cannot be made tiny by one table"
 NOT_BUILT: dict[str, str] = {
     **dict.fromkeys(("dots3_note", "emu3", "gemma3", "gemma3n", "gemma4", "gemma4_unified", "git"), OTHER_SENSES),
@@ -169,13 +169,14 @@ def build_tiny(family: str, folder: Path) -> Path:
 def outcome(base: Path, memory: Path) -> Outcome:
     """Write three records and recall them in a fresh store, or be refused when the model is loaded."""
     records = numbers(3, 2)
+    serve = [] if base.name.removeprefix("tiny-") in NOT_IN_BFLOAT16 else None
     try:
         load_base_model(str(base))
     except BaseModelError as error:
         return Outcome(False, reason=str(error))
-    with MemoryStore(memory, str(base)) as store:
+    with MemoryStore(memory, str(base), serve=serve) as store:
         store.write(records)
-        modules = tuple(Placement.default(store.base.model).modules)
+        modules = tuple(sorted({name for adapter in store.adapters() for name in adapter.placement["modules"]}))
     with MemoryStore(memory, create=False) as store:
         assert {key: store.recall(key) for key in records} == records
     return Outcome(True, modules)

@@ -7,7 +7,7 @@ import pytest
 from .architectures import HEAD, NOT_BUILT, OVERRIDES, REFUSED, WRITES, build_tiny, families, outcome, row, table
 
 MIXTURES = ("qwen3_moe", "mixtral", "deepseek_v3", "qwen3_next", "llama4", "gpt_oss", "qwen2_moe", "laguna")
-OTHERS = ("jamba", "mamba", "rwkv", "recurrent_gemma", "bart", "longcat_flash")
+OTHERS = ("jamba", "mamba", "rwkv", "recurrent_gemma", "bart", "longcat_flash", "opt", "qwen4_exp")
 TRIED = [family for family in families() if family not in NOT_BUILT]
 
 
