@@ -6,14 +6,14 @@ few tokens that compete. That softmax is too sure of itself, so it decides nothi
 over the whole vocabulary, whose rivals join the few.
 
 What will be served differs from what is trained by rounding: another dtype moves the features by one or two percent.
-So features of every dtype to be served are collected, and each step adds to a position the deviation of another one.
+So features of every dtype to be served are collected, each step adds to some positions the deviation of another dtype,
+and the adapter holds values that no cast changes.
 """
 
 import logging
 import math
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,23 +23,27 @@ from torch.nn.functional import cross_entropy
 from loramem import objectives
 from loramem.adapters import AdaptedModel, count_parameters, load_weights, rank_choices
 from loramem.errors import TrainingDiverged
-from loramem.features import Ending, Features
+from loramem.features import Ending, Features, Head
 from loramem.placement import Placement
+from loramem.rivals import Rivals
 from loramem.settings import WriterSettings
 from loramem.whitening import Site, WhitenedAdam, random_rows, whitening_factor
-from loramem.writer import ProgressCallback, Training, WriteProgress
+from loramem.writer import ProgressCallback, Training, WriteProgress, autocast_dtype
 
 log = logging.getLogger(__name__)
 
 FIRST_RIVALS, NEW_RIVALS = 5, 3
-"""Likeliest tokens of every position that join the softmax before training, and at every full check."""
-TRAIN_ROWS, CHECK_ROWS = 4096, 1024
-CHECK_STEPS = 50
-"""Steps after which the whole vocabulary is looked at, although tokens are open in the softmax over few."""
-RECHECK_STEPS = 3
-"""Steps after a check before the next, where none is open in the softmax over few."""
+"""Likeliest tokens of a position that join the softmax over few, before training and whenever it is too low."""
+TRAIN_ROWS, LOOK_ROWS = 4096, 1024
+FEW = 0.1
+"""Share of all tokens below which some are few."""
+LOOK_STEPS, LOOK_STEPS_LATE, LOOK_STEPS_FEW = 16, 8, 4
+"""Steps between two looks over the whole vocabulary: while many tokens are open, when few are open in the softmax over
+few, and when few were too low at the last look."""
+ROUNDING = 0.07
+"""Rounded logits may move a probability of `enough` by so much."""
 LEAST_SHARE = 0.05
-"""With fewer than a tenth of the tokens open the rate falls with their share, down to this part of it."""
+"""With few tokens open the rate falls with their share, down to this part of it."""
 IDLE_DECAY, IDLE_STEPS = 40, 160
 """Steps without progress after which the rate is halved, and after which the rank grows."""
 MIN_DECAY = 1 / 16
@@ -63,7 +67,7 @@ def train_on_features(
     Args:
         features: Of the same records in every dtype that is to be served, the model's own first.
         records: How many there are.
-        adapter_dtypes: What the adapter is cast to where each of ``features`` is served; float32 for all if empty.
+        adapter_dtypes: What the adapter is cast to where it is served: its entries are values of the coarsest of them.
         caution: Factor on the deviations between dtypes that training adds.
 
     Raises:
@@ -86,33 +90,6 @@ def train_on_features(
         visits=run.step * records,
         elapsed_s=time.monotonic() - started,
     )
-
-
-class Rivals:
-    """The tokens of the softmax over few, and the rows of the unembedding that give their logits."""
-
-    def __init__(self, head: torch.nn.Module, targets: Tensor) -> None:
-        parameters = dict(head.named_parameters())
-        self._weight, self._bias = parameters["weight"].detach(), parameters.get("bias")
-        self._place = torch.full((len(self._weight),), -1, device=targets.device)
-        self._ids = targets.new_empty(0)
-        self._all_targets = targets
-        self.add(targets)
-
-    def add(self, tokens: Tensor) -> int:
-        """Let more tokens compete; returns how many were new."""
-        new = tokens.unique()
-        new = new[self._place[new] < 0]
-        self._place[new] = torch.arange(len(self._ids), len(self._ids) + len(new), device=new.device)
-        self._ids = torch.cat([self._ids, new])
-        self.head = self._weight[self._ids], None if self._bias is None else self._bias.detach()[self._ids]
-        self.targets = self._place[self._all_targets]
-        """(N,) places of the targets among the competing tokens."""
-        return len(new)
-
-    def rest(self, logits: Tensor) -> Tensor:
-        """log Σ exp (n,) over the tokens that do not compete, of logits (n, V) over the whole vocabulary."""
-        return logits.index_fill(1, self._ids, -math.inf).logsumexp(1)
 
 
 @dataclass
@@ -140,24 +117,23 @@ class _Run:
         adapter_dtypes: Sequence[torch.dtype],
         caution: float,
     ) -> None:
-        self.adapter_dtypes = adapter_dtypes or [torch.float32] * len(features)
+        self.rounded_to = max(adapter_dtypes, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float32)
         self.caution = caution
         self.adapted, self.name, self.features, self.records = adapted, name, features, records
         self.settings, self.progress, self.started = settings, progress, started
         self.generator = torch.Generator(features[0].targets.device).manual_seed(settings.seed)
         self.targets = features[0].targets
+        self.everywhere = torch.arange(len(self.targets), device=self.targets.device)
         self.step = 0
         self.rate = settings.feature_rate
         # Decoding and its dtypes round otherwise than features: a token that only just passed here may fail the proof.
         self.enough = (settings.certify_threshold + settings.train_threshold) / 2
         self.lowest = torch.zeros(len(self.targets), device=self.targets.device)
-        """Per token, the lowest probability in the last full check, over all dtypes."""
+        """Per token, the lowest probability when it was last looked at, over all dtypes."""
         single_long = records == 1 and len(self.targets) > settings.long_tokens
         self.sliding = objectives.SlidingState.start(1, self.targets.device) if single_long else None
-        self.rest = torch.full((len(self.targets),), -math.inf, device=self.targets.device)
-        """Per token, what all others than the competing ones weigh together: log Σ exp of their logits, as of the last
-        check. Without it the softmax over few is blind to a mass that is spread thin."""
-        self.rivals = Rivals(adapted.base.model.get_output_embeddings(), self.targets)
+        products = autocast_dtype(settings.precision, self.targets.device)
+        self.rivals = Rivals(adapted.base.model.get_output_embeddings(), self.targets, products)
         self.attach(rank)
         self.check(FIRST_RIVALS)
 
@@ -190,7 +166,7 @@ class _Run:
         """A fresh optimiser on the matrices as they are; gradients of a loss that was not finite are dropped."""
         for site in self.sites:
             site.a.grad = site.b.grad = None
-        self.optimizer = WhitenedAdam(self.sites, self.rate)
+        self.optimizer = WhitenedAdam(self.sites, self.rate, self.rounded_to)
         self.best, self.decay = _Best(step=self.step), 1.0
         self.remember()
 
@@ -209,18 +185,18 @@ class _Run:
     def until_certified_or_stalled(self) -> bool:
         """True when every token is certified over the whole vocabulary in every dtype, most with something to spare;
         False when progress stopped before."""
-        checked = self.step
+        looked, few = self.step, FEW * len(self.targets)
         while self.step - self.best.step < IDLE_STEPS:
             open_tokens, open_loss, loss = self.train_step()
             if not math.isfinite(loss):
                 self.recover()
                 continue
             passed = False
-            due = open_tokens == 0 and self.step - checked >= RECHECK_STEPS
-            if due or self.step - checked >= CHECK_STEPS:
-                checked = self.step
+            late = LOOK_STEPS_LATE if open_tokens <= few else LOOK_STEPS
+            if self.step - looked >= (LOOK_STEPS_FEW if len(self.too_low()) <= few else late):
+                looked = self.step
                 self.remember()
-                passed = self.suspects_pass() and self.check(NEW_RIVALS)
+                passed = self.too_low_pass() and self.check(NEW_RIVALS)
             self.report(0 if passed else open_tokens, loss)
             if passed:
                 return True
@@ -228,21 +204,24 @@ class _Run:
         self.check(NEW_RIVALS, every=True)
         return self.open == 0
 
+    def too_low(self) -> Tensor:
+        """Positions that had too low a probability when last looked at."""
+        return (self.lowest < self.enough).nonzero().flatten()
+
     def train_step(self) -> tuple[int, float, float]:
         """One step over all positions; how many tokens were open before it, their loss, and the mean over all tokens,
         which is NaN if nothing moved."""
         self.ending.shuffle_deviations(self.generator)
         total_weight, open_tokens, open_loss, loss = 0.0, 0, 0.0, 0.0
-        with self.cast(self.adapter_dtypes[self.step % len(self.adapter_dtypes)]):
-            for rows in self.ending.chunks(len(self.targets) if self.sliding else TRAIN_ROWS):
-                losses, weights = self.weighted_losses(rows)
-                (losses * weights).sum().backward()
-                seen = losses.detach()
-                is_open = ~(seen <= -math.log(self.enough))  # NaN is open
-                total_weight += float(weights.sum())
-                open_tokens += int(is_open.sum())
-                open_loss += float((seen * is_open).sum())
-                loss += float(seen.sum())
+        for rows in self.ending.chunks(len(self.targets) if self.sliding else TRAIN_ROWS):
+            losses, weights = self.weighted_losses(rows)
+            (losses * weights).sum().backward()
+            seen = losses.detach()
+            is_open = ~(seen <= -math.log(self.enough))  # NaN is open
+            total_weight += float(weights.sum())
+            open_tokens += int(is_open.sum())
+            open_loss += float((seen * is_open).sum())
+            loss += float(seen.sum())
         share = open_tokens / len(self.targets)
         if math.isfinite(loss) and self.optimizer.step(
             min(1.0, max(LEAST_SHARE, share / 0.1)) * self.decay, 1 / max(total_weight, objectives.MIN_WEIGHT)
@@ -251,27 +230,9 @@ class _Run:
             return open_tokens, open_loss, loss / len(self.targets)
         return open_tokens, open_loss, math.nan
 
-    @contextmanager
-    def cast(self, dtype: torch.dtype) -> Iterator[None]:
-        """Within this context the adapter is what it is when it is served in a dtype; gradients are of the cast one.
-
-        Rows of A cancel the mean of the inputs by large entries: rounding these weighs more than their size says.
-        """
-        weights = [] if dtype == torch.float32 else [weight for site in self.sites for weight in (site.a, site.b)]
-        before = [weight.detach().clone() for weight in weights]
-        with torch.no_grad():
-            for weight in weights:
-                weight.copy_(weight.to(dtype))
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for weight, old in zip(weights, before, strict=True):
-                    weight.copy_(old)
-
     def weighted_losses(self, rows: slice) -> tuple[Tensor, Tensor]:
         """Cross-entropy (n,) over the competing tokens and the rest, and the objective's weights (n,)."""
-        logits = torch.cat([self.ending.logits(rows, self.rivals.head), self.rest[rows, None]], 1)
+        logits = self.rivals.with_rest(self.ending.logits(rows, self.rivals.few), rows)
         targets = self.rivals.targets[rows]
         losses = cross_entropy(logits, targets, reduction="none")
         mask = torch.ones_like(targets, dtype=torch.bool)[None]
@@ -293,7 +254,7 @@ class _Run:
         """
         lowest = torch.ones_like(self.lowest)
         for ending in self.endings:
-            for rows in ending.chunks(CHECK_ROWS):
+            for rows in self.everywhere.split(LOOK_ROWS):
                 lowest[rows] = torch.minimum(lowest[rows], self.look(ending, rows, rivals))
             if not every and float(lowest.min()) < self.enough:
                 break
@@ -301,28 +262,37 @@ class _Run:
         log.debug("step %d: %d tokens open, lowest p %.3f", self.step, self.open, lowest.min())
         return float(lowest.min()) >= self.enough
 
-    def suspects_pass(self) -> bool:
-        """Look again at what the last check found too low: as long as some of it is, all the rest need no look."""
-        rows = (self.lowest < self.enough).nonzero().flatten()
-        if len(rows) > CHECK_ROWS:
-            return True
-        found = [self.look(ending, rows, NEW_RIVALS) for ending in self.endings]
-        self.lowest[rows] = torch.stack(found).amin(0)
+    def too_low_pass(self) -> bool:
+        """Look again at what was too low: as long as some of it is, all the rest need no look."""
+        rows = self.too_low()
+        endings = self.endings if len(rows) <= FEW * len(self.targets) else self.endings[:1]
+        for part in rows.split(LOOK_ROWS):
+            self.lowest[part] = torch.stack([self.look(ending, part, NEW_RIVALS) for ending in endings]).amin(0)
         return float(self.lowest.min()) >= self.enough
 
-    @torch.no_grad()
-    def look(self, ending: Ending, rows: slice | Tensor, rivals: int) -> Tensor:
-        """Probabilities (n,) over the whole vocabulary at some positions; the likeliest tokens join the competing ones.
+    def look(self, ending: Ending, rows: Tensor, rivals: int) -> Tensor:
+        """Probabilities (n,) over the whole vocabulary at some positions.
 
-        What the others weigh is taken down as well.
+        Rounded products show which are near the limit; these are computed again if they are few.
         """
-        with self.cast(self.adapter_dtypes[self.endings.index(ending)]):
-            logits = ending.logits(rows, deviating=False)
-        self.rivals.add(logits.topk(min(rivals, logits.shape[-1])).indices)
+        if not self.rivals.rounds:
+            return self.probabilities(ending, rows, rivals, self.rivals.all)
+        probs = self.probabilities(ending, rows, rivals, self.rivals.all_rounded)
+        near = probs < self.enough + ROUNDING
+        if 0 < int(near.sum()) <= FEW * len(self.targets):
+            probs[near] = self.probabilities(ending, rows[near], rivals, self.rivals.all)
+        return probs
+
+    @torch.no_grad()
+    def probabilities(self, ending: Ending, rows: Tensor, rivals: int, head: Head) -> Tensor:
+        """Where one is too low, the likeliest tokens join the competing ones; what the others weigh is taken down."""
+        logits, targets = ending.logits(rows, head, deviating=False), self.targets[rows]
+        losses = cross_entropy(logits, targets, reduction="none")  # several times as fast as a logsumexp on a processor
+        probs = torch.exp(-losses).nan_to_num(0.0)
+        self.rivals.add(logits[probs < self.enough].topk(min(rivals, logits.shape[-1])).indices)
         if ending is self.ending:
-            self.rest[rows] = self.rivals.rest(logits)
-        losses = cross_entropy(logits, self.targets[rows], reduction="none")
-        return torch.exp(-losses).nan_to_num(0.0)
+            self.rivals.look_at_rest(logits, losses + logits.gather(1, targets[:, None])[:, 0], rows)
+        return probs
 
     def note_progress(self, open_tokens: int, loss: float) -> None:
         """Progress is fewer open tokens or a loss of theirs 1 % below that of the last progress; without it the rate

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
-from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
 from loramem.batches import Batch, answer_logits, group_by_length
@@ -120,8 +119,8 @@ def _run_to_the_last_attention(model: PreTrainedModel, last: LastLayer, batch: B
     return seen
 
 
-Head = tuple[Tensor, Tensor | None]
-"""Rows of the unembedding, (V, d), and of its bias, if it has one."""
+Head = Callable[[Tensor], Tensor]
+"""What gives logits (…, V) of the last hidden states (…, d)."""
 
 
 class Ending:
@@ -151,15 +150,15 @@ class Ending:
         if adapted:
             self._look_at(adapted)
         self._deviations: list[_Values] = []
-        self._dealt: list[Tensor] = []
-        """Of each deviation: whose every position gets, (N,)."""
+        self._dealt: list[tuple[Tensor, Tensor]] = []
+        """Of each deviation: whose every position gets, (N,), and how much of it, (N, 1)."""
 
     def logits(self, rows: slice | Tensor, head: Head | None = None, *, deviating: bool = True) -> Tensor:
         """Logits (n, V) in float32 at some of the positions.
 
         Args:
             rows: Which of the N positions.
-            head: For the logits of some tokens alone.
+            head: In place of the model's, such as the rows of some tokens alone.
             deviating: With the deviations that `shuffle_deviations` dealt out.
         """
         here = self._values_at(rows, self._dealt if deviating else [])
@@ -170,7 +169,7 @@ class Ending:
             inputs = here["input", whole]
             forwards[self._ends[whole]] = lambda hidden: whole(_shaped_as(inputs, hidden))
         if head is not None:
-            forwards[self.model.get_output_embeddings()] = lambda hidden: linear(hidden, *head)
+            forwards[self.model.get_output_embeddings()] = head
         mixed = here["input", self._projection] if self._projection else None
         return self._run(rows, here["entering", None], mixed, forwards).float()
 
@@ -201,14 +200,16 @@ class Ending:
         ]
 
     def shuffle_deviations(self, generator: torch.Generator) -> None:
-        """Give half of the positions their own deviation, the others that of some position, in proportion to their
-        sizes; anew for each step. The own ones are what will be served, the others what else rounding may do."""
+        """Give a third of the positions none, a third their own deviation, a third that of some position, in proportion
+        to their sizes; anew for each step. What has none or its own is what will be served, the rest is what else
+        rounding may do."""
         own = torch.arange(len(self.features), device=generator.device)
         self._dealt = []
         for _ in self._deviations:
             order = torch.randperm(len(own), generator=generator, device=generator.device)
             chance = torch.rand(len(own), generator=generator, device=generator.device)
-            self._dealt.append(torch.where(chance < 0.5, own, order))
+            amount = (chance < 2 / 3).to(self.features.entering.dtype)
+            self._dealt.append((torch.where(chance < 1 / 3, own, order), amount[:, None]))
 
     def _values(self) -> "_Values":
         """All that is constant here and read by `logits`."""
@@ -218,13 +219,16 @@ class Ending:
             values["input", read] = self._inputs[read]
         return values
 
-    def _values_at(self, rows: slice | Tensor, dealt: Sequence[Tensor]) -> "_Values":
+    def _values_at(self, rows: slice | Tensor, dealt: Sequence[tuple[Tensor, Tensor]]) -> "_Values":
         """The values at some positions, with the deviations dealt out to them; made for these rows alone, as all
         positions at once are the largest tensors there are."""
         plain = {name: values[rows] for name, values in self._values().items()}
         here = plain
-        for deviations, order in zip(self._deviations, dealt, strict=False):
-            here = {name: values + deviations[name][order[rows]] * _sizes(plain[name]) for name, values in here.items()}
+        for deviations, (order, amount) in zip(self._deviations, dealt, strict=False):
+            here = {
+                name: values + deviations[name][order[rows]] * (amount[rows] * _sizes(plain[name]))
+                for name, values in here.items()
+            }
         return here
 
     def _run(

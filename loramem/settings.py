@@ -33,7 +33,7 @@ class WriterSettings:
     learning_rate: float = 0.06
     """Relative: the share of a module's output that one step can change (`loramem.optimizer`); the same for every base
     model and rank."""
-    feature_rate: float = 0.3
+    feature_rate: float = 0.2
     """Of training behind the last attention, relative (`loramem.whitening`): the share of an adapter's entries, and of
     what its output is added to, that one step can change."""
     batch_records: int = 25

@@ -58,17 +58,25 @@ def _raw(white: Tensor, factor: Tensor) -> Tensor:
 
 
 class WhitenedAdam:
-    """Adam on Ã and B of every site; after a step the modules' A is Ã·L⁻¹."""
+    """Adam on Ã and B of every site; after a step the modules hold A = Ã·L⁻¹ and B, rounded to a dtype.
 
-    def __init__(self, sites: Sequence[Site], rate: float) -> None:
-        self.sites, self.rate = sites, rate
+    A cast to that dtype does not change them: what is served is what was trained. A cast after training would not do:
+    rows of A cancel the mean of the inputs by large entries, whose rounding weighs more than its size says. Gradients
+    are those at the rounded values.
+    """
+
+    def __init__(self, sites: Sequence[Site], rate: float, rounded_to: torch.dtype = torch.float32) -> None:
+        self.sites, self.rate, self.rounded_to = sites, rate, rounded_to
         self.white = [nn.Parameter(site.a.detach() @ site.factor) for site in sites]
+        self.b = [nn.Parameter(site.b.detach().clone()) for site in sites]
         groups = []
-        for white, site in zip(self.white, sites, strict=True):
+        for white, b, site in zip(self.white, self.b, sites, strict=True):
             rank, inputs = white.shape
             groups.append({"params": [white], "relative": 1 / math.sqrt(inputs)})
-            groups.append({"params": [site.b], "relative": site.scale / math.sqrt(rank)})
+            groups.append({"params": [b], "relative": site.scale / math.sqrt(rank)})
         self._adam = torch.optim.Adam(groups, lr=rate, betas=BETAS)
+        for site in sites:
+            self._set(site, site.a, site.b)
 
     @torch.no_grad()
     def step(self, factor: float, gradient_scale: float = 1.0) -> bool:
@@ -80,15 +88,20 @@ class WhitenedAdam:
         for group in self._adam.param_groups:
             group["lr"] = self.rate * factor * group["relative"]
         finite = True
-        for white, site in zip(self.white, self.sites, strict=True):
+        for white, b, site in zip(self.white, self.b, self.sites, strict=True):
             assert site.a.grad is not None and site.b.grad is not None
             white.grad = solve_triangular(site.factor, site.a.grad.T * gradient_scale, upper=False).T
-            site.b.grad *= gradient_scale
-            finite &= bool(torch.isfinite(white.grad).all() & torch.isfinite(site.b.grad).all())
+            b.grad = site.b.grad * gradient_scale
+            finite &= bool(torch.isfinite(white.grad).all() & torch.isfinite(b.grad).all())
         if finite:
             self._adam.step()
-            for white, site in zip(self.white, self.sites, strict=True):
-                site.a.copy_(_raw(white, site.factor))
+            for white, b, site in zip(self.white, self.b, self.sites, strict=True):
+                self._set(site, _raw(white, site.factor), b)
         for site in self.sites:
             site.a.grad = site.b.grad = None
         return finite
+
+    @torch.no_grad()
+    def _set(self, site: Site, a: Tensor, b: Tensor) -> None:
+        site.a.copy_(a.to(self.rounded_to))
+        site.b.copy_(b.to(self.rounded_to))

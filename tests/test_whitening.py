@@ -140,3 +140,15 @@ def test_a_gradient_that_is_not_finite_moves_nothing_at_any_site(where: str, val
         with_gradients(one)
     assert optimizer.step(1.0)  # and Adam's averages are as they were
     assert all(torch.isfinite(tensor).all() for one in sites for tensor in (one.a, one.b))
+
+
+def test_after_a_step_the_modules_hold_rounded_values_and_the_optimiser_goes_on_from_exact_ones() -> None:
+    one = site()
+    optimizer = WhitenedAdam([one], 1e-4, torch.bfloat16)
+    start = one.b.detach().clone()
+    for _ in range(100):  # none of which moves B by as much as it is rounded
+        one.a.grad, one.b.grad = torch.ones_like(one.a), torch.ones_like(one.b)
+        optimizer.step(1.0)
+        assert torch.equal(one.b, one.b.bfloat16().float())
+        assert torch.equal(one.a, one.a.bfloat16().float())
+    assert (one.b < start).all()
