@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 from loramem.adapter_header import CONFIG, WEIGHTS
 from loramem.base_model import DTYPES, BaseModel
 from loramem.errors import UnsupportedBaseModel
+from loramem.feature_cache import FeatureCache
 from loramem.module_names import adapted_paths
 from loramem.placement import Placement
 
@@ -50,6 +51,7 @@ class AdaptedModel:
         self.adapter_dtype = None if adapter_dtype is None else DTYPES[adapter_dtype]
         self.dtypes = {"base": base.dtype, "adapter": adapter_dtype or STORED_DTYPE}
         """What certificates name: dtypes of the base model and of adapters that are loaded from disk."""
+        self.kept_features = FeatureCache()
         self._peft: PeftModel | None = None
         self._loaded: OrderedDict[str, None] = OrderedDict()
 

@@ -4,6 +4,7 @@ All answers of a batch end in its last column, so that one slice of the logits h
 teacher forcing sees the same left-padded layout as batched generation.
 """
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -123,4 +124,24 @@ def group_by_length(
             batches[-1].append(index)
         else:
             batches.append([index])
+    return batches
+
+
+def shuffled(records: Sequence[EncodedRecord], batch_records: int, batch_tokens: int) -> list[list[int]]:
+    """Indices of all records in batches of any lengths, in an order that looks random and follows from their number.
+
+    Args:
+        batch_records, batch_tokens: See `group_by_length`.
+    """
+    order = list(range(len(records)))
+    random.Random(len(records)).shuffle(order)
+    batches, width = list[list[int]](), 0
+    for index in order:
+        wider = max(width, records[index].total_tokens)
+        if batches and len(batches[-1]) < batch_records and wider * (len(batches[-1]) + 1) <= batch_tokens:
+            batches[-1].append(index)
+            width = wider
+        else:
+            batches.append([index])
+            width = records[index].total_tokens
     return batches

@@ -294,9 +294,7 @@ class Bench:
     @cached_property
     def features(self) -> list[Features] | None:
         """What a write at this placement trains on, if it lies behind the last attention."""
-        if self.request.placement not in Placement.ladder(self.adapted.model)[:-1]:
-            return None
-        return features_of([self.adapted], self.records)
+        return features_of([self.adapted], self.records, self.request.placement)
 
     @cached_property
     def trunk(self) -> Trunk:

@@ -276,6 +276,15 @@ def plan_groups(
     return plan
 
 
+def cut_groups(sizes: Sequence[int], lengths: Sequence[int], goal: str) -> list[tuple[int, int]]:
+    """The ranges that `plan_groups` tries first."""
+    ranges, start = list[tuple[int, int]](), 0
+    for size in sizes:
+        ranges += [(start + first, start + last) for first, last in cut(lengths[start : start + size], GOALS[goal])]
+        start += size
+    return ranges
+
+
 def _shifted(price: Callable[[int, int], Price], by: int, first: int, last: int) -> Price:
     return price(first + by, last + by)
 

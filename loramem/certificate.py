@@ -4,25 +4,25 @@ Every record is decoded in two batch compositions. In the first it is free-runni
 decoder is handed the value as a draft and checks it as speculative decoding does: one pass over the draft, and it
 stands if the likeliest token at every position is the draft's next one. What greedy decoding gives at a position
 depends on the tokens before it alone, so a draft that stands is what free-running decoding in that composition gives.
-The pass also says every token's probability, which is the certificate. The least certain records of a write are
-decoded free-running once more, each alone.
+The pass also says every token's probability, which is the certificate. Of an adapter behind the last attention, the
+pass through the layers below is the one that training read its features from: no adapter changes it; what is computed
+anew is the end of the model with the adapter as saved. The least certain records of a write are decoded free-running
+once more, each alone.
 """
 
-import random
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedModel
 
-from loramem.batches import answer_logits, group_by_length, per_position, token_losses
+from loramem.batches import answer_logits, group_by_length, per_position, shuffled, token_losses
 from loramem.errors import RecallError
+from loramem.features import PASS_RECORDS, PASS_TOKENS, Ending
 from loramem.prompts import EncodedRecord
 from loramem.recall import DECODE_RECORDS, DECODE_TOKENS, decode_records, forced_batch
 
-DRAFT_RECORDS, DRAFT_TOKENS = 61, 4096
-"""The second composition: another order, another batch size, other neighbours and padding. A token of a draft has
-logits over the whole vocabulary, so there are not many in one batch."""
 ALONE = 16
 
 Batches = list[list[int]]
@@ -55,11 +55,16 @@ class Examination:
     """Records per batch that occur in each composition, ascending."""
 
 
-def examine(model: PreTrainedModel, records: Sequence[EncodedRecord]) -> Examination:
-    """Decode every record from the active adapter in both compositions, and score its tokens."""
-    drafts, free = draft_batches(records), group_by_length(records, range(len(records)), DECODE_RECORDS, DECODE_TOKENS)
+def examine(model: PreTrainedModel, records: Sequence[EncodedRecord], ending: Ending | None = None) -> Examination:
+    """Decode every record from the active adapter in both compositions, and score its tokens.
+
+    Args:
+        ending: The model's end, with the adapter, over features of just these records, whose composition is the second.
+    """
+    drafts = shuffled(records, PASS_RECORDS, PASS_TOKENS)
+    free = group_by_length(records, range(len(records)), DECODE_RECORDS, DECODE_TOKENS)
     min_probs, wrong = [0.0] * len(records), dict[int, str]()
-    for index, least, stands in _check_drafts(model, records, drafts):
+    for index, least, stands in _check_drafts(model, records, drafts) if ending is None else _check_ending(ending):
         min_probs[index] = least
         if not stands:
             wrong[index] = "shuffled, the value as a draft"
@@ -67,17 +72,24 @@ def examine(model: PreTrainedModel, records: Sequence[EncodedRecord]) -> Examina
     return Examination(tuple(min_probs), wrong, {"by length": _sizes(free), "drafts": _sizes(drafts)})
 
 
-def prove(model: PreTrainedModel, records: Sequence[EncodedRecord], adapter: str, dtypes: dict[str, str]) -> Proof:
+def prove(
+    model: PreTrainedModel,
+    records: Sequence[EncodedRecord],
+    adapter: str,
+    dtypes: dict[str, str],
+    ending: Ending | None = None,
+) -> Proof:
     """Examine the active adapter, and take nothing less than every record.
 
     Args:
         adapter: Name for error messages.
         dtypes: Recorded with the proof: "base" and "adapter".
+        ending: See `examine`.
 
     Raises:
         RecallError: A decoded answer differs from the record; names the first.
     """
-    found = examine(model, records)
+    found = examine(model, records, ending)
     for index, batches in found.wrong.items():
         raise _refused(adapter, records[index], f"batches {batches}, lowest p {found.min_probs[index]:.3f}", dtypes)
     return Proof(
@@ -106,22 +118,6 @@ def least_certain(min_probs: Sequence[float], count: int = ALONE) -> list[int]:
     return sorted(range(len(min_probs)), key=lambda index: min_probs[index])[:count]
 
 
-def draft_batches(records: Sequence[EncodedRecord]) -> Batches:
-    """All records in random order, in batches of `DRAFT_RECORDS` and `DRAFT_TOKENS` at most."""
-    shuffled = list(range(len(records)))
-    random.Random(len(records)).shuffle(shuffled)
-    batches, width = Batches(), 0
-    for index in shuffled:
-        wider = max(width, records[index].total_tokens)
-        if batches and len(batches[-1]) < DRAFT_RECORDS and wider * (len(batches[-1]) + 1) <= DRAFT_TOKENS:
-            batches[-1].append(index)
-            width = wider
-        else:
-            batches.append([index])
-            width = records[index].total_tokens
-    return batches
-
-
 @torch.inference_mode()
 def _check_drafts(
     model: PreTrainedModel, records: Sequence[EncodedRecord], batches: Batches
@@ -134,6 +130,14 @@ def _check_drafts(
         wrong = per_position(logits.argmax(-1) != tensors.targets[tensors.supervised], tensors).any(1).tolist()
         for index, probability, is_wrong in zip(batch, least, wrong, strict=True):
             yield index, probability, not is_wrong
+
+
+def _check_ending(ending: Ending) -> Iterator[tuple[int, float, bool]]:
+    """The same of the records that features are of."""
+    counts = ending.features.owners.bincount().tolist()
+    losses, likeliest = (each.split(counts) for each in ending.scores())
+    for index, (mine, stands) in enumerate(zip(losses, likeliest, strict=True)):
+        yield index, math.exp(-float(mine.max())), bool(stands.all())
 
 
 def misrecalled(model: PreTrainedModel, records: Sequence[EncodedRecord], batches: Batches) -> Iterator[int]:

@@ -212,23 +212,21 @@ class _Run:
         """One step over all positions; how many tokens were open before it, their loss, and the mean over all tokens,
         which is NaN if nothing moved."""
         self.ending.shuffle_deviations(self.generator)
-        total_weight, open_tokens, open_loss, loss = 0.0, 0, 0.0, 0.0
+        sums = torch.zeros(4, device=self.targets.device)
         for rows in self.ending.chunks(len(self.targets) if self.sliding else TRAIN_ROWS):
             losses, weights = self.weighted_losses(rows)
             (losses * weights).sum().backward()
             seen = losses.detach()
             is_open = ~(seen <= -math.log(self.enough))  # NaN is open
-            total_weight += float(weights.sum())
-            open_tokens += int(is_open.sum())
-            open_loss += float((seen * is_open).sum())
-            loss += float(seen.sum())
+            sums += torch.stack([weights.sum(), is_open.sum(), seen[is_open].sum(), seen.sum()])
+        total_weight, open_tokens, open_loss, loss = sums.tolist()  # one wait for the device
         share = open_tokens / len(self.targets)
         if math.isfinite(loss) and self.optimizer.step(
-            min(1.0, max(LEAST_SHARE, share / 0.1)) * self.decay, 1 / max(total_weight, objectives.MIN_WEIGHT)
+            min(1.0, max(LEAST_SHARE, share / FEW)) * self.decay, 1 / max(total_weight, objectives.MIN_WEIGHT)
         ):
             self.step += 1
-            return open_tokens, open_loss, loss / len(self.targets)
-        return open_tokens, open_loss, math.nan
+            return int(open_tokens), open_loss, loss / len(self.targets)
+        return int(open_tokens), open_loss, math.nan
 
     def weighted_losses(self, rows: slice) -> tuple[Tensor, Tensor]:
         """Cross-entropy (n,) over the competing tokens and the rest, and the objective's weights (n,)."""

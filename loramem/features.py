@@ -15,17 +15,22 @@ from typing import Any
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
-from loramem.batches import Batch, answer_logits, group_by_length
+from loramem.batches import Batch, answer_logits, shuffled
 from loramem.errors import UnsupportedBaseModel
 from loramem.layers import LastLayer, decoder_layers
 from loramem.prompts import EncodedRecord
 from loramem.recall import forced_batch
 from loramem.trunk import Forward, replaced_forwards
 
-FROZEN_RECORDS, FROZEN_TOKENS = 64, 8192
+PASS_RECORDS, PASS_TOKENS = 61, 4096
+"""Of a batch: another size, order, neighbours and padding than in free-running decoding, so that what is read from
+features is the second composition of a proof."""
 LOOK_ROWS = 4096
+SCORED_ROWS = 1024
+"""Positions whose logits over the whole vocabulary are computed together."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,10 @@ class Features:
         """The positions of all parts, one part after the other."""
         return cls(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(cls)))
 
+    @property
+    def size_bytes(self) -> int:
+        return sum(getattr(self, field.name).nbytes for field in fields(self))
+
     def to(self, dtype: torch.dtype) -> "Features":
         """The same with hidden states in another dtype."""
         columns = (getattr(self, field.name) for field in fields(self))
@@ -68,27 +77,28 @@ class _Collected(Exception):
 
 
 @torch.no_grad()
-def collect(model: PreTrainedModel, records: Sequence[EncodedRecord]) -> Features:
+def collect(model: PreTrainedModel, records: Sequence[EncodedRecord], batch_records: int = PASS_RECORDS) -> Features:
     """Features of records, in their order: one pass through every layer but the last MLP, a common prefix run once.
+
+    Args:
+        batch_records: Most in one batch.
 
     Raises:
         UnsupportedBaseModel: The last layer has no single attention, or its attention does more after its projection.
     """
     last = LastLayer.of(model)
     parts: dict[int, Features] = {}
-    for indices in group_by_length(records, range(len(records)), FROZEN_RECORDS, FROZEN_TOKENS):
+    for indices in shuffled(records, batch_records, PASS_TOKENS):
         batch = forced_batch(model, [records[index] for index in indices])
         seen = _run_to_the_last_attention(model, last, batch)
         columns = slice(-batch.targets.shape[1] - 1, -1)  # the column before a target predicts it
-        for row, index in enumerate(indices):
-            mine = batch.supervised[row]
-            parts[index] = Features(
-                batch.input_ids[row, columns][mine],
-                batch.position_ids[row, columns][mine],
-                batch.targets[row][mine],
-                torch.full_like(batch.targets[row][mine], index),
-                *(seen[name][row, columns][mine].clone() for name in ("entering", "attended", "mixed")),
-            )
+        owners = torch.tensor(indices, device=model.device)[:, None].expand_as(batch.targets)
+        hidden = (seen[name][:, columns] for name in ("entering", "attended", "mixed"))
+        every = (batch.input_ids[:, columns], batch.position_ids[:, columns], batch.targets, owners, *hidden)
+        taken = [
+            values[batch.supervised].split([len(records[index].answer_ids) for index in indices]) for values in every
+        ]
+        parts |= {index: Features(*columns) for index, *columns in zip(indices, *taken, strict=True)}
     return Features.joined([parts[index] for index in range(len(records))])
 
 
@@ -172,6 +182,16 @@ class Ending:
             forwards[self.model.get_output_embeddings()] = head
         mixed = here["input", self._projection] if self._projection else None
         return self._run(rows, here["entering", None], mixed, forwards).float()
+
+    @torch.no_grad()
+    def scores(self) -> tuple[Tensor, Tensor]:
+        """Of all positions: cross-entropy (N,) in nats of the target, and whether it is the likeliest token, (N,)."""
+        losses, likeliest = list[Tensor](), list[Tensor]()
+        for rows in self.chunks(SCORED_ROWS):
+            logits, targets = self.logits(rows, deviating=False), self.features.targets[rows]
+            losses.append(cross_entropy(logits, targets, reduction="none"))
+            likeliest.append(logits.argmax(-1) == targets)
+        return torch.cat(losses), torch.cat(likeliest)
 
     def chunks(self, size: int) -> Iterator[slice]:
         """Consecutive ranges of the positions, of ``size`` at most."""

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from transformers import PreTrainedModel
 
 from loramem.adapters import AdaptedModel
 from loramem.batches import answer_logits, make_batch
@@ -29,6 +30,7 @@ CLIMB_RANK, CLIMB_GROWTH = 32, 2.25
 """A shard grows at one placement up to this rank, or to this many times the one it began with, before it climbs."""
 FEW = 0.1
 """Share of the records that may be stubborn before the whole shard climbs: they get an adapter of their own."""
+OTHER_BATCH_RECORDS = 7
 NOT_UNDERSTOOD = (
     *(UnsupportedBaseModel, RuntimeError, TypeError, ValueError),
     *(AttributeError, KeyError, IndexError),
@@ -56,7 +58,8 @@ def train_shard(
     placement: Placement,
     settings: WriterSettings,
     progress: ProgressCallback | None = None,
-    served: Sequence[AdaptedModel] = (),
+    features: Sequence[Features] | None = None,
+    adapter_dtypes: Sequence[torch.dtype] = (),
     caution: float = 1.0,
 ) -> ShardTraining:
     """Train a new adapter ``name`` until every token of every record is certified, or no placement holds them.
@@ -65,7 +68,8 @@ def train_shard(
 
     Args:
         placement: Where to begin.
-        served: The base model in other dtypes that the adapter will be served in; their features are trained on too.
+        features: From `features_of`, of the records in every dtype that is to be served; None runs layers.
+        adapter_dtypes: See `train_on_features`.
         caution: Factor on how much features deviate in training from one dtype to another.
 
     Raises:
@@ -73,12 +77,11 @@ def train_shard(
     """
     ladder = Placement.ladder(adapted.model)
     behind = ladder[:-1]
-    features = features_of([adapted, *served], records) if placement in behind else None
     if features is None:  # where layers are run anyway, the placement that holds most costs no more
         placement = ladder[-1] if placement in behind else placement
         training = train_adapter(adapted, name, records, rank, placement, settings, progress)
         return ShardTraining(training, placement, on_features=False)
-    dtypes = [each.adapter_dtype or torch.float32 for each in (adapted, *served)]
+    alike = [each.to(adapted.model.dtype) for each in features]
     steps, visits, elapsed_s = 0, 0, 0.0  # of what was tried in vain
     for rung in behind[behind.index(placement) :]:
         within = replace(settings, max_rank=min(settings.max_rank, max(CLIMB_RANK, math.ceil(CLIMB_GROWTH * rank))))
@@ -86,13 +89,13 @@ def train_shard(
             training = train_on_features(
                 adapted,
                 name,
-                features,
+                alike,
                 len(records),
                 rank,
                 rung,
                 within,
                 progress,
-                adapter_dtypes=dtypes,
+                adapter_dtypes=adapter_dtypes,
                 caution=caution,
             )
         except NOT_UNDERSTOOD as error:
@@ -125,35 +128,52 @@ def _with(training: Training, steps: int, visits: int, elapsed_s: float) -> Trai
 
 
 @torch.no_grad()
-def features_of(models: Sequence[AdaptedModel], records: Sequence[EncodedRecord]) -> list[Features] | None:
-    """Features from every model, or None where they do not give the model's own logits, or the model has no such end.
+def features_of(
+    models: Sequence[AdaptedModel], records: Sequence[EncodedRecord], placement: Placement
+) -> list[Features] | None:
+    """Features from every model, each in its own dtype.
 
-    Exhausted memory is raised as it is.
+    None where the placement is not behind the last attention, or the features do not give the model's own logits, or
+    the model has no such end. Exhausted memory is raised as it is.
     """
+    if placement not in Placement.ladder(models[0].model)[:-1]:
+        return None
     found = list[Features]()
     for each in models:
+        if (kept := each.kept_features.pop(records)) is not None:
+            found.append(kept)
+            continue
         with each.disabled():
             try:
-                features = collect(each.model, records)
-                if not found and not _gives_the_models_logits(each, features, records):
+                if not found and not _gives_the_models_logits(each.model, records):
                     return None
+                found.append(collect(each.model, records))
             except NOT_UNDERSTOOD as error:
                 if is_out_of_memory(error):
                     raise
                 name = type(each.model).__name__
                 log.warning("%s is not run from its last attention on (%s); layers are run in training", name, error)
                 return None
-            found.append(features.to(models[0].model.dtype))
     return found
 
 
-def _gives_the_models_logits(adapted: AdaptedModel, features: Features, records: Sequence[EncodedRecord]) -> bool:
+def with_other_batches(
+    models: Sequence[AdaptedModel], records: Sequence[EncodedRecord], features: list[Features] | None
+) -> list[Features] | None:
+    """Of one model in half precision the features of other batches as well: it rounds otherwise in every company of
+    records, as models of other dtypes do, and of these there are none to train over."""
+    if features is None or len(models) > 1 or models[0].model.dtype == torch.float32:
+        return features
+    with models[0].disabled():
+        return [*features, collect(models[0].model, records, OTHER_BATCH_RECORDS)]
+
+
+def _gives_the_models_logits(model: PreTrainedModel, records: Sequence[EncodedRecord]) -> bool:
     """Whether the end of the model alone gives what all of it gives, tried on the shortest and the longest record."""
-    model, by_length = adapted.model, sorted(range(len(records)), key=lambda index: records[index].total_tokens)
-    for index in {by_length[0], by_length[-1]}:
-        full = answer_logits(model, make_batch([records[index]], model.device))
-        rows = (features.owners == index).nonzero().flatten()
-        mine = Ending(model, features).logits(slice(int(rows[0]), int(rows[-1]) + 1))
+    by_length = sorted(records, key=lambda record: record.total_tokens)
+    for record in (by_length[0], by_length[-1]):
+        full = answer_logits(model, make_batch([record], model.device))
+        mine = Ending(model, collect(model, [record])).logits(slice(None))
         difference = float((full - mine).abs().max() / full.abs().max())
         if not difference <= SPLIT_TOLERANCE[model.dtype]:  # NaN is not equal
             log.warning(

@@ -10,6 +10,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,13 @@ from loramem.adapters import AdaptedModel, adapter_id, serialize
 from loramem.base_model import load_base_model
 from loramem.certificate import Proof, prove
 from loramem.errors import RecallError, StubbornRecords
+from loramem.features import Ending, Features
 from loramem.files import make_directory, write_directory, write_synced
 from loramem.fingerprint import Fingerprint
 from loramem.placement import Placement
 from loramem.prompts import EncodedRecord
 from loramem.settings import WriterSettings
-from loramem.shard_training import ShardTraining, train_shard
+from loramem.shard_training import ShardTraining, features_of, train_shard, with_other_batches
 from loramem.staging import RESULT
 from loramem.tables import StoredAdapter, now
 from loramem.writer import ProgressCallback, Training
@@ -32,7 +34,8 @@ from loramem.writer import ProgressCallback, Training
 log = logging.getLogger(__name__)
 
 CAUTION = (1.5, 2.5, 4.0)
-"""Factors on the deviations between dtypes: an adapter that a proof refuses is trained again over larger ones."""
+"""Factors on the deviations between dtypes or batches: an adapter that a proof refuses is trained again over larger
+ones."""
 UNSAVED = "unsaved"  # name of the adapter being trained, inside the model only
 
 
@@ -174,21 +177,16 @@ def write_shard(
     if (done := _finished(job)) is not None:
         log.info("shard of %d records was finished before", len(job.records))
         return done
+    dtypes = [each.adapter_dtype or torch.float32 for each in (adapted, *served.values())]
     shards: list[Shard] = []
     remaining = list(range(len(job.records)))
     while remaining:
         records = [job.records[index] for index in remaining]
+        models = [adapted, *served.values()]
+        features = with_other_batches(models, records, features_of(models, records, job.placement))
         for caution in CAUTION:
             trained = train_shard(
-                adapted,
-                UNSAVED,
-                records,
-                job.rank,
-                job.placement,
-                job.settings,
-                progress,
-                list(served.values()),
-                caution,
+                adapted, UNSAVED, records, job.rank, job.placement, job.settings, progress, features, dtypes, caution
             )
             stubborn = [remaining[place] for place in trained.training.stubborn]
             certified = [index for index in remaining if index not in set(stubborn)]
@@ -196,10 +194,11 @@ def write_shard(
                 adapted.remove(UNSAVED)
                 break
             try:
-                shards.append(_save_and_prove(job, adapted, served, certified, trained))
+                whole = features if trained.on_features and not stubborn else None
+                shards.append(_save_and_prove(job, adapted, served, certified, trained, whole))
                 break
             except (RecallError, StubbornRecords) as error:
-                if not served or not trained.on_features or caution == CAUTION[-1]:
+                if not trained.on_features or len(features or ()) == 1 or caution == CAUTION[-1]:
                     raise
                 log.info("%s; training again over larger deviations", error)
         if len(stubborn) == len(remaining):
@@ -232,29 +231,43 @@ def _save_and_prove(
     served: Mapping[str, AdaptedModel],
     indices: Sequence[int],
     trained: ShardTraining,
+    features: Sequence[Features] | None,
 ) -> Shard:
+    """
+    Args:
+        features: Of just these records, first in the dtypes to be proved in; None where the adapter changes them.
+    """
+    known = iter(features if features is not None else repeat(None))
     records = [job.records[index] for index in indices]
     files = serialize(adapted.weights(UNSAVED), adapted.base, trained.placement)
     adapter = adapter_id(files, job.namespace)
     write_directory(job.folder / adapter, files)
     adapted.load(adapter, job.folder / adapter)
     adapted.remove(UNSAVED)  # after the load: PEFT is never left without an adapter that it holds for the active one
-    proof = _proved(job, adapted, adapter, records, trained.training.rank)
+    proof = _proved(job, adapted, adapter, records, trained.training.rank, next(known))
     proofs = dict[str, Proof]()
     for dtype, model in served.items():
         model.load(adapter, job.folder / adapter)
-        proofs[dtype] = _proved(job, model, adapter, records, trained.training.rank)
+        proofs[dtype] = _proved(job, model, adapter, records, trained.training.rank, next(known))
         model.remove(adapter)
     return Shard(adapter, tuple(indices), trained.training, trained.placement, trained.climbed, proof, proofs)
 
 
-def _proved(job: ShardJob, adapted: AdaptedModel, adapter: str, records: Sequence[EncodedRecord], rank: int) -> Proof:
+def _proved(
+    job: ShardJob,
+    adapted: AdaptedModel,
+    adapter: str,
+    records: Sequence[EncodedRecord],
+    rank: int,
+    features: Features | None,
+) -> Proof:
     """
     Raises:
         RecallError, StubbornRecords: A record is not decoded exactly, or with less certainty than is certified.
     """
     base = adapted.base
-    proof = prove(adapted.model, records, adapter, adapted.dtypes)
+    ending = None if features is None else Ending(adapted.model, features, adapted.lora_layers(adapter))
+    proof = prove(adapted.model, records, adapter, adapted.dtypes, ending)
     proof.conditions["parameters"] = base.fingerprint.parameters
     if proof.min_prob < job.settings.certify_threshold:
         least = min(range(len(records)), key=proof.min_probs.__getitem__)

@@ -273,7 +273,8 @@ class MemoryStore(Memory):
             if "plan" in request:  # what a plan would come to now may differ, and nothing that was finished fit it
                 plan = Plan.of(request["plan"])
             else:
-                plan = transaction.plan(encoded, request["goal"], request["rank"], limits)
+                keep = executor is None
+                plan = transaction.plan(encoded, request["goal"], request["rank"], limits, keep_features=keep)
             return transaction.run(pending.id, encoded, plan, request, 0, progress, executor, started=started)
 
     def discard(self) -> int:
@@ -452,7 +453,8 @@ class MemoryStore(Memory):
             return WriteReport.nothing(skipped)
         started, transaction = time.monotonic(), self._engine.transaction
         settings = request["settings"] or WriterSettings()
-        plan = transaction.plan(encoded, request["goal"], request["rank"], RankLimits(settings.max_rank))
+        limits, keep = RankLimits(settings.max_rank), executor is None
+        plan = transaction.plan(encoded, request["goal"], request["rank"], limits, keep_features=keep)
         request = {**request, "settings": asdict(settings), "plan": asdict(plan)}
         write_id = self._index.begin_write((entry.record for entry in encoded), request)
         tell("journalled", records=len(encoded))

@@ -17,11 +17,12 @@ import torch
 from loramem import calibrations, timings
 from loramem.adapters import AdaptedModel
 from loramem.boundary import Outcome
-from loramem.capacity import ANY_RANK, Basis, Plan, Price, RankLimits, ShardPlan, plan_groups
+from loramem.capacity import ANY_RANK, Basis, Plan, Price, RankLimits, ShardPlan, cut_groups, plan_groups
 from loramem.certificate import least_certain, prove_alone
 from loramem.commits import commit_write, end_write
 from loramem.errors import ConflictingRecord, PromptCollision, RecallError, StubbornRecords, WriteError
 from loramem.events import tell
+from loramem.features import Ending
 from loramem.files import make_directory, publish_directory
 from loramem.index import Index
 from loramem.jobs import run_jobs
@@ -33,6 +34,7 @@ from loramem.recall import answer_probabilities
 from loramem.records import Record, deduplicate
 from loramem.reports import WriteReport
 from loramem.settings import WriterSettings
+from loramem.shard_training import features_of
 from loramem.shards import Shard, ShardJob, ShardResult, stored_adapter
 from loramem.staging import ADAPTERS, clean, take_back
 from loramem.staging import NAME as STAGING
@@ -130,25 +132,32 @@ class Transaction:
         kind: str | None = None,
         *,
         as_new: bool = False,
+        keep_features: bool = False,
     ) -> Plan:
         """Shards and ranks for encoded records.
 
         Args:
             kind: Of data, whose law is asked; the calibrated one that costs most nearly as much if None.
             as_new: Plan as a new store would, with nothing learnt from the writes to this one.
+            keep_features: See `base_probabilities`.
 
         Raises:
             DoesNotFit: See `plan_write`.
         """
-        probs, values = self.base_probabilities(encoded), [entry.answer_ids[:-1] for entry in encoded]
+        groups = groupby(encoded, key=lambda entry: entry.record.namespace)
+        sizes = [len(list(group)) for _, group in groups]
+        values = [entry.answer_ids[:-1] for entry in encoded]
+        probs = [
+            prob
+            for first, last in cut_groups(sizes, [len(value) for value in values], goal)
+            for prob in self.base_probabilities(encoded[first:last], keep_features=keep_features)
+        ]
 
         def price(first: int, last: int) -> Price:
             tokens = [prob for each in probs[first:last] for prob in each]
             loss = -sum(math.log(max(prob, 1e-30)) for prob in tokens) / len(tokens)
             return Price(sum(costs_bits(values[first:last], probs[first:last])), loss)
 
-        groups = groupby(encoded, key=lambda entry: entry.record.namespace)
-        sizes = [len(list(group)) for _, group in groups]
         learnt = [] if as_new else self.index.outcomes()
         whole = price(0, len(encoded)) if encoded else None
         basis = self.basis(whole, sum(map(len, values)), kind, learnt)
@@ -175,12 +184,23 @@ class Transaction:
             timings.seconds_per_visit(weights, base.device.type),
         )
 
-    def base_probabilities(self, encoded: Sequence[EncodedRecord]) -> list[list[float]]:
-        """Probability of every answer token under the plain base, each record on its own."""
-        base = self.adapted.base
-        cast = autocast_dtype("auto", base.device)  # an estimate may be half precise
-        with self.adapted.disabled(), torch.autocast(base.device.type, cast, enabled=cast is not None):
-            probs = dict(answer_probabilities(self.adapted.model, encoded))
+    def base_probabilities(self, encoded: Sequence[EncodedRecord], *, keep_features: bool = False) -> list[list[float]]:
+        """Probability of every answer token under the plain base, of records that are trained together.
+
+        Args:
+            keep_features: For this training, which follows.
+        """
+        adapted = self.adapted
+        if (features := features_of([adapted], encoded, self.placement)) is not None:
+            if keep_features:
+                adapted.kept_features.keep(encoded, features[0])
+            with adapted.disabled():
+                losses, _ = Ending(adapted.model, features[0]).scores()
+            answers = torch.exp(-losses).split([len(entry.answer_ids) for entry in encoded])
+            return [each[:-1].tolist() for each in answers]
+        cast = autocast_dtype("auto", adapted.base.device)  # an estimate may be half precise
+        with adapted.disabled(), torch.autocast(adapted.base.device.type, cast, enabled=cast is not None):
+            probs = dict(answer_probabilities(adapted.model, encoded))
         return [probs[index][:-1].tolist() for index in range(len(encoded))]
 
     def run(
@@ -263,6 +283,7 @@ class Transaction:
             _prove_least_certain(written, [self.adapted, *served.values()])
         finally:
             self.adapted.rest()
+            self.adapted.kept_features.clear()
         tell("trained", shards=len(jobs), records=len(encoded))
         return Trained(
             written,

@@ -87,19 +87,19 @@ class WhitenedAdam:
         """
         for group in self._adam.param_groups:
             group["lr"] = self.rate * factor * group["relative"]
-        finite = True
+        finite = torch.ones((), dtype=torch.bool, device=self.white[0].device)
         for white, b, site in zip(self.white, self.b, self.sites, strict=True):
             assert site.a.grad is not None and site.b.grad is not None
             white.grad = solve_triangular(site.factor, site.a.grad.T * gradient_scale, upper=False).T
             b.grad = site.b.grad * gradient_scale
-            finite &= bool(torch.isfinite(white.grad).all() & torch.isfinite(b.grad).all())
-        if finite:
+            finite &= torch.isfinite(white.grad).all() & torch.isfinite(b.grad).all()
+        if moved := bool(finite):
             self._adam.step()
             for white, b, site in zip(self.white, self.b, self.sites, strict=True):
                 self._set(site, _raw(white, site.factor), b)
         for site in self.sites:
             site.a.grad = site.b.grad = None
-        return finite
+        return moved
 
     @torch.no_grad()
     def _set(self, site: Site, a: Tensor, b: Tensor) -> None:

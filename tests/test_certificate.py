@@ -7,25 +7,18 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from peft.tuners.lora import LoraLayer
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from loramem import MemoryStore, certificate, transaction
 from loramem.adapters import AdaptedModel
 from loramem.base_model import BaseModel, load_base_model
-from loramem.certificate import (
-    ALONE,
-    DRAFT_RECORDS,
-    DRAFT_TOKENS,
-    draft_batches,
-    examine,
-    least_certain,
-    prove,
-    prove_alone,
-)
+from loramem.batches import shuffled
+from loramem.certificate import ALONE, Proof, examine, least_certain, prove, prove_alone
 from loramem.errors import RecallError
 from loramem.feature_writer import train_on_features
-from loramem.features import collect
+from loramem.features import PASS_RECORDS, PASS_TOKENS, Ending, collect
 from loramem.placement import Placement
 from loramem.prompts import EncodedRecord, encode_records
 from loramem.recall import SHARED_PREFIX_TOKENS, answer_probabilities
@@ -61,6 +54,31 @@ def test_a_certificate_is_the_lowest_teacher_forced_probability(
     assert proof.min_prob == min(proof.min_probs)
     assert proof.conditions["dtypes"] == DTYPES
     assert proof.conditions["decoded_batches"] == {"by length": [5], "drafts": [5]}
+
+
+def ending_of(loaded: BaseModel, records: list[EncodedRecord]) -> Ending:
+    """With the adapter that is attached."""
+    layers = [module for _, module in sorted(loaded.model.named_modules()) if isinstance(module, LoraLayer)]
+    return Ending(loaded.model, collect(loaded.model, records), layers)
+
+
+def test_from_features_the_proof_is_the_same(written: tuple[BaseModel, list[EncodedRecord]]) -> None:
+    loaded, records = written
+    whole = examine(loaded.model, records)
+    found = examine(loaded.model, records, ending_of(loaded, records))
+    assert found.min_probs == pytest.approx(whole.min_probs, abs=1e-4)
+    assert (found.wrong, found.batch_sizes) == (whole.wrong, whole.batch_sizes)
+
+
+def test_a_draft_that_does_not_stand_in_features_is_refused(written: tuple[BaseModel, list[EncodedRecord]]) -> None:
+    loaded, records = written
+    ending = ending_of(loaded, records)
+    ending.features.targets[ending.features.owners == 3] += 1
+    found = examine(loaded.model, records, ending)
+    assert found.wrong == {3: "shuffled, the value as a draft"}
+    with pytest.raises(RecallError, match="the value as a draft") as caught:
+        prove(loaded.model, records, "a", DTYPES, ending)
+    assert caught.value.key == records[3].record.key
 
 
 def test_a_long_common_prefix_changes_no_certificate(written: tuple[BaseModel, list[EncodedRecord]]) -> None:
@@ -126,7 +144,7 @@ def test_a_draft_that_does_not_stand_is_refused_though_free_running_decoding_is_
 
     answer_logits = certificate.answer_logits
     monkeypatch.setattr(certificate, "answer_logits", logits)
-    first = draft_batches(records)[0][0]
+    first = shuffled(records, PASS_RECORDS, PASS_TOKENS)[0][0]
     assert examine(loaded.model, records).wrong == {first: "shuffled, the value as a draft"}
     with pytest.raises(RecallError, match="the value as a draft"):
         prove(loaded.model, records, "a", DTYPES)
@@ -141,18 +159,18 @@ def test_an_end_token_that_does_not_come_is_refused(written: tuple[BaseModel, li
 @given(st.lists(st.integers(2, 1500), min_size=1, max_size=200))
 def test_drafts_cover_every_record_once_within_the_limits(lengths: list[int]) -> None:
     records = [of_length(length) for length in lengths]
-    batches = draft_batches(records)
+    batches = shuffled(records, PASS_RECORDS, PASS_TOKENS)
     assert sorted(index for batch in batches for index in batch) == list(range(len(records)))
-    assert batches == draft_batches(records)
+    assert batches == shuffled(records, PASS_RECORDS, PASS_TOKENS)
     for batch in batches:
-        assert len(batch) <= DRAFT_RECORDS
-        assert len(batch) == 1 or len(batch) * max(lengths[index] for index in batch) <= DRAFT_TOKENS
+        assert len(batch) <= PASS_RECORDS
+        assert len(batch) == 1 or len(batch) * max(lengths[index] for index in batch) <= PASS_TOKENS
 
 
 def test_drafts_are_of_another_composition_than_free_running() -> None:
     records = [of_length(5 + number % 7) for number in range(200)]
-    drafts = draft_batches(records)
-    assert [len(batch) for batch in drafts] == [DRAFT_RECORDS] * 3 + [200 - 3 * DRAFT_RECORDS]
+    drafts = shuffled(records, PASS_RECORDS, PASS_TOKENS)
+    assert [len(batch) for batch in drafts] == [PASS_RECORDS] * 3 + [200 - 3 * PASS_RECORDS]
     assert [index for batch in drafts for index in batch] != sorted(range(200), key=lambda i: lengths(records)[i])
 
 
@@ -171,8 +189,14 @@ def test_the_least_certain_decodings_of_a_write_over_all_dtypes_are_repeated_alo
 ) -> None:
     proofs, alone = dict[tuple[str, str], float](), list[tuple[str, str]]()
 
-    def proving(model: PreTrainedModel, records: Sequence[EncodedRecord], adapter: str, dtypes: dict[str, str]):
-        proof = prove(model, records, adapter, dtypes)
+    def proving(
+        model: PreTrainedModel,
+        records: Sequence[EncodedRecord],
+        adapter: str,
+        dtypes: dict[str, str],
+        ending: Ending | None,
+    ) -> Proof:
+        proof = prove(model, records, adapter, dtypes, ending)
         assert {str(model.dtype)} == {f"torch.{dtypes['base']}"}
         proofs.update(
             {(record.record.key, dtypes["base"]): prob for record, prob in zip(records, proof.min_probs, strict=True)}

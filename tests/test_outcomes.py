@@ -100,7 +100,7 @@ def test_a_write_that_needed_another_placement_leaves_its_first_rank_uncertified
 def test_a_base_that_is_never_trained_where_it_was_planned_teaches_nothing_of_that_place(
     base: Path, tmp_path: Path, monkeypatch
 ) -> None:
-    monkeypatch.setattr(shard_training, "features_of", lambda *_: None)
+    monkeypatch.setattr(shards, "features_of", lambda *_: None)
     with MemoryStore(tmp_path / "memory", str(base)) as store:
         store.write(numbers(2))
         (adapter,) = store.adapters()

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from loramem import MemoryStore, shards
 from loramem.certificate import Proof, prove
 from loramem.errors import RecallError, StubbornRecords
+from loramem.features import Ending
 from loramem.manifest import SERVE, Manifest
 from loramem.placement import Placement
 from loramem.prompts import EncodedRecord
@@ -58,12 +59,16 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[str, float],
             return train_shard(*arguments)
 
         def proving(
-            model: PreTrainedModel, records: Sequence[EncodedRecord], adapter: str, dtypes: dict[str, str]
+            model: PreTrainedModel,
+            records: Sequence[EncodedRecord],
+            adapter: str,
+            dtypes: dict[str, str],
+            ending: Ending | None,
         ) -> Proof:
             proved.append((dtypes["base"], cautions[-1]))
             if fails(*proved[-1]):
                 raise RecallError(f"not in {dtypes['base']}", key="k", adapter=adapter)
-            return prove(model, records, adapter, dtypes)
+            return prove(model, records, adapter, dtypes, ending)
 
         train_shard = shards.train_shard
         monkeypatch.setattr(shards, "train_shard", train)
@@ -106,9 +111,13 @@ def test_a_certificate_too_low_in_bfloat16_alone_is_refused(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def proving(
-        model: PreTrainedModel, records: Sequence[EncodedRecord], adapter: str, dtypes: dict[str, str]
+        model: PreTrainedModel,
+        records: Sequence[EncodedRecord],
+        adapter: str,
+        dtypes: dict[str, str],
+        ending: Ending | None,
     ) -> Proof:
-        proof = prove(model, records, adapter, dtypes)
+        proof = prove(model, records, adapter, dtypes, ending)
         low = (CERTIFIED - 0.01,) * len(records)
         return Proof(low, proof.conditions) if dtypes["base"] == "bfloat16" else proof
 
@@ -140,7 +149,7 @@ def test_a_store_that_serves_nothing_else_proves_once_and_is_refused_at_once(
 ) -> None:
     """A proof in the store's own dtype that fails says nothing of rounding between dtypes."""
     proved = watched(lambda *_: True)
-    with MemoryStore(tmp_path / "m", str(base), dtype="bfloat16") as store, pytest.raises(RecallError):
+    with MemoryStore(tmp_path / "m", str(base), serve=()) as store, pytest.raises(RecallError):
         store.write(RECORDS)
     assert len(proved) == 1
 

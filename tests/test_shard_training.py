@@ -18,7 +18,7 @@ from loramem.placement import Placement
 from loramem.prompts import EncodedRecord, encode_records
 from loramem.recall import answer_probabilities
 from loramem.records import as_records
-from loramem.shard_training import train_shard
+from loramem.shard_training import ShardTraining, features_of, train_shard, with_other_batches
 from loramem.writer import Training
 
 from .architectures import build_tiny
@@ -34,6 +34,12 @@ def loaded(base: Path) -> BaseModel:
 
 def encode(base: BaseModel, records: dict[str, str]) -> list[EncodedRecord]:
     return encode_records(as_records(records), base.tokenizer, base.template, base.max_tokens)
+
+
+def train(adapted: AdaptedModel, records: Sequence[EncodedRecord], placement: Placement) -> ShardTraining:
+    """At rank 4, over features if there are any."""
+    features = features_of([adapted], records, placement)
+    return train_shard(adapted, "new", records, 4, placement, SETTINGS, features=features)
 
 
 Engine = Callable[[Placement], tuple[int, ...]]
@@ -80,7 +86,7 @@ def test_few_stubborn_records_stay_at_the_rung_and_are_reported(
 ) -> None:
     ladder = Placement.ladder(loaded.model)
     called = engines(lambda _: (3, 17))
-    found = train_shard(AdaptedModel(loaded), "new", encode(loaded, numbers(20)), 4, ladder[0], SETTINGS)
+    found = train(AdaptedModel(loaded), encode(loaded, numbers(20)), ladder[0])
     assert called == [("features", ladder[0])]
     assert found.placement == ladder[0]
     assert found.training.stubborn == (3, 17)
@@ -92,7 +98,7 @@ def test_more_climb_to_the_next_rung(
     ladder = Placement.ladder(loaded.model)
     called = engines(lambda rung: (3, 5, 17) if rung == ladder[0] else (5,))
     adapted = AdaptedModel(loaded)
-    found = train_shard(adapted, "new", encode(loaded, numbers(20)), 4, ladder[0], SETTINGS)
+    found = train(adapted, encode(loaded, numbers(20)), ladder[0])
     assert called == [("features", ladder[0]), ("features", ladder[1])]
     assert (found.placement, found.training.stubborn) == (ladder[1], (5,))
     names = {name.split(".")[-3] for name in adapted.weights("new")}
@@ -104,7 +110,7 @@ def test_what_no_rung_holds_is_trained_through_layers(
 ) -> None:
     ladder = Placement.ladder(loaded.model)
     called = engines(lambda _: (0,))
-    found = train_shard(AdaptedModel(loaded), "new", encode(loaded, numbers(2)), 4, ladder[1], SETTINGS)
+    found = train(AdaptedModel(loaded), encode(loaded, numbers(2)), ladder[1])
     assert called == [("features", ladder[1]), ("features", ladder[2]), ("layers", ladder[3])]
     assert (found.placement, found.training.stubborn) == (ladder[3], (0,))
 
@@ -117,7 +123,7 @@ def test_a_placement_that_is_not_behind_the_last_attention_runs_layers(
     every, adapted = Placement.default(loaded.model), AdaptedModel(loaded)
     for modules, layers in ((["down_proj"], [1, 2]), (["q_proj"], [2]), (every.modules, every.layers)):
         placement = Placement.named(loaded.model, modules, layers)
-        found = train_shard(adapted, "new", encode(loaded, numbers(2)), 4, placement, SETTINGS)
+        found = train(adapted, encode(loaded, numbers(2)), placement)
         assert called.pop() == ("layers", placement)
         assert found.placement == placement
         assert not called
@@ -134,7 +140,7 @@ def test_a_base_whose_end_is_not_understood_is_trained_through_layers_with_a_war
 ) -> None:
     """At the widest placement: it holds more, and runs layers anyway."""
 
-    def collect(model: PreTrainedModel, records: Sequence[EncodedRecord]) -> Features:
+    def collect(model: PreTrainedModel, records: Sequence[EncodedRecord], *_: int) -> Features:
         if fault == "two attentions":
             raise UnsupportedBaseModel("Block has 2 attentions where one is expected.")
         if fault == "a signature of its own":
@@ -150,7 +156,7 @@ def test_a_base_whose_end_is_not_understood_is_trained_through_layers_with_a_war
     monkeypatch.setattr(shard_training, "collect", collect)
     records, ladder = encode(loaded, numbers(2)), Placement.ladder(loaded.model)
     with caplog.at_level(logging.WARNING):
-        found = train_shard(AdaptedModel(loaded), "new", records, 4, ladder[0], SETTINGS)
+        found = train(AdaptedModel(loaded), records, ladder[0])
     assert [record.message for record in caplog.records if "layers are run in training" in record.message]
     assert found.placement == ladder[-1]
     assert found.training.stubborn == ()
@@ -165,9 +171,7 @@ def test_exhausted_memory_is_not_taken_for_a_base_that_is_not_understood(
 
     monkeypatch.setattr(shard_training, "collect", collect)
     with pytest.raises(torch.cuda.OutOfMemoryError):
-        train_shard(
-            AdaptedModel(loaded), "new", encode(loaded, numbers(2)), 4, Placement.ladder(loaded.model)[0], SETTINGS
-        )
+        train(AdaptedModel(loaded), encode(loaded, numbers(2)), Placement.ladder(loaded.model)[0])
 
 
 @pytest.fixture
@@ -211,3 +215,22 @@ def test_behind_experts_the_attentions_projection_alone_is_trained_and_recalls(f
     assert list(adapter.placement["layers"]) == [1]
     with MemoryStore(tmp_path / "m", create=False) as store:
         assert {key: store.recall(key) for key in records} == records
+
+
+@pytest.mark.parametrize(("dtype", "passes"), [("bfloat16", 2), ("float32", 1)])
+def test_one_model_in_half_precision_alone_is_trained_over_what_other_batches_do(
+    base: Path, dtype: str, passes: int
+) -> None:
+    adapted = AdaptedModel(load_base_model(str(base), dtype=dtype))
+    records = encode(adapted.base, numbers(9))
+    placement = Placement.ladder(adapted.model)[0]
+    features = features_of([adapted], records, placement)
+    assert features is not None
+    found = with_other_batches([adapted], records, features)
+    assert found is not None
+    assert len(found) == passes
+    for each in found:
+        assert torch.equal(each.targets, features[0].targets)
+        torch.testing.assert_close(each.entering, features[0].entering, rtol=0.1, atol=0.1)
+    assert with_other_batches([adapted], records, None) is None
+    assert with_other_batches([adapted, adapted], records, features) == features
