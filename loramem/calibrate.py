@@ -12,7 +12,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
@@ -38,7 +38,7 @@ from loramem.runs import KINDS, LAW_OBJECTIVE, Run, append_run, identity, read_r
 from loramem.settings import OBJECTIVES, WriterSettings
 from loramem.shard_training import features_of
 from loramem.trunk import Trunk
-from loramem.writer import train_adapter
+from loramem.writer import BATCH_RECORDS, NetworkSchedule, train_adapter
 
 log = logging.getLogger(__name__)
 
@@ -168,7 +168,7 @@ def bare_calibration(base: BaseModel) -> Calibration:
 def default_rate(placement: Placement) -> float:
     """Of plain cross-entropy: the writer's, or `LEARNING_RATE` where a single module is adapted."""
     alone = len(placement.modules) * len(placement.layers) == 1
-    return LEARNING_RATE if alone else WriterSettings.learning_rate
+    return LEARNING_RATE if alone else NetworkSchedule.learning_rate
 
 
 def default_lengths(
@@ -238,7 +238,7 @@ class Bench:
         self.records = encode_sample(adapted.base, request.kind, length, request.seed, request.data)
         self.conditions = _conditions(adapted.base, request)
         self.length = sum(record.length for record in self.records)
-        self.steps_per_pass = math.ceil(len(self.records) / WriterSettings.batch_records)
+        self.steps_per_pass = math.ceil(len(self.records) / BATCH_RECORDS)
 
     def identity(self, rank: int) -> str:
         """`Run.identity` of the run that `run` would make."""
@@ -255,13 +255,15 @@ class Bench:
         """
         request, started = self.request, time.monotonic()
         before, _ = self._probabilities()
-        settings = WriterSettings(objective=request.objective, max_rank=rank, seed=request.seed, restarts=0)
+        settings = WriterSettings(objective=request.objective, max_rank=rank, seed=request.seed)
+        schedule = NetworkSchedule(restarts=0)
         if request.objective == LAW_OBJECTIVE:
             patience = max(IDLE_PASSES, math.ceil(IDLE_STEPS / self.steps_per_pass))
-            settings = replace(settings, learning_rate=request.learning_rate, patience_passes=patience)
+            schedule = NetworkSchedule(request.learning_rate, patience, restarts=0)
         if request.objective == LAW_OBJECTIVE or self.features is None:
+            placement, trunk = request.placement, self.trunk
             training = train_adapter(
-                self.adapted, "run", self.records, rank, request.placement, settings, trunk=self.trunk
+                self.adapted, "run", self.records, rank, placement, settings, trunk=trunk, schedule=schedule
             )
         else:  # as a write trains
             training = train_on_features(
@@ -313,7 +315,7 @@ class Bench:
 def _conditions(base: BaseModel, request: Request) -> dict[str, Any]:
     law_training: dict[str, Any] = {"learning_rate": request.learning_rate, "converged": [IDLE_PASSES, IDLE_STEPS]}
     if request.objective != LAW_OBJECTIVE:
-        law_training = {"learning_rate": WriterSettings.learning_rate}
+        law_training = {"learning_rate": NetworkSchedule.learning_rate}
         if request.placement in Placement.ladder(base.model)[:-1]:
             law_training = {"feature_rate": WriterSettings.feature_rate}
     return {

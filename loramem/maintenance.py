@@ -9,7 +9,7 @@ import json
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from math import ceil
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -57,9 +57,10 @@ class Shard:
 
 
 def request_of(adapter: StoredAdapter) -> dict[str, Any]:
-    """How an adapter was asked to be written: goal, rank and settings."""
+    """How an adapter was asked to be written: goal, rank and settings, those that are retired left out."""
     training = adapter.training
-    return {**training.get("request", {"goal": "fast", "rank": None}), "settings": training["settings"]}
+    settings = asdict(WriterSettings.saved(training["settings"]))
+    return {**training.get("request", {"goal": "fast", "rank": None}), "settings": settings}
 
 
 def shards(index: Index) -> list[Shard]:
@@ -171,7 +172,7 @@ def rewrite(
     """
     from loramem.transaction import stubborn
 
-    transaction, settings = engine.transaction, WriterSettings(**request["settings"])
+    transaction, settings = engine.transaction, WriterSettings.saved(request["settings"])
     if values is None:
         values = engine.reader.values(before)
     kept = {(record.namespace, record.key): record.prompt for record in before if record.prompt is not None}

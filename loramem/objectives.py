@@ -63,8 +63,7 @@ def memft_ot(losses: Tensor, mask: Tensor, threshold: float = 0.5, *, idle: str 
 def exposure(epoch: int, boundaries: Sequence[int], ratios: Sequence[float] = RATIOS) -> float:
     """Share of the records that MemFT-SW's curriculum trains on in an epoch (0-based).
 
-    The published schedule: the ratio of the first boundary that the epoch is below, the last one afterwards. It
-    does not look at what has been learned; the writer of this package does (`grown_exposure`).
+    The published schedule: the ratio of the first boundary that the epoch is below, the last one afterwards.
     """
     for boundary, ratio in zip(boundaries, ratios, strict=False):
         if epoch < boundary:
@@ -80,18 +79,6 @@ def exposed_records(records: int, ratio: float, batch_size: int) -> int:
     """
     full = records // batch_size * batch_size
     return min(max(math.floor(records * ratio) // batch_size * batch_size, batch_size), full)
-
-
-def grown_exposure(
-    ratio: float, ordered_share: float, ratios: Sequence[float] = RATIOS, required: float = 0.9
-) -> float:
-    """The next exposure of a curriculum driven by progress.
-
-    It grows by one step once ``required`` of the exposed tokens are ordered, in place of the published fixed epochs.
-    """
-    if ordered_share < required:
-        return ratio
-    return next((larger for larger in ratios if larger > ratio), ratios[-1])
 
 
 @dataclass(frozen=True)

@@ -19,23 +19,20 @@ MORE_RANK = 2  # rates fall as 1/(r + 2) for B and as 1/√(r + 2) for A
 
 
 def make_optimizer(
-    pairs: Sequence[tuple[nn.Parameter, nn.Parameter]], output_scales: Sequence[float], name: str
+    pairs: Sequence[tuple[nn.Parameter, nn.Parameter]], output_scales: Sequence[float]
 ) -> torch.optim.Optimizer:
-    """AdamW or Muon without weight decay (torch's Muon has 0.1 by default); `set_rate` before every step.
+    """AdamW without weight decay; `set_rate` before every step.
 
     Args:
         pairs: A (r, in) and B (out, r) of every adapted module.
         output_scales: Root mean square of the modules' outputs under the base.
-        name: "adamw" or "muon".
     """
     groups = []
     for (a, b), scale in zip(pairs, output_scales, strict=True):
         rank = len(a) + MORE_RANK
         groups.append({"params": [a], "relative": A_SHARE / rank**0.5 * _root_mean_square(a)})
         groups.append({"params": [b], "relative": scale / rank})
-    if name == "adamw":
-        return torch.optim.AdamW(groups, weight_decay=0.0)
-    return torch.optim.Muon(groups, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+    return torch.optim.AdamW(groups, weight_decay=0.0)
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

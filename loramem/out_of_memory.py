@@ -19,9 +19,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 def out_of_memory(error: BaseException) -> OutOfMemory:
     """Exhausted memory as an error of ours."""
     return OutOfMemory(
-        f"Out of memory ({reason(error, 160)}). Use a smaller base model or shorter values, smaller batches "
-        "(WriterSettings.batch_tokens), fewer workers, or another device. An interrupted write waits to be resumed "
-        "or discarded."
+        f"Out of memory ({reason(error, 160)}). Use a smaller base model or shorter values, fewer workers, or "
+        "another device. An interrupted write waits to be resumed or discarded."
     )
 
 

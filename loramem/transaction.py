@@ -222,7 +222,7 @@ class Transaction:
         Raises:
             StubbornRecords, TrainingDiverged, RecallError: Nothing was committed.
         """
-        settings, learnt = WriterSettings(**request["settings"]), list[Outcome]()
+        settings, learnt = WriterSettings.saved(request["settings"]), list[Outcome]()
         try:
             trained = self.train(encoded, plan, settings, progress, executor)
             learnt = trained.outcomes

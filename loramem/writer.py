@@ -29,6 +29,9 @@ from loramem.trunk import Trunk
 log = logging.getLogger(__name__)
 
 CHECK_RECORDS, CHECK_TOKENS = 64, 32_768
+# Of a training batch, tokens with padding; a hundred records took as many visits in batches of 5 as of 50.
+BATCH_RECORDS, BATCH_TOKENS = 25, 8192
+MAX_GRAD_NORM = 1.0
 # Without progress for as many passes, and at least as many steps, the rate is halved; down to MIN_DECAY of its start.
 DECAY_PASSES, DECAY_STEPS, MIN_DECAY = 3, 12, 1 / 64
 # With fewer than half of the tokens open, progress in this is a loss down by a tenth: less is hovering, which a lower
@@ -40,6 +43,19 @@ LEAST_SHARE = 0.5
 # Without progress for as many, and a larger share of the tokens than HOPELESS not ordered, training begins again at a
 # third of the rate. Measured with rates that were too high by a lot.
 WRECKED_PASSES, WRECKED_STEPS, HOPELESS = 8, 40, 0.1
+
+
+@dataclass(frozen=True)
+class NetworkSchedule:
+    """Rate and patience of training through the network. Defaults are a write's; calibration and suites take others."""
+
+    learning_rate: float = 0.06
+    """Relative: the share of a module's output that one step can change (`loramem.optimizer`); the same for every base
+    model and rank."""
+    patience_passes: int = 40
+    """Steps without progress before the rank grows, in passes over all records."""
+    restarts: int = 2
+    """How often training may begin again at a third of the rate, where progress stops with most tokens open."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +102,7 @@ def train_adapter(
     settings: WriterSettings,
     progress: ProgressCallback | None = None,
     trunk: Trunk | None = None,
+    schedule: NetworkSchedule = NetworkSchedule(),
 ) -> Training:
     """Train a new adapter ``name`` until every token of every record is certified.
 
@@ -100,7 +117,7 @@ def train_adapter(
     started = time.monotonic()
     adapted.create(name, rank, placement, settings.seed)
     trunk = trunk or Trunk(adapted.model, records, min(placement.layers))
-    run = _Run(adapted, name, trunk, rank, settings, progress, started)
+    run = _Run(adapted, name, trunk, rank, settings, schedule, progress, started)
     for next_rank in [*rank_choices(rank, settings.max_rank)[1:], None]:
         done = run.until_certified_or_stalled()
         while not done and run.too_fast:
@@ -123,7 +140,11 @@ def train_adapter(
 
 
 def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
-    """What training's matrix products are cast to; None leaves them in the model's dtype."""
+    """What training's matrix products are cast to; None leaves them in the model's dtype.
+
+    Args:
+        precision: "float32", "bfloat16", or "auto": bfloat16 where the processor multiplies it natively.
+    """
     if precision == "auto":
         native = device.type == "cuda" or (device.type == "cpu" and torch.cpu._is_avx512_bf16_supported())
         precision = "bfloat16" if native else "float32"
@@ -140,15 +161,14 @@ class _Run:
         trunk: Trunk,
         rank: int,
         settings: WriterSettings,
+        schedule: NetworkSchedule,
         progress: ProgressCallback | None,
         started: float,
     ) -> None:
-        self.adapted, self.name, self.trunk, self.settings = adapted, name, trunk, settings
+        self.adapted, self.name, self.trunk, self.settings, self.schedule = adapted, name, trunk, settings, schedule
         self.records, self.progress, self.started = trunk.records, progress, started
         self.generator = torch.Generator().manual_seed(settings.seed)
-        # A fixed order for the whole run: the curriculum exposes growing prefixes of it (reference code, PhoneBook).
-        self.order = torch.randperm(len(self.records), generator=self.generator).tolist()
-        self.steps_per_pass = math.ceil(len(self.records) / settings.batch_records)
+        self.steps_per_pass = math.ceil(len(self.records) / BATCH_RECORDS)
         self.step = self.visits = self.restarts = 0
         self.tokens = torch.tensor([len(record.answer_ids) for record in self.records])
         # As last seen, per record: lowest probability, tokens below the certified one, Σ of all losses and of theirs.
@@ -158,13 +178,13 @@ class _Run:
         self.open_losses = self.losses.clone()
         single_long = len(self.records) == 1 and self.records[0].length > settings.long_tokens
         self.sliding = objectives.SlidingState.start(1, adapted.base.device) if single_long else None
-        self.learning_rate = settings.learning_rate
-        self.autocast = autocast_dtype(settings.precision, adapted.base.device)
+        self.learning_rate = schedule.learning_rate
+        self.autocast = autocast_dtype("auto", adapted.base.device)  # weights, losses and checks stay float32
         self.rank = rank
         self.align()
 
     def restart(self, rank: int) -> None:
-        """A new optimiser for (re)created parameters; exposure and what was seen are kept."""
+        """A new optimiser for (re)created parameters; what was seen is kept."""
         self.rank = rank
         self.parameters = self.adapted.trainable()
         self.optimizer = self.new_optimizer()
@@ -186,7 +206,7 @@ class _Run:
         finite = all(found.finite for found in moments)
         if not finite:
             log.warning("the base's gradient is not finite; training starts from random directions")
-        elif self.settings.start == "gradient":
+        else:
             with torch.no_grad():
                 for layer, found in zip(layers, moments, strict=True):
                     layer.lora_A[self.name].weight.copy_(aligned_rows(found, self.rank, self.generator))
@@ -196,13 +216,13 @@ class _Run:
     def new_optimizer(self) -> torch.optim.Optimizer:
         layers = self.adapted.lora_layers(self.name)
         pairs = [(layer.lora_A[self.name].weight, layer.lora_B[self.name].weight) for layer in layers]
-        return make_optimizer(pairs, self.output_scales, self.settings.optimizer)
+        return make_optimizer(pairs, self.output_scales)
 
     @property
     def too_fast(self) -> bool:
         """Whether training stopped so far from done that the rate is to blame, and there is a lower one to try."""
         hopeless = self.unordered > HOPELESS * int(self.tokens.sum())
-        return hopeless and self.restarts < self.settings.restarts
+        return hopeless and self.restarts < self.schedule.restarts
 
     def start_slower(self) -> None:
         """Begin again, from the base's function, at a third of the rate: weights that a high one wrecked stay so."""
@@ -233,44 +253,33 @@ class _Run:
 
     def until_certified_or_stalled(self) -> bool:
         """Train passes over the active records; True when everything is certified, False when progress stopped."""
-        ratio = objectives.RATIOS[0] if self.uses_curriculum else 1.0
         visits_at_check = self.visits
-        while self.idle_passes < self.settings.patience_passes and not (self.wrecked and self.too_fast):
-            exposed = self.order[: max(1, math.ceil(len(self.order) * ratio))]
-            active = self.active(exposed)
-            done = set(exposed).difference(active)
+        while self.idle_passes < self.schedule.patience_passes and not (self.wrecked and self.too_fast):
+            active = self.active()
+            done = sorted(set(range(len(self.records))).difference(active))
             # A look is a third of a visit: looking at those that left once per as many visits costs little.
             if done and (not active or self.visits - visits_at_check >= len(done)):
-                self.look(sorted(done))
-                active, visits_at_check = self.active(exposed), self.visits
+                self.look(done)
+                active, visits_at_check = self.active(), self.visits
             if active and not self.train_pass(active):
                 self.recover()
                 continue
-            if ratio == 1.0 and self.unordered == 0 and self.check():
+            if self.unordered == 0 and self.check():
                 return True
-            grown = objectives.grown_exposure(ratio, self.ordered_share(exposed))
-            self.note_progress(grew=grown > ratio)
-            ratio = grown
+            self.note_progress()
             self.remember()
         self.check()
         return False
 
-    @property
-    def uses_curriculum(self) -> bool:
-        return (
-            self.settings.objective == "memft-sw"
-            and self.settings.curriculum
-            and len(self.records) >= 2 * self.settings.batch_records
-        )
-
-    def active(self, exposed: Sequence[int]) -> list[int]:
+    def active(self) -> list[int]:
         """Records whose gradient is worth a forward pass: all for plain cross-entropy, else those with a token left.
 
         The objectives give the others weight 0, but only leaving them out saves their forward pass.
         """
+        everything = range(len(self.records))
         if self.settings.objective == "sft" or self.sliding is not None:
-            return list(exposed)
-        return [index for index in exposed if not self.lowest[index] >= self.settings.train_threshold]
+            return list(everything)
+        return [index for index in everything if not self.lowest[index] >= self.settings.train_threshold]
 
     def train_pass(self, active: Sequence[int]) -> bool:
         """One pass over the active records; False at the first NaN or Inf."""
@@ -279,13 +288,11 @@ class _Run:
 
     def batches(self, shuffled: Sequence[int]) -> list[list[int]]:
         """Batches of random composition: a pool of a few batches is sorted by length, then cut and shuffled."""
-        pool = 8 * self.settings.batch_records
+        pool = 8 * BATCH_RECORDS
         cut = [
             batch
             for start in range(0, len(shuffled), pool)
-            for batch in group_by_length(
-                self.records, shuffled[start : start + pool], self.settings.batch_records, self.settings.batch_tokens
-            )
+            for batch in group_by_length(self.records, shuffled[start : start + pool], BATCH_RECORDS, BATCH_TOKENS)
         ]
         return [cut[i] for i in torch.randperm(len(cut), generator=self.generator).tolist()]
 
@@ -303,7 +310,7 @@ class _Run:
         weights = self.weights(losses, supervised, correct)
         self.optimizer.zero_grad()
         objectives.weighted_mean(losses, weights).backward()
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.settings.max_grad_norm)
+        norm = nn.utils.clip_grad_norm_(self.parameters, MAX_GRAD_NORM)
         if not bool(torch.isfinite(norm) & torch.isfinite(losses.detach()).all()):
             return False
         set_rate(self.optimizer, self.learning_rate * self.rate_factor())
@@ -356,12 +363,8 @@ class _Run:
         self.look(range(len(self.records)))
         return self.unordered == 0
 
-    def ordered_share(self, indices: Sequence[int]) -> float:
-        rows = torch.tensor(indices)
-        return 1 - float(self.open_tokens[rows].sum() / self.tokens[rows].sum())
-
-    def note_progress(self, *, grew: bool) -> None:
-        """Progress is fewer stubborn tokens, a loss 1 % below that of the last progress, or more records exposed.
+    def note_progress(self) -> None:
+        """Progress is fewer stubborn tokens, or a loss 1 % below that of the last progress.
 
         The loss is that of the stubborn tokens, since a few of them rise slowly while the mean has long settled; for
         plain cross-entropy, which is trained to convergence, that of all.
@@ -371,12 +374,12 @@ class _Run:
         unordered = self.unordered
         to_convergence = self.settings.objective == "sft"
         loss = float((self.losses if to_convergence else self.open_losses).sum())
-        progress = grew or unordered < self.best_unordered or loss < 0.99 * self.best_loss
+        progress = unordered < self.best_unordered or loss < 0.99 * self.best_loss
         if progress:
             self.best_step, self.best_loss = self.step, loss
         self.best_unordered = min(unordered, self.best_unordered)
         if not to_convergence and unordered < SETTLING * int(self.tokens.sum()):
-            progress = grew or loss < SETTLING_LOSS * self.decay_loss
+            progress = loss < SETTLING_LOSS * self.decay_loss
         if progress:
             self.decay_step, self.decay_loss = self.step, loss
         elif self.step - self.decay_step >= max(DECAY_PASSES * self.steps_per_pass, DECAY_STEPS):
@@ -389,10 +392,10 @@ class _Run:
         log.warning(
             "loss is not finite at step %d; back to the last good state at rate %g", self.step, self.learning_rate
         )
-        if self.learning_rate < self.settings.learning_rate / 64:
+        if self.learning_rate < self.schedule.learning_rate / 64:
             raise TrainingDiverged(
                 f"Training diverged at step {self.step}, also at learning rate {self.learning_rate * 2:g}. "
-                "Nothing was committed. Check the base model for NaN weights, or lower the learning rate.",
+                "Nothing was committed. Check the base model for NaN weights.",
                 step=self.step,
                 learning_rate=self.learning_rate * 2,
             )

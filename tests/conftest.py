@@ -11,6 +11,7 @@ import importlib.util
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import huggingface_hub.constants
 import pytest
@@ -25,6 +26,8 @@ from transformers import (
     Qwen3Config,
 )
 from transformers.models.auto import AutoModelForCausalLM
+
+from loramem import shard_training, writer
 
 from .hub_server import HubServer
 
@@ -180,3 +183,10 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HubServer]:
     """A Hub of our own, empty, that the client of this process and of those it starts talks to."""
     with HubServer() as server, hub_client(server, tmp_path_factory.mktemp("hub") / "home"):
         yield server
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training through the network gives a rank up after two passes without progress."""
+    schedule = writer.NetworkSchedule(patience_passes=2)
+    monkeypatch.setattr(shard_training, "train_adapter", partial(writer.train_adapter, schedule=schedule))

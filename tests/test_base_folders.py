@@ -483,7 +483,7 @@ def test_exhausted_memory_of_a_write_is_told_and_the_write_waits(
     with MemoryStore(tmp_path / "memory", str(base)) as store:
         with monkeypatch.context() as patched:
             patched.setattr(place, fail(error))
-            with pytest.raises(OutOfMemory, match="batch_tokens"):
+            with pytest.raises(OutOfMemory, match="fewer workers"):
                 store.write({"a": "12"})
         assert store.pending() is not None
         assert store.resume().written == 1

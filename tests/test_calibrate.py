@@ -18,7 +18,7 @@ from loramem.errors import InputError
 from loramem.placement import Placement
 from loramem.records import Record
 from loramem.runs import Run, append_run, read_runs
-from loramem.settings import WriterSettings
+from loramem.writer import NetworkSchedule
 
 
 @pytest.fixture
@@ -234,7 +234,7 @@ def test_lengths_grow_with_the_placement_and_shrink_with_the_cost(loaded: BaseMo
 def test_one_module_alone_is_trained_at_a_higher_rate(loaded: BaseModel) -> None:
     assert calibrate.default_rate(Placement.named(loaded.model, ["o_proj"], [1])) == calibrate.LEARNING_RATE
     for many in (Placement.default(loaded.model), Placement.named(loaded.model, ["o_proj"], [1, 2])):
-        assert calibrate.default_rate(many) == WriterSettings.learning_rate
+        assert calibrate.default_rate(many) == NetworkSchedule.learning_rate
 
 
 def test_what_is_learnt_anew_of_the_embedded_model_keeps_what_shipped(

@@ -195,6 +195,10 @@ def test_a_store_of_format_1_is_recalled_byte_for_byte_and_can_be_changed(tmp_pa
         store.update("Schlüssel 🔑", "neu", rank=1)
         assert (store.recall("Schlüssel 🔑"), store.recall("Jerry Becerra:")) == ("neu", "9100672710")
         assert store.verify().ok
+        store.delete("Schlüssel 🔑")
+        assert store.compact().records == 1  # though its adapters name settings that are retired
+        assert store.recall("Jerry Becerra:", "team/project") == "6780438158"
+        assert store.verify().ok
 
 
 @pytest.mark.parametrize("index", ["as now", "of another kind", "elsewhere"])

@@ -6,12 +6,14 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from loramem import MemoryStore, Record, WriterSettings, files
 from loramem.errors import StoreLocked, UnfinishedWrite, WriteError
+from loramem.records import as_records
 
 from .conftest import numbers
 
@@ -167,6 +169,22 @@ def test_an_interrupt_leaves_the_write_to_be_resumed(base: Path, tmp_path: Path)
             store.write(LATER, progress=interrupt)
         assert len(store) == 0
         assert store.resume().written == 5
+
+
+def test_a_journal_that_names_retired_settings_is_resumed(base: Path, tmp_path: Path) -> None:
+    old = json.loads(
+        """{"batch_records": 25, "batch_tokens": 8192, "certify_threshold": 0.6, "curriculum": false,
+        "learning_rate": 0.06, "long_tokens": 200, "max_grad_norm": 1.0, "max_rank": 64, "objective": "memft-sw",
+        "optimizer": "muon", "patience_passes": 40, "precision": "auto", "restarts": 2, "seed": 0, "start": "random",
+        "train_threshold": 0.9}"""
+    )
+    with MemoryStore(tmp_path / "memory", str(base)) as store:
+        request = {"goal": "fast", "rank": None, "partial": False, "settings": old}
+        store._index.begin_write(as_records(LATER), request)
+        assert store.resume().written == 5
+        assert next(store._index.adapters()).training["settings"] == asdict(WriterSettings(max_rank=64))
+    with pytest.raises(TypeError, match="unknown"):
+        WriterSettings.saved({**old, "unknown": 1})
 
 
 def test_a_second_writer_is_refused_while_readers_go_on(base: Path, tmp_path: Path) -> None:

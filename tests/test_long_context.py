@@ -18,12 +18,11 @@ from loramem.embedded.corpus import is_held_out
 from loramem.errors import InputError, TooLong
 from loramem.long_text import noise_places, text_ids, with_noise
 from loramem.prompts import EncodedRecord
-from loramem.settings import WriterSettings
 from loramem.suites import figures, long_context, positions
 from loramem.suites.long_context import Cell, documentation
 from loramem.suites.positions import Forced, scores
 from loramem.suites.runner import Request
-from loramem.writer import train_adapter
+from loramem.writer import NetworkSchedule, train_adapter
 
 from .conftest import SHARED
 
@@ -327,14 +326,14 @@ def test_a_tiny_cell_gives_its_text_back(base: Path, method: str, unit: str) -> 
 def test_a_cut_is_one_of_the_writer_s_patience_too(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     patience: list[int] = []
 
-    def watched(model, name, records, rank, placement, settings, *more):
-        patience.append(settings.patience_passes)
-        return train_adapter(model, name, records, rank, placement, settings, *more)
+    def watched(model, name, records, rank, placement, settings, *more, schedule):
+        patience.append(schedule.patience_passes)
+        return train_adapter(model, name, records, rank, placement, settings, *more, schedule=schedule)
 
     monkeypatch.setattr(writer, "train_adapter", watched)
     for cut in (1, 10):
         long_context.run(Cell("topics", "0", 0.0, 12, 16, "loramem", "branch", None, 0, cut, str(base), "cpu", None))
-    assert patience == [WriterSettings.patience_passes, WriterSettings.patience_passes // 10]
+    assert patience == [NetworkSchedule.patience_passes, NetworkSchedule.patience_passes // 10]
     assert patience[1] >= 1
 
 

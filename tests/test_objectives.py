@@ -18,7 +18,6 @@ from loramem.objectives import (
     SlidingState,
     exposed_records,
     exposure,
-    grown_exposure,
     memft_ot,
     memft_sw,
     sft,
@@ -195,15 +194,6 @@ def test_the_curriculum_takes_as_many_steps_as_the_published_runs(
 ) -> None:
     reached = (exposed_records(records, exposure(epoch, boundaries), batch_size) for epoch in range(epochs))
     assert sum(reached) == batches * batch_size
-
-
-def test_an_exposure_driven_by_progress_grows_one_step_at_a_time() -> None:
-    assert grown_exposure(0.2, 0.899) == 0.2
-    assert grown_exposure(0.2, 0.9) == 0.4
-    assert grown_exposure(0.8, 1.0) == 1.0
-    assert grown_exposure(1.0, 1.0) == 1.0
-    assert grown_exposure(0.5, 1.0) == 0.6  # between two steps
-    assert grown_exposure(0.25, 0.5, (0.25, 1.0), required=0.5) == 1.0
 
 
 # --- the sliding window: one step

@@ -121,8 +121,9 @@ def stubborn(times: int):
     return train
 
 
+@pytest.mark.usefixtures("impatient")
 def test_a_failed_write_leaves_uncertified_outcomes_and_nothing_else(base: Path, tmp_path: Path) -> None:
-    settings = WriterSettings(max_rank=1, patience_passes=2)
+    settings = WriterSettings(max_rank=1)
     with MemoryStore(tmp_path / "memory", str(base)) as store:
         [shard] = store.plan(numbers(5, 12), rank=1, limits=RankLimits(1)).shards
         with pytest.raises(StubbornRecords):

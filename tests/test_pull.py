@@ -298,15 +298,17 @@ def test_a_base_model_that_was_a_folder_elsewhere_is_asked_for(files: Files, hub
     assert "Give its place here with --model" in str(error)
 
 
-def test_the_fingerprint_of_an_older_publication_is_taken(
+def test_the_fingerprint_and_the_settings_of_an_older_publication_are_taken(
     files: Files, hub: HubServer, base: Path, tmp_path: Path
 ) -> None:
     former = {"weights": fingerprint(base).weights, **former_digests(base)}
+    trained(files, settings={"max_rank": 64, "optimizer": "adamw"})  # one that is retired
     described(files, lambda fields: fields["base_model"].update(fingerprint=former))
     hub.create(REPO, private=True)
     hub.commit(REPO, files)
     with MemoryStore.pull(REPO, tmp_path / "there", base_model=str(base)) as there:
         assert there.manifest.fingerprint == former
+        assert next(there._index.adapters()).training["settings"] == {"max_rank": 64}
         assert there.verify().ok
 
 

@@ -24,7 +24,7 @@ from pydantic import (
 )
 
 from loramem.manifest import Manifest
-from loramem.settings import WriterSettings
+from loramem.settings import RETIRED, WriterSettings
 from loramem.tables import StoredAdapter, StoredRecord, hidden_names, prompt_digest
 
 FORMAT, NEEDS = 1, "0.1.0"
@@ -125,7 +125,7 @@ class PublishedTraining(BaseModel):
     @field_validator("settings")
     @classmethod
     def _settings(cls, given: dict[str, Any]) -> dict[str, Any]:
-        defaults = asdict(WriterSettings())
+        defaults, given = asdict(WriterSettings()), {name: given[name] for name in given.keys() - RETIRED}
         for name, value in given.items():
             kind = type(defaults.get(name))
             if name not in defaults or type(value) not in ((float, int) if kind is float else (kind,)):

@@ -82,7 +82,7 @@ def run(cell: Cell) -> Result:
     from loramem.shards import ShardJob, write_shard
     from loramem.suites.timing import clock, conditions, warm_up
     from loramem.trunk import Trunk
-    from loramem.writer import autocast_dtype
+    from loramem.writer import BATCH_RECORDS, autocast_dtype
 
     base = random_base(SMALL_SHAPE if cell.quick else SHAPE, cell.device)
     records = encode_records(
@@ -113,9 +113,9 @@ def run(cell: Cell) -> Result:
 
         # The arithmetic of one training step, counted, times the steps taken.
         adapted.create("counted", RANK, placement, 0)
-        batch = list(range(min(settings.batch_records, len(records))))
+        batch = list(range(min(BATCH_RECORDS, len(records))))
         trunk = Trunk(base.model, records, min(placement.layers))
-        cast = autocast_dtype(settings.precision, base.device)
+        cast = autocast_dtype("auto", base.device)
         with FlopCounterMode(display=False) as counter:
             tensors = trunk.batch(batch)
             with torch.autocast(base.device.type, cast, enabled=cast is not None):

@@ -91,7 +91,7 @@ def trained_adapter(
     from loramem.suites.paper_unit import PaperUnit
     from loramem.suites.placements import describe, equal_placement
     from loramem.suites.published import moments, train_published
-    from loramem.writer import WriteProgress, train_adapter
+    from loramem.writer import NetworkSchedule, WriteProgress, train_adapter
 
     if method != OWN:
         trained = train_published(base, records, method, rank, schedule, seed=seed, unit=unit, layer=layer)
@@ -114,9 +114,11 @@ def trained_adapter(
 
     allowed = PaperUnit(base.model, rank, seed, unit, layer).parameter_count
     placement, own_rank = equal_placement(base.model, allowed)
-    patience = max(1, WriterSettings.patience_passes // cut)
-    settings = WriterSettings(max_rank=own_rank, seed=seed, patience_passes=patience)
-    training = train_adapter(AdaptedModel(base), "suite", records, own_rank, placement, settings, watch)
+    patient = NetworkSchedule(patience_passes=max(1, NetworkSchedule.patience_passes // cut))
+    settings = WriterSettings(max_rank=own_rank, seed=seed)
+    training = train_adapter(
+        AdaptedModel(base), "suite", records, own_rank, placement, settings, watch, schedule=patient
+    )
     yield Taken(
         placement=describe(placement, linear_modules(decoder_layers(base.model)[-1])),
         rank=training.rank,
