@@ -33,7 +33,7 @@ WIDEST = 1024  # times the law's rank: the end of the search for its interval
 
 @dataclass(frozen=True)
 class Goal:
-    """What a write is planned for; measured in docs/writing.md."""
+    """What a write is planned for; measured, docs/engine.md."""
 
     density: float
     """Bits of cost per parameter that the first rank is chosen for (without a boundary, for "small")."""

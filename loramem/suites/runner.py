@@ -32,7 +32,6 @@ SUITES = {
     "recall-speed": "loramem.suites.recall_speed",
     "store-life": "loramem.suites.store_life",
     "large-base": "loramem.suites.large_base",
-    "budget": "loramem.suites.budget",
     "phonebook": "loramem.suites.phonebook",
     "long-context": "loramem.suites.long_context",
     "linear-rule": "loramem.suites.linear_rule",
@@ -40,7 +39,6 @@ SUITES = {
     "phase": "loramem.suites.phase",
     "law": "loramem.suites.memory_law",
     "locality": "loramem.suites.locality",
-    "merging": "loramem.suites.merging",
 }
 METHODS = ("sft", "memft-ot", "memft-sw", "loramem")
 """The three published ones, and this package's writer."""
