@@ -4,7 +4,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import takewhile
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +17,7 @@ DECODE_RECORDS, DECODE_TOKENS = 256, 32_768
 SHARED_PREFIX_TOKENS = 16  # a chat template with a system prompt; below this the extra pass costs what it saves
 
 
+@torch.inference_mode()
 def greedy_decode(
     model: PreTrainedModel, prompts: Sequence[Sequence[int]], max_tokens: int, end_id: int
 ) -> list[list[int]]:
@@ -30,41 +30,13 @@ def greedy_decode(
     Returns:
         Generated ids of each prompt up to but without the end token. A row that never ended has ``max_tokens`` ids.
     """
-    return _decode(model, prompts, max_tokens, end_id, do_sample=False)
-
-
-def sample_decode(
-    model: PreTrainedModel,
-    prompts: Sequence[Sequence[int]],
-    max_tokens: int,
-    end_id: int,
-    *,
-    top_p: float = 1.0,
-    seed: int,
-) -> list[list[int]]:
-    """As `greedy_decode`, but every token is drawn at temperature 1.
-
-    Args:
-        top_p: Drawn from the likeliest tokens that together have at least this probability; 1 is all of them.
-        seed: Of the draws; the same batch and seed give the same ids.
-    """
-    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
-        torch.manual_seed(seed)  # generate() takes no generator
-        # Zero is no limit: the library's default draws from the 50 likeliest.
-        return _decode(model, prompts, max_tokens, end_id, do_sample=True, temperature=1.0, top_k=0, top_p=top_p)
-
-
-@torch.inference_mode()
-def _decode(
-    model: PreTrainedModel, prompts: Sequence[Sequence[int]], max_tokens: int, end_id: int, **choice: Any
-) -> list[list[int]]:
     shared = shared_prefix(model, prompts)
     rest, mask = pad_left([prompt[shared:] for prompt in prompts])
     prefix = torch.tensor([prompts[0][:shared]] * len(prompts), dtype=torch.long)
     ids = torch.cat([prefix, rest], 1)
     mask = torch.cat([torch.ones_like(prefix), mask], 1)
     config = GenerationConfig(
-        num_beams=1, max_new_tokens=max_tokens, eos_token_id=end_id, pad_token_id=end_id, **choice
+        do_sample=False, num_beams=1, max_new_tokens=max_tokens, eos_token_id=end_id, pad_token_id=end_id
     )
     with _contiguous_before_the_head(model):
         output = model.generate(  # type: ignore[operator]  # a mixin's method, hidden by nn.Module.__getattr__

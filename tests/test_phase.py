@@ -1,4 +1,4 @@
-"""The phase suite: its statistics by hand, stages of a training, nuclei, and a tiny cell of each part."""
+"""The phase suite: its statistics by hand, stages of a training, and a tiny cell of each part."""
 
 import random
 from collections.abc import Callable
@@ -13,12 +13,10 @@ from loramem.base_model import load_base_model
 from loramem.errors import InputError, NotRoundTrip, TooLong
 from loramem.generators import generate
 from loramem.prompts import EncodedRecord, encode_records
-from loramem.suites import phase, transition
-from loramem.suites.figures import HeatMap, Plot, installed
-from loramem.suites.figures import figure as drawn
+from loramem.suites import phase, phase_report
 from loramem.suites.phase import Cell
+from loramem.suites.phase_report import Reading
 from loramem.suites.runner import Request
-from loramem.suites.transition import Reading
 from loramem.writer import WriteProgress
 
 END = 9
@@ -36,11 +34,11 @@ def reading(probs: tuple[float, ...], decoded: tuple[int, ...], key: str = "a") 
     ("p", "bin_"), [(0.0, 0), (0.1, 0), (0.11, 1), (0.5, 4), (0.5 + 1e-7, 5), (0.6, 5), (0.95, 9), (1.0, 9)]
 )
 def test_a_bin_begins_above_one_half(p: float, bin_: int) -> None:
-    assert transition.bin_of(p) == bin_
+    assert phase_report.bin_of(p) == bin_
 
 
 def test_tokens_count_as_after_the_true_prefix_up_to_the_first_failure() -> None:
-    found = transition.tally(
+    found = phase_report.tally(
         [
             reading((0.95, 0.35, 0.62, 0.85), (1, 7, 3, END)),  # wrong at the second token, right after it by chance
             reading((0.95, 0.35, 0.62, 0.85), (1, 2, 3, END)),
@@ -53,7 +51,7 @@ def test_tokens_count_as_after_the_true_prefix_up_to_the_first_failure() -> None
     assert found["all"] == [0, 0, 1, 4, 0, 0, 4, 0, 3, 4]
     assert found["all_right"] == [0, 0, 0, 2, 0, 0, 3, 0, 2, 4]
     assert (found["records"], found["answer_tokens"], found["answer_tokens_prefix"]) == (4, 12, 2 + 3 + 3 + 2)
-    twice = transition.added([found, found])
+    twice = phase_report.added([found, found])
     assert twice["all"] == [2 * count for count in found["all"]]
     assert twice["answer_tokens"] == 24
 
@@ -63,7 +61,7 @@ def test_made_up_counter_examples_are_found() -> None:
     token = reading((0.9, 0.7, 0.2, 0.9), (1, 7, 3, END), "token")
     early = reading((0.9, 0.5 + 1e-7, 0.8, 0.9), (1, END), "early")
     unending = reading((0.9, 0.7, 0.8, 0.9), (1, 2, 3, 4), "unending")
-    found = list(transition.counter_examples([whole, token, early, unending]))
+    found = list(phase_report.counter_examples([whole, token, early, unending]))
     assert [(one["key"], one["position"], one["decoded_id"], one["whole_record"], one["tie"]) for one in found] == [
         ("whole", 1, 7, True, False),
         ("token", 1, 7, False, False),
@@ -77,7 +75,7 @@ def test_what_is_recalled_or_fails_where_it_may_is_no_counter_example() -> None:
     exact = reading((0.9, 0.3, 0.8, 0.9), (1, 2, 3, END))
     at_half = reading((0.9, 0.5, 0.8, 0.9), (1, 7, 3, END))
     later = reading((0.9, 0.3, 0.8, 0.9), (1, 7, 8, END))  # the third token had another prefix than its p
-    assert list(transition.counter_examples([exact, at_half, later])) == []
+    assert list(phase_report.counter_examples([exact, at_half, later])) == []
     assert (at_half.stubborn, at_half.failure, exact.stubborn, exact.failure) == (1, 1, 1, None)
 
 
@@ -86,7 +84,7 @@ def test_spearman_is_that_of_the_textbook() -> None:
     # z = log((1+r)/(1-r))/2; s = sqrt((1+r*r/2)/7); tanh(z-1.959964*s), tanh(z+1.959964*s)
     iq = (106, 100, 86, 101, 99, 103, 97, 113, 112, 110)
     hours = (7, 27, 2, 50, 28, 29, 20, 12, 6, 17)
-    found = transition.spearman(list(zip(iq, hours, strict=True)))
+    found = phase_report.spearman(list(zip(iq, hours, strict=True)))
     assert found is not None
     assert found.rho == pytest.approx(-29 / 165)
     assert (found.low, found.high) == (pytest.approx(-0.7278, abs=1e-4), pytest.approx(0.5145, abs=1e-4))
@@ -96,45 +94,17 @@ def test_spearman_is_that_of_the_textbook() -> None:
 def test_spearman_with_ties_is_the_correlation_of_the_mean_ranks() -> None:
     x, y = (0, 0, 0, 3, 5, 5, 8), (0, 1, 1, 3, 9, 4, 9)
     ranks = (2, 2, 2, 4, 5.5, 5.5, 7), (1, 2.5, 2.5, 4, 6.5, 5, 6.5)
-    found = transition.spearman(list(zip(x, y, strict=True)))
+    found = phase_report.spearman(list(zip(x, y, strict=True)))
     assert found is not None
     assert found.rho == pytest.approx(numpy.corrcoef(*ranks)[0, 1])
 
 
 def test_spearman_of_what_says_nothing_is_none_and_of_order_itself_is_one() -> None:
-    assert transition.spearman([(0, 1), (1, 2), (2, 3)]) is None
-    assert transition.spearman([(0, 1), (0, 2), (0, 3), (0, 4)]) is None
-    perfect = transition.spearman([(n, n**3) for n in range(6)])
+    assert phase_report.spearman([(0, 1), (1, 2), (2, 3)]) is None
+    assert phase_report.spearman([(0, 1), (0, 2), (0, 3), (0, 4)]) is None
+    perfect = phase_report.spearman([(n, n**3) for n in range(6)])
     assert perfect is not None
     assert (perfect.rho, perfect.low) == (1, 1)
-
-
-def test_calibration_by_hand() -> None:
-    # 60 of 100 at one half: two standard deviations of 5; certain records say nothing.
-    found = transition.calibration([(0.5, 60), (1.0, 100)], 100)
-    assert found is not None
-    assert (found.expected, found.observed, found.trials, found.z, found.dispersion) == (50, 60, 100, 2, 4)
-    assert transition.calibration([(1.0, 100)], 100) is None
-    rare = transition.calibration([(0.001, 1)], 100)
-    assert rare is not None
-    assert rare.dispersion is None
-
-
-def test_bounds_of_a_nucleus_by_hand() -> None:
-    assert transition.sampled_bounds((0.5, 0.8, 0.95), 1.0) == (pytest.approx(0.38), pytest.approx(0.38))
-    assert transition.sampled_bounds((0.5, 0.8, 0.95), 0.9) == (pytest.approx(0.4), pytest.approx(0.4 / 0.81))
-    assert transition.sampled_bounds((0.6, 0.8), 0.55) == (1.0, 1.0)
-    # Beside p = 0.05 another token may have 0.92 and be the whole nucleus; beside p = 0.15 none is, at 0.9.
-    assert transition.sampled_bounds((0.8, 0.05), 0.9) == (0.0, pytest.approx(0.04 / 0.81))
-    assert transition.sampled_bounds((0.8, 0.15), 0.9)[0] == pytest.approx(0.12)
-    assert transition.sampled_bounds((0.1,), 0.9)[0] == 0
-
-
-def test_a_grid_sums_answer_tokens_by_position() -> None:
-    length = transition.POSITIONS + 1
-    one = Reading("a", (1,) * length + (END,), (0.25,) * (length - 1) + (0.75, 0.1), (1,))
-    found = transition.grid([one])
-    assert found == {"sum_p": [0.25 * (length - 1), 0.75], "above": [0, 1], "tokens": [length - 1, 1]}
 
 
 # Stages
@@ -196,19 +166,10 @@ def test_a_training_that_was_stopped_is_left_as_a_longer_one_passed_through(adap
     assert phase.read(adapted, records) == as_left
 
 
-def test_a_certified_training_is_read_as_exact_and_below_its_lowest_p_a_nucleus_is_deterministic(
-    adapted, records
-) -> None:
+def test_a_certified_training_is_read_as_exact(adapted, records) -> None:
     stages = phase.train(adapted, records, 4, 0, 200, never)
     found = phase.read(adapted, records)
     assert all(one.failure is None and min(one.probs) >= 0.6 for one in found), stages[-1].step
-    draw = random.Random(0)
-    lowest = [min(one.probs) for one in found]
-    narrow = [phase.verbatim(adapted, r, p - phase.BELOW, 100, draw) for r, p in zip(records, lowest, strict=True)]
-    assert narrow == [100] * len(records)
-    # Above the lowest p the nucleus has a second token: then the check must see it.
-    wide = [phase.verbatim(adapted, r, (1 + p) / 2, 100, draw) for r, p in zip(records, lowest, strict=True)]
-    assert all(count < 100 for count in wide)
 
 
 # Cells
@@ -224,7 +185,6 @@ def lines(base: Path) -> list[dict[str, object]]:
         Cell("long", "text", 30, 2, 2, 0, str(base), "cpu"),
         Cell("long", "text", 12, 1, 1, 4, str(base), "cpu"),
         Cell("book", "phonebook", 6, 2, 1, 0, str(base), "cpu"),
-        Cell("sampling", "phonebook", 4, 4, 25, 0, str(base), "cpu"),
     )
     command = "loramem suite run phase"
     return [{"cell": dict(cell.identity), "command": command, "result": phase.run(cell)} for cell in cells]
@@ -241,7 +201,6 @@ def test_every_run_is_counted_and_fails_at_a_stubborn_token_or_not_at_all(lines)
     assert all(1 <= run["step"] <= run["steps"] <= phase.LONG_STEPS for run in runs)
     for run in runs:
         assert run["failure"] is None or run["stubborn"] <= run["failure"] <= run["tokens"]
-    assert sum(lines[0]["result"]["grid"]["tokens"]) == sum(run["tokens"] for run in runs)
 
 
 def test_a_book_is_read_at_every_stage(lines) -> None:
@@ -253,21 +212,6 @@ def test_a_book_is_read_at_every_stage(lines) -> None:
     assert sum(len(stage["pairs"]) + stage["exact"] for stage in stages) == tally["records"]
 
 
-def test_sampled_recalls_follow_the_product_of_p_and_nuclei_do_not_deviate(lines) -> None:
-    result = lines[3]["result"]
-    assert [(way["top_p"], way["end"]) for way in result["ways"]][-3:] == [(1.0, True), (0.95, True), (0.9, True)]
-    for way in result["ways"]:
-        assert all(0 <= low <= high <= 1 for low, high, *_ in way["records"])
-        # Below, above: of all records together, in standard deviations of the sum, were the bound the chance.
-        for bound, sign in ((0, -1), (1, 1)):
-            found = transition.calibration([(row[bound], row[3]) for row in way["records"]], 25)
-            if found is not None:
-                assert sign * found.z < 5
-                assert way["top_p"] < 1 or abs(found.z) < 5
-            assert all(row[3] == 25 for row in way["records"] if row[0] == 1)
-    assert result["nucleus"] == {"recalls": 100, "left_out": 0, "deviations": []}
-
-
 def test_the_table_counts_every_token_and_the_notes_answer_every_question(lines) -> None:
     table = phase.table(lines)
     tokens = sum(line["result"]["tally"]["answer_tokens"] + line["result"]["tally"]["records"] for line in lines)
@@ -276,11 +220,8 @@ def test_the_table_counts_every_token_and_the_notes_answer_every_question(lines)
     assert {row[3] for row in table.rows[5:] if row[1] != "0"} == {"100.00%"}
     notes = "\n".join(table.notes)
     assert "Counter-examples to p > 0.5: 0 of " in notes
-    assert "over all runs " in notes
+    assert "of the failing runs with a stubborn token alone" in notes
     assert "Books, every failing record" in notes
-    assert "Sampling at temperature 1 at the end of training" in notes
-    assert "Top-p = 0.95 at the end of training" in notes
-    assert "100 sampled recalls, 0 not verbatim" in notes
 
 
 def with_runs(line: dict, runs: list[tuple[int, int | None, int | None]], **more: object) -> dict:
@@ -295,33 +236,12 @@ def with_runs(line: dict, runs: list[tuple[int, int | None, int | None]], **more
     return {**line, "result": {**line["result"], "runs": told, **more}}
 
 
-def test_all_runs_count_in_the_correlation_and_those_left_out_of_the_other_are_told(lines) -> None:
+def test_runs_that_are_left_out_of_the_correlation_are_told(lines) -> None:
     runs = [(9, 0, 0), (9, 2, 5), (9, 3, 3), (9, 4, 8), (9, 6, 7), (9, 1, None), (9, 1, None), (9, None, None)]
     runs += [(9, None, 5), (20, None, None)]
     notes = "\n".join(phase.table([with_runs(lines[0], runs)]).notes)
-    # The mean ranks by hand: missing ones stand at 10, of the long record at 21.
-    x, y = (1, 4, 5, 6, 7, 2.5, 2.5, 8.5, 8.5, 10), (1, 3.5, 2, 6, 5, 8, 8, 8, 3.5, 10)
-    assert f"over all runs Spearman ρ = {numpy.corrcoef(x, y)[0, 1]:.3f} (95 % interval " in notes
-    assert "n = 10)" in notes
-    assert "Of the failing runs with a stubborn token alone Spearman ρ = 0.800 " in notes
+    assert "first failure: Spearman ρ = 0.800 " in notes
     assert "leaves out 2 runs with a stubborn token that are exact, 2 without either, and 1 that fail without" in notes
-
-
-def test_the_bootstrap_interval_is_seeded_allows_for_ties_and_narrows_with_the_runs() -> None:
-    draw = random.Random(0)
-    pairs = [(x := draw.choice((3, 5, 9, 99)), x if draw.random() < 0.7 else 99) for _ in range(400)]
-    few, many = transition.spearman_of_all(pairs[:40]), transition.spearman_of_all(pairs)
-    assert few is not None
-    assert many is not None
-    assert few == transition.spearman_of_all(pairs[:40])
-    plain = transition.spearman(pairs)
-    assert plain is not None
-    assert many.rho == pytest.approx(plain.rho)
-    assert -1 <= few.low < many.low < many.rho < many.high < few.high <= 1
-    assert transition.spearman_of_all([(0, 1), (0, 2), (0, 3), (0, 4)]) is None
-    varied_by_one = transition.spearman_of_all([(0, 1), (0, 1), (0, 1), (1, 2)])
-    assert varied_by_one is not None
-    assert (varied_by_one.rho, varied_by_one.low, varied_by_one.high) == (1, 0, 1)
 
 
 def test_quick_lines_are_left_out_beside_others_and_a_cell_on_two_devices_counts_once(lines) -> None:
@@ -353,12 +273,6 @@ def test_a_length_beyond_the_context_is_an_error_and_what_a_tokenizer_cannot_say
     assert notes[-1] == "2 long records could not be expressed by this tokenizer and were left out (NotRoundTrip 2)."
 
 
-def test_a_nucleus_that_a_token_may_be_outside_of_bounds_nothing_from_below_in_older_lines_too(lines) -> None:
-    way = {"step": 5, "top_p": 0.9, "end": True, "records": [[0.04, 0.05, 0.05, 0], [0.81, 1.0, 0.9, 25]]}
-    line = {**lines[3], "result": {**lines[3]["result"], "ways": [way]}}
-    assert any("must lie between 40.5% and 52.5%" in note for note in phase.table([line]).notes)
-
-
 def test_a_counter_example_is_told_with_all_there_is_to_know(lines) -> None:
     wrong = {
         "key": "Ada Baker:", "position": 3, "p": 0.61234567, "expected_id": 5, "decoded_id": 6, "whole_record": True,
@@ -373,34 +287,13 @@ def test_a_counter_example_is_told_with_all_there_is_to_know(lines) -> None:
     ) in notes
 
 
-def test_deviations_of_a_nucleus_are_told(lines) -> None:
-    nucleus = {"recalls": 100, "left_out": 1, "deviations": [{"key": "a", "lowest_p": 0.6, "wrong": 3}]}
-    line = {**lines[3], "result": {**lines[3]["result"], "nucleus": nucleus}}
-    notes = phase.table([line]).notes
-    assert any("100 sampled recalls, 3 not verbatim; 1 records left out" in note for note in notes)
-    assert "Not deterministic: 'a' with lowest p 0.6000, 3 recalls differ." in notes
-
-
 def test_every_plot_is_made_and_of_a_part_of_the_lines_those_it_allows(lines) -> None:
-    plots = {plot.name: plot for plot in phase.plots(lines)}
-    assert {"transition", "sampling", "mean-by-rank", "mean-by-length", "share-by-rank", "share-by-length"} <= set(
-        plots
-    )
-    by_length = plots["mean-by-length"]
-    assert isinstance(by_length, HeatMap)
-    assert (by_length.rows, by_length.columns) == (("12", "30"), ("25", "50"))
-    assert by_length.values[0][1] is None
+    plots = {plot.name: plot for plot in phase.plots([with_runs(lines[0], [(9, 2, 5)]), *lines[1:]])}
+    assert set(plots) == {"transition", "failures"}
     curve = plots["transition"]
-    assert isinstance(curve, Plot)
     assert all(point.y == 100 for point in curve.series[0].points if point.x > 50)
-    assert [plot.name for plot in phase.plots(lines[2:3])] == ["transition"]
-    assert phase.table(lines[2:3]).rows
-
-
-@pytest.mark.skipif(not installed(), reason="needs matplotlib")
-def test_every_plot_can_be_drawn(lines) -> None:
-    for plot in phase.plots(lines):
-        assert drawn(plot, "here").axes
+    assert [plot.name for plot in phase.plots(lines[2:])] == ["transition"]
+    assert phase.table(lines[2:]).rows
 
 
 def test_the_default_run_is_large_enough() -> None:
@@ -411,7 +304,6 @@ def test_the_default_run_is_large_enough() -> None:
     assert len(set(seeds)) == len(seeds) >= 1.2 * 155
     books = [cell for cell in cells if cell.part == "book"]
     assert sum(cell.size * 10 * (len(phase.SHARES) + 1) for cell in books) > 100_000
-    assert sum(cell.size * cell.repeats for cell in cells if cell.part == "sampling") >= 10_000
 
 
 def test_options_are_followed() -> None:
@@ -419,4 +311,3 @@ def test_options_are_followed() -> None:
     cells = list(phase.cells(asked, lambda cell: {}))
     assert {(cell.size, cell.rank) for cell in cells if cell.part == "long"} == {(70, 3)}
     assert [(cell.size, cell.rank, cell.seed) for cell in cells if cell.part == "book"] == [(50, 3, 0), (50, 3, 1)]
-    assert sum(cell.part == "sampling" for cell in cells) == 2 * len(phase.SAMPLED_KINDS)

@@ -9,7 +9,7 @@ from transformers.models.auto import AutoModelForCausalLM
 
 from loramem import reader
 from loramem.reader import decode_batches
-from loramem.recall import SHARED_PREFIX_TOKENS, greedy_decode, sample_decode, shared_prefix
+from loramem.recall import SHARED_PREFIX_TOKENS, greedy_decode, shared_prefix
 
 SHAPE = {
     "vocab_size": 64,
@@ -113,29 +113,3 @@ def test_a_batch_is_cut_at_its_most_records_and_tokens(monkeypatch: pytest.Monke
     assert [len(batch) for batch in decode_batches([stored("a", "k", 10)] * 5)] == [2, 2, 1]
     assert [len(batch) for batch in decode_batches([stored("a", "k", 1000)] * 2)] == [1, 1]
     assert list(decode_batches([])) == []
-
-
-def test_what_is_sampled_has_the_probabilities_of_the_model_and_no_likeliest_few() -> None:
-    model, (prompt, *_) = random_model(CONFIGS["qwen3"]), prompts(4)
-    with torch.no_grad():
-        expected = model(torch.tensor([prompt])).logits[0, -1].double().softmax(-1)
-    draws = 5_000
-    rows = sample_decode(model, [prompt] * draws, 1, NEVER, seed=3)
-    counts = torch.bincount(torch.tensor([row[0] if row else NEVER for row in rows]), minlength=64)
-    z = (counts - draws * expected) / (draws * expected * (1 - expected)).sqrt()
-    assert z.abs().max() < 4.5
-    assert (counts > 0).sum() > 50  # which the library would stop at
-
-
-def test_samples_repeat_with_their_seed_and_leave_the_global_draws_alone() -> None:
-    model, batch = random_model(CONFIGS["qwen3"]), prompts(SHARED_PREFIX_TOKENS)
-    state = torch.random.get_rng_state()
-    first = sample_decode(model, batch, 8, NEVER, seed=1)
-    assert torch.equal(torch.random.get_rng_state(), state)
-    assert sample_decode(model, batch, 8, NEVER, seed=1) == first
-    assert sample_decode(model, batch, 8, NEVER, seed=2) != first
-
-
-def test_a_nucleus_of_one_token_is_greedy() -> None:
-    model, batch = random_model(CONFIGS["qwen3"]), prompts(4)
-    assert sample_decode(model, batch, 8, NEVER, top_p=1e-6, seed=1) == greedy_decode(model, batch, 8, NEVER)

@@ -1,9 +1,8 @@
 """Whether p > 0.5 is recalled: the transition itself, in adapters taken at some stage of their training.
 
 Long records have an adapter each, taken at a random one of its training steps, so that most fail somewhere. Books are
-many short records in one adapter, looked at whenever more of their tokens are learned. Sampled books are answered at
-temperature 1, from all tokens or from a nucleus (top-p). Every p is teacher-forced; all decoding is free-running,
-through every layer.
+many short records in one adapter, looked at whenever more of their tokens are learned. Every p is teacher-forced; all
+decoding is free-running, through every layer.
 """
 
 import random
@@ -13,9 +12,8 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from loramem.errors import RecordError, TooLong
-from loramem.suites.phase_report import plots, table
+from loramem.suites.phase_report import Reading, counter_examples, plots, table, tally
 from loramem.suites.runner import Known, Request, Result, public_name
-from loramem.suites.transition import THRESHOLD, Reading, counter_examples, grid, sampled_bounds, tally
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,13 +32,6 @@ BOOK, BOOKS, BOOK_STEPS = 200, 3, 200
 """Phone numbers in a book; books per rank; steps as above."""
 SHARES = (0.3, 0.6, 0.8, 0.9, 0.97)
 """Of a book's tokens, as training last saw them: whenever so many are at p >= 0.6 the book is looked at."""
-SAMPLED_KINDS, SAMPLED, SAMPLED_BOOKS, SAMPLED_RANK, SAMPLES = ("phonebook", "words", "hex"), 20, 2, 1, 100
-"""Values; records of a book; books per kind; rank; recalls of every record per way of sampling."""
-SAMPLED_SHARE = 0.9
-"""A sampled book is sampled at the end of its training, and before it at this share of tokens at p >= 0.6."""
-TOP_P = (0.95, 0.9)
-BELOW = 1e-4  # as far under a record's lowest p as no rounding reaches
-BATCH = 256  # recalls sampled together
 NAME = "phase"
 
 
@@ -49,14 +40,14 @@ class Cell:
     """A few long records with an adapter each, or one book."""
 
     part: str
-    """"long", "book" or "sampling"."""
+    """"long" or "book"."""
     kind: str
     """Of the values."""
     size: int
     """Answer tokens of a long record; records of a book."""
     rank: int
     repeats: int
-    """Long records; recalls of every sampled record."""
+    """Long records; 1 of a book."""
     seed: int
     """Of the records, their training and all draws; every long record has the next one."""
     model: str
@@ -73,7 +64,7 @@ class Cell:
 
 
 def cells(request: Request, _: Known) -> Iterator[Cell]:
-    """Long records over kinds, lengths and ranks; books over ranks; sampled books over kinds.
+    """Long records over kinds, lengths and ranks; books over ranks.
 
     No two long records have the same seed; those of one kind and length differ in their text as far as there are texts.
     """
@@ -90,10 +81,6 @@ def cells(request: Request, _: Known) -> Iterator[Cell]:
         for rank in ranks[-1:] if quick else ranks:
             for seed in range(request.seeds or (1 if quick else BOOKS)):
                 yield Cell("book", "phonebook", records, rank, 1, seed, *where)
-    for kind in SAMPLED_KINDS[:1] if quick else SAMPLED_KINDS:
-        for seed in range(request.seeds or (1 if quick else SAMPLED_BOOKS)):
-            size, samples = (5, 20) if quick else (SAMPLED, SAMPLES)
-            yield Cell("sampling", kind, size, SAMPLED_RANK, samples, seed, *where)
 
 
 def run(cell: Cell) -> Result:
@@ -104,7 +91,7 @@ def run(cell: Cell) -> Result:
 
     adapted = AdaptedModel(load_base_model(cell.model, device=cell.device))
     started = clock(adapted.base.device)
-    measured = {"long": long_records, "book": book, "sampling": sampling}[cell.part](cell, adapted)
+    measured = {"long": long_records, "book": book}[cell.part](cell, adapted)
     seconds = round(clock(adapted.base.device) - started, 1)
     return {"seconds": seconds, **measured, "base": conditions(adapted.base)}
 
@@ -151,13 +138,17 @@ def long_records(cell: Cell, adapted: "AdaptedModel") -> Result:
         **_transition(adapted, at_stage + at_end),
         "runs": runs,
         "refused": refused,
-        "grid": grid(at_end),
     }
 
 
 def book(cell: Cell, adapted: "AdaptedModel") -> Result:
     """Many records in one adapter, read at several stages of one training."""
-    records = _book_records(cell, adapted)
+    from loramem.generators import generate
+    from loramem.prompts import encode_records
+
+    base = adapted.base
+    generated = generate(cell.kind, cell.size, cell.seed)
+    records = encode_records(generated, base.tokenizer, base.template, base.max_tokens, base.unreachable)
     stages = train(adapted, records, cell.rank, cell.seed, BOOK_STEPS, at_shares(SHARES))
     readings: list[Reading] = []
     told: list[Result] = []
@@ -174,46 +165,6 @@ def book(cell: Cell, adapted: "AdaptedModel") -> Result:
             }
         )
     return {**_transition(adapted, readings), "stages": told}
-
-
-def sampling(cell: Cell, adapted: "AdaptedModel") -> Result:
-    """Recalls drawn at temperature 1 before the end of a training and at its end; there from nuclei too."""
-    records, draw = _book_records(cell, adapted), random.Random(cell.seed)
-    ways: list[Result] = []
-    readings: list[Reading] = []
-    stages = train(adapted, records, cell.rank, cell.seed, BOOK_STEPS, at_shares((SAMPLED_SHARE,)))
-    for stage in stages:
-        take(adapted, stage)
-        found = read(adapted, records)
-        readings += found
-        for top_p in (1.0, *TOP_P) if stage is stages[-1] else (1.0,):
-            rows = [
-                (
-                    *sampled_bounds(reading.probs, top_p),
-                    min(reading.probs),
-                    verbatim(adapted, record, top_p, cell.repeats, draw),
-                )
-                for record, reading in zip(records, found, strict=True)
-            ]
-            ways.append({"step": stage.step, "top_p": top_p, "end": stage is stages[-1], "records": rows})
-    narrow = [
-        (reading.key, min(reading.probs), verbatim(adapted, record, min(reading.probs) - BELOW, cell.repeats, draw))
-        for record, reading in zip(records, found, strict=True)
-        if min(reading.probs) - BELOW >= THRESHOLD
-    ]
-    return {
-        **_transition(adapted, readings),
-        "ways": ways,
-        "nucleus": {
-            "recalls": cell.repeats * len(narrow),
-            "left_out": len(records) - len(narrow),
-            "deviations": [
-                {"key": key, "lowest_p": lowest, "wrong": cell.repeats - exact}
-                for key, lowest, exact in narrow
-                if exact < cell.repeats
-            ],
-        },
-    }
 
 
 @dataclass(frozen=True)
@@ -242,7 +193,7 @@ def train(
     """
     from loramem.placement import Placement
     from loramem.settings import WriterSettings
-    from loramem.writer import train_adapter
+    from loramem.writer import NetworkSchedule, train_adapter
 
     stages: list[Stage] = []
     step = 0
@@ -259,9 +210,11 @@ def train(
         if step >= steps:
             raise _LongEnough
 
-    settings = WriterSettings(seed=seed, max_rank=rank, restarts=0)  # another rank or start has other weights
+    # Another rank or start has other weights.
+    settings, schedule = WriterSettings(seed=seed, max_rank=rank), NetworkSchedule(restarts=0)
     with suppress(_LongEnough):
-        train_adapter(adapted, NAME, records, rank, Placement.default(adapted.model), settings, watch)
+        placement = Placement.default(adapted.model)
+        train_adapter(adapted, NAME, records, rank, placement, settings, watch, schedule=schedule)
     keep()
     return stages
 
@@ -311,28 +264,6 @@ def read(adapted: "AdaptedModel", records: Sequence["EncodedRecord"]) -> list[Re
         )
         for index, record in enumerate(records)
     ]
-
-
-def verbatim(adapted: "AdaptedModel", record: "EncodedRecord", top_p: float, recalls: int, draw: random.Random) -> int:
-    """How many of as many sampled recalls are the record's value, end token included."""
-    from loramem.recall import sample_decode
-
-    exact = 0
-    for start in range(0, recalls, BATCH):
-        prompts = [record.prompt_ids] * min(BATCH, recalls - start)
-        tokens, end, seed = len(record.answer_ids), record.answer_ids[-1], draw.getrandbits(32)
-        rows = sample_decode(adapted.model, prompts, tokens, end, top_p=top_p, seed=seed)
-        exact += sum(tuple(row) == record.answer_ids[:-1] for row in rows)
-    return exact
-
-
-def _book_records(cell: Cell, adapted: "AdaptedModel") -> list["EncodedRecord"]:
-    from loramem.generators import generate
-    from loramem.prompts import encode_records
-
-    base = adapted.base
-    records = generate(cell.kind, cell.size, cell.seed)
-    return encode_records(records, base.tokenizer, base.template, base.max_tokens, base.unreachable)
 
 
 def _transition(adapted: "AdaptedModel", readings: Sequence[Reading]) -> Result:

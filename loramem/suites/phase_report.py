@@ -1,29 +1,27 @@
-"""What the lines of the phase suite say: the bins of p as a table, the other answers as sentences, and the plots."""
+"""What was decoded, set against teacher-forced probabilities: where p > 0.5 holds, as a table, sentences and plots.
 
+Positions are counted from 0, and the end token is one.
+"""
+
+import math
 import shlex
+from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
-from statistics import mean
 from typing import Any
 
-from loramem.suites.figures import Axis, HeatMap, Plot, Point, Series
+from loramem.suites.figures import Axis, Plot, Point, Series
 from loramem.suites.runner import Result, Table
-from loramem.suites.transition import (
-    COUNTS,
-    EDGES,
-    POSITIONS,
-    THRESHOLD,
-    Correlation,
-    added,
-    bin_of,
-    calibration,
-    may_be_outside,
-    share_interval,
-    spearman,
-    spearman_of_all,
-)
 
+THRESHOLD = 0.5
+EDGES = tuple(tenth / 10 for tenth in range(11))
+"""Of the bins of p: above the lower edge, up to and including the upper one, so that one of them begins at 0.5."""
+COUNTS = ("prefix", "prefix_right", "all", "all_right")
+"""Per bin: tokens that were decoded after their true prefix, how many are right, and the same of all tokens."""
+TIE = 1e-6  # float32 gives other batch shapes other last digits
 PAPER = "the paper's is 0.908, n = 155"
 SHOWN = 20  # counter-examples that are told in full; all are in the results
 
@@ -31,8 +29,129 @@ Lines = Sequence[Mapping[str, Any]]
 Pair = tuple[int, int]
 
 
+@dataclass(frozen=True)
+class Reading:
+    """A record under teacher forcing, and as it was decoded greedily and free-running."""
+
+    key: str
+    answer_ids: tuple[int, ...]
+    """ℓ answer tokens and the end token."""
+    probs: tuple[float, ...]
+    """Teacher-forced, of each of them."""
+    decoded_ids: tuple[int, ...]
+    """As many, or fewer where the end token, which is then the last, came sooner."""
+
+    @cached_property
+    def right(self) -> tuple[bool, ...]:
+        """Of each token, whether the same one was decoded at its position."""
+        missing = len(self.answer_ids) - len(self.decoded_ids)
+        decoded: tuple[int | None, ...] = (*self.decoded_ids, *[None] * missing)
+        return tuple(expected == got for expected, got in zip(self.answer_ids, decoded, strict=False))
+
+    @property
+    def failure(self) -> int | None:
+        """Position of the first token that was decoded wrongly. All before it had the true prefix, and so had it."""
+        return next((position for position, right in enumerate(self.right) if not right), None)
+
+    @property
+    def stubborn(self) -> int | None:
+        """Position of the first token at or below the threshold."""
+        return next((position for position, p in enumerate(self.probs) if p <= THRESHOLD), None)
+
+
+def bin_of(p: float) -> int:
+    """Which of the bins between `EDGES` a probability is in."""
+    return bisect_left(EDGES[1:-1], p)
+
+
+def tally(readings: Iterable[Reading]) -> dict[str, Any]:
+    """Tokens by their p and what became of them, JSON-able; see `COUNTS`."""
+    found: dict[str, Any] = {name: [0] * (len(EDGES) - 1) for name in COUNTS}
+    found |= {"records": 0, "answer_tokens": 0, "answer_tokens_prefix": 0}
+    for reading in readings:
+        length, failure = len(reading.answer_ids) - 1, reading.failure
+        first = length if failure is None else failure
+        found["records"] += 1
+        found["answer_tokens"] += length
+        found["answer_tokens_prefix"] += min(first + 1, length)
+        for position, (p, right) in enumerate(zip(reading.probs, reading.right, strict=True)):
+            bin_ = bin_of(p)
+            found["all"][bin_] += 1
+            found["all_right"][bin_] += right
+            if position <= first:
+                found["prefix"][bin_] += 1
+                found["prefix_right"][bin_] += right
+    return found
+
+
+def added(tallies: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Several tallies as one."""
+    return {
+        name: [sum(column) for column in zip(*(one[name] for one in tallies), strict=True)]
+        if name in COUNTS
+        else sum(one[name] for one in tallies)
+        for name in tallies[0]
+    }
+
+
+def counter_examples(readings: Iterable[Reading]) -> Iterator[dict[str, Any]]:
+    """Tokens with p > 0.5 that were decoded wrongly after their true prefix, JSON-able.
+
+    That is the first failure of a record or none. A record whose every p is above 0.5 and whose decode is not exact
+    has such a token (``whole_record``).
+    """
+    for reading in readings:
+        position = reading.failure
+        if position is None or reading.probs[position] <= THRESHOLD:
+            continue
+        yield {
+            "key": reading.key,
+            "position": position,
+            "p": reading.probs[position],
+            "expected_id": reading.answer_ids[position],
+            "decoded_id": reading.decoded_ids[position],
+            "whole_record": reading.stubborn is None,
+            "tie": reading.probs[position] - THRESHOLD <= TIE,
+        }
+
+
+@dataclass(frozen=True)
+class Correlation:
+    """A rank correlation with its 95 % interval."""
+
+    rho: float
+    low: float
+    high: float
+    n: int
+
+
+def spearman(pairs: Sequence[tuple[float, float]]) -> Correlation | None:
+    """Spearman's ρ; its interval by Fisher's z with the standard error √((1 + ρ²/2) / (n - 3)) (Bonett, Wright 2000).
+
+    Returns:
+        None for fewer than four pairs, or where one of the two does not vary.
+    """
+    from scipy.stats import spearmanr
+
+    if len(pairs) < 4 or any(len(set(values)) == 1 for values in zip(*pairs, strict=True)):
+        return None
+    rho = float(spearmanr(*zip(*pairs, strict=True)).statistic)
+    if abs(rho) > 1 - 1e-12:
+        return Correlation(rho, rho, rho, len(pairs))
+    half = 1.959964 * math.sqrt((1 + rho**2 / 2) / (len(pairs) - 3))
+    return Correlation(rho, math.tanh(math.atanh(rho) - half), math.tanh(math.atanh(rho) + half), len(pairs))
+
+
+def share_interval(successes: int, trials: int) -> tuple[float, float]:
+    """The 95 % interval of a share (Clopper and Pearson 1934)."""
+    from scipy.stats import binomtest
+
+    found = binomtest(successes, trials).proportion_ci(0.95, method="exact")
+    return float(found.low), float(found.high)
+
+
 def table(lines: Lines) -> Table:
-    """A row per bin of p; below it the counter-examples, the correlations and what sampling gave."""
+    """A row per bin of p; below it the counter-examples and the correlations."""
     told, lines = len(lines), counted(lines)
     tallies = added([line["result"]["tally"] for line in lines])
     rows = []
@@ -50,8 +169,6 @@ def table(lines: Lines) -> Table:
         "token of a record that was decoded wrongly; beyond it the prefix is no longer the one that p was taken under.",
         *_counter_examples(lines, tallies),
         *_stubborn_and_failure(lines),
-        *_sampled(lines),
-        *_nucleus(lines),
         *_refused(lines),
         *_left_out(told - len(lines)),
     )
@@ -121,74 +238,13 @@ def _stubborn_and_failure(lines: Lines) -> Iterable[str]:
 
 
 def _correlated(runs: Sequence[Mapping[str, Any]], when: str = "") -> str:
-    """The correlation over all runs, and that of those which fail, with how many runs it leaves out and why."""
-    every = [(_place(run, f"{when}stubborn"), _place(run, f"{when}failure")) for run in runs]
+    """The correlation of the runs that fail and have a stubborn token, and how many it leaves out and why."""
     kinds = Counter((run[f"{when}stubborn"] is not None, run[f"{when}failure"] is not None) for run in runs)
     return (
-        f"over all runs {_told(spearman_of_all(every))}, where no such token and no failure stand one behind the end "
-        "token, and the interval is by bootstrap over runs because of the ties. Of the failing runs with a stubborn "
-        f"token alone {_told(spearman(_pairs(runs, when)))}, by Fisher's z; that leaves out {kinds[True, False]} runs "
-        f"with a stubborn token that are exact, {kinds[False, False]} without either, and {kinds[False, True]} that "
-        "fail without one."
+        f"{_told(spearman(_pairs(runs, when)))}, of the failing runs with a stubborn token alone; that leaves out "
+        f"{kinds[True, False]} runs with a stubborn token that are exact, {kinds[False, False]} without either, and "
+        f"{kinds[False, True]} that fail without one."
     )
-
-
-def _place(run: Mapping[str, Any], name: str) -> int:
-    """A position of a run; behind all of its tokens, the end token too, where there is none."""
-    position: int | None = run[name]
-    return run["tokens"] + 1 if position is None else position
-
-
-def _sampled(lines: Lines) -> Iterable[str]:
-    for (end, top_p), cells in sorted(_ways(lines).items(), key=lambda way: (way[0][0], -way[0][1])):
-        records = [(tuple(row), samples) for samples, rows in cells for row in rows]
-        recalls = sum(samples for _, samples in records)
-        exact = sum(int(row[3]) for row, _ in records)
-        low, high = share_interval(exact, recalls)
-        when = "at the end of training" if end else "before the end of training"
-        measured = f"{exact / recalls:.1%} of {recalls:,} recalls verbatim (95 % interval {low:.1%} to {high:.1%})"
-        lowest = min(row[2] for row, _ in records)
-        if top_p == 1:
-            predicted = sum(row[0] * samples for row, samples in records) / recalls
-            yield (
-                f"Sampling at temperature 1 {when} (lowest p {lowest:.2f}): {measured}; the product of p says "
-                f"{predicted:.1%}. {_calibrated(cells)}"
-            )
-            continue
-        # Lines of before a token could lie outside its nucleus have a lower bound above 0 there.
-        lowers = [0.0 if may_be_outside(row[2], top_p) else row[0] for row, _ in records]
-        lower = sum(low * samples for low, (_, samples) in zip(lowers, records, strict=True)) / recalls
-        upper = sum(row[1] * samples for row, samples in records) / recalls
-        certain = [(row[3], samples) for row, samples in records if row[2] > top_p]
-        yield (
-            f"Top-p = {top_p:g} {when} (lowest p {lowest:.2f}): {measured}; must lie between {lower:.1%} and "
-            f"{upper:.1%}, whose exact place p alone does not tell. Of the {len(certain)} records whose every p is "
-            f"above {top_p:g}, {sum(int(count) for count, _ in certain):,} of "
-            f"{sum(samples for _, samples in certain):,} recalls are."
-        )
-
-
-def _calibrated(cells: Sequence[tuple[int, Sequence[Sequence[float]]]]) -> str:
-    told = []
-    for samples, rows in cells:
-        if found := calibration([(row[0], int(row[3])) for row in rows], samples):
-            spread = "" if found.dispersion is None else f", dispersion {found.dispersion:.2f}"
-            told.append(f"z = {found.z:+.2f}{spread}")
-    return f"By book: {'; '.join(told)} (right probabilities give |z| < 2 in 95 of 100, and a dispersion near 1)."
-
-
-def _nucleus(lines: Lines) -> Iterable[str]:
-    found = [line["result"]["nucleus"] for line in lines if line["cell"]["part"] == "sampling"]
-    if not found:
-        return
-    deviations = [one for nucleus in found for one in nucleus["deviations"]]
-    yield (
-        f"Nucleus just below each record's lowest p: {sum(nucleus['recalls'] for nucleus in found):,} sampled recalls, "
-        f"{sum(one['wrong'] for one in deviations)} not verbatim; {sum(nucleus['left_out'] for nucleus in found)} "
-        "records left out because their lowest p is not above 0.5."
-    )
-    for one in deviations[:SHOWN]:
-        yield f"Not deterministic: {one['key']!r} with lowest p {one['lowest_p']:.4f}, {one['wrong']} recalls differ."
 
 
 def _refused(lines: Lines) -> Iterable[str]:
@@ -198,15 +254,10 @@ def _refused(lines: Lines) -> Iterable[str]:
         yield f"{len(refused)} long records could not be expressed by this tokenizer and were left out ({told})."
 
 
-def plots(lines: Lines) -> tuple[Plot | HeatMap, ...]:
-    """The transition, first failures, p by position, and sampling against the product of p; what was measured of it."""
+def plots(lines: Lines) -> tuple[Plot, ...]:
+    """The transition, and first failures where there are any."""
     lines = counted(lines)
-    return (
-        _transition(lines),
-        *_failures(lines),
-        *_grids(lines),
-        *_verbatim(lines),
-    )
+    return (_transition(lines), *_failures(lines))
 
 
 def _transition(lines: Lines) -> Plot:
@@ -258,69 +309,6 @@ def _failures(lines: Lines) -> Iterable[Plot]:
         )
 
 
-def _grids(lines: Lines) -> Iterable[HeatMap]:
-    ends = [line for line in lines if line["cell"]["part"] == "long" and line["result"]["grid"]["tokens"]]
-    if not ends:
-        return
-    longest = max(line["cell"]["size"] for line in ends)
-    steps = max(run["steps"] for run in _of(lines, "long", "runs"))
-    ways: tuple[tuple[str, str, Lines, Callable[[Mapping[str, Any]], int]], ...] = (
-        ("rank", "rank", [line for line in ends if line["cell"]["size"] == longest], lambda cell: cell["rank"]),
-        ("length", "answer tokens", ends, lambda cell: cell["size"]),
-    )
-    for value, name, total in (("mean p", "mean", "sum_p"), ("share of tokens with p > 0.5", "share", "above")):
-        for way, label, shown, of in ways:
-            rows = sorted({of(line["cell"]) for line in shown})
-            sums = [[line["result"]["grid"] for line in shown if of(line["cell"]) == row] for row in rows]
-            width = max(len(one["tokens"]) for grids in sums for one in grids)
-            yield HeatMap(
-                name=f"{name}-by-{way}",
-                title=f"{value[0].upper()}{value[1:]} at the end of training, by position and {way}",
-                x=Axis(f"position in the answer, {POSITIONS} tokens up to"),
-                y=Axis(label),
-                value=value,
-                columns=tuple(str(POSITIONS * (field + 1)) for field in range(width)),
-                rows=tuple(map(str, rows)),
-                values=tuple(tuple(_ratio(grids, total, field) for field in range(width)) for grids in sums),
-                note=f"Long records of {f'{longest} tokens' if way == 'rank' else 'all ranks'}, each with an adapter; "
-                f"training ended when every token was certified, when nothing improved, or after {steps} steps.",
-            )
-
-
-def _ratio(grids: Sequence[Mapping[str, Any]], name: str, field: int) -> float | None:
-    """Of the grids that reach this field, the sum of ``name`` over the tokens."""
-    reaching = [one for one in grids if field < len(one["tokens"])]
-    tokens = sum(one["tokens"][field] for one in reaching)
-    return round(sum(one[name][field] for one in reaching) / tokens, 2) if tokens else None
-
-
-def _verbatim(lines: Lines) -> Iterable[Plot]:
-    shown = []
-    for (end, top_p), cells in sorted(_ways(lines).items()):
-        if top_p != 1:
-            continue
-        bins: dict[int, list[tuple[float, float, int]]] = {}
-        for samples, rows in cells:
-            for row in rows:
-                bins.setdefault(bin_of(row[0]), []).append((row[0], row[3], samples))
-        points = [
-            _share(100 * mean(p for p, *_ in rows), int(sum(k for _, k, _ in rows)), sum(n for *_, n in rows))
-            for _, rows in sorted(bins.items())
-        ]
-        shown.append(Series("end of training" if end else "before the end", tuple(points)))
-    if shown:
-        yield Plot(
-            name="sampling",
-            title="Sampled recalls at temperature 1",
-            kind="scatter",
-            x=Axis("product of p over the record, %, mean of bins of 10"),
-            y=Axis("recalled verbatim, %"),
-            series=tuple(shown),
-            diagonal="measured = product of p",
-            note="Bars are 95 % intervals.",
-        )
-
-
 def _share(x: float, right: int, tokens: int) -> Point:
     low, high = share_interval(right, tokens)
     return Point(x, 100 * right / tokens, 100 * low, 100 * high)
@@ -338,16 +326,6 @@ def _pairs(runs: Iterable[Mapping[str, Any]], when: str = "") -> list[Pair]:
     """
     found = ((run[f"{when}stubborn"], run[f"{when}failure"]) for run in runs)
     return [(stubborn, failure) for stubborn, failure in found if stubborn is not None and failure is not None]
-
-
-def _ways(lines: Lines) -> dict[tuple[bool, float], list[tuple[int, Sequence[Sequence[float]]]]]:
-    """By end of training and top-p: of each book, recalls per record, and its records as the suite keeps them."""
-    found: dict[tuple[bool, float], list[tuple[int, Sequence[Sequence[float]]]]] = {}
-    for line in lines:
-        if line["cell"]["part"] == "sampling":
-            for way in line["result"]["ways"]:
-                found.setdefault((way["end"], way["top_p"]), []).append((line["cell"]["repeats"], way["records"]))
-    return found
 
 
 def _told(found: Correlation | None) -> str:
