@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
-from urllib.parse import parse_qs, unquote
+from urllib.parse import unquote
 
 from .hub_faults import Answer, Refusal
 from .hub_repository import Commit, File, Repository, is_lfs
@@ -41,14 +41,13 @@ def answered(content: Any, **headers: str) -> Answer:
 class Hub:
     """Repositories of models, what a test does to them, and what is answered to requests.
 
-    `token` is the one that may write, and read what is private, in the name of `user`; listings come in pages of
-    `page_size`.
+    `token` is the one that may write, and read what is private, in the name of `user`.
     """
 
     url = ""
 
-    def __init__(self, token: str = "hf_of_the_tests", user: str = "me", page_size: int = 1000) -> None:
-        self.token, self.user, self.page_size = token, user, page_size
+    def __init__(self, token: str = "hf_of_the_tests", user: str = "me") -> None:
+        self.token, self.user = token, user
         self.repositories: dict[str, Repository] = {}
         self._lock = threading.RLock()
 
@@ -110,11 +109,6 @@ class Hub:
             raise Refusal(401, "", "Invalid username or password.")
         return f"{call.json.get('organization') or self.user}/{call.json['name']}"
 
-    def whoami(self, call: Call) -> Answer:
-        if not self._signed_in(call):
-            raise Refusal(401, "", "Invalid username or password.")
-        return answered({"type": "user", "name": self.user, "orgs": [], "auth": {"type": "access_token"}})
-
     def create_repo(self, call: Call) -> Answer:
         repo_id = self._named(call)
         self._own(repo_id)
@@ -123,25 +117,6 @@ class Hub:
             return replace(answered(there), status=409)
         self.create(repo_id, private=call.json.get("visibility") == "private")
         return answered({"url": f"{self.url}/{repo_id}", "name": repo_id})
-
-    def delete_repo(self, call: Call) -> Answer:
-        repo_id = self._named(call)
-        self._repository(call, repo_id, write=True)
-        del self.repositories[repo_id]
-        return answered({})
-
-    def settings(self, call: Call, repo_id: str) -> Answer:
-        repository = self._repository(call, repo_id, write=True)
-        if "visibility" in call.json:
-            repository.private = call.json["visibility"] == "private"
-        return answered({"private": repository.private})
-
-    def branch(self, call: Call, repo_id: str, name: str) -> Answer:
-        repository = self._repository(call, repo_id, write=True)
-        if name in repository.branches:
-            raise Refusal(409, "", "Reference already exists")
-        repository.branches[name] = repository.at(call.json.get("startingPoint", "main")).id
-        return answered({})
 
     def validate_yaml(self, call: Call) -> Answer:
         """The front matter's frame, and that the base model is an id; the Hub's own rules are many more."""
@@ -168,13 +143,6 @@ class Hub:
         more = {"disabled": False, "tags": [], "downloads": 0, "likes": 0, "createdAt": DATE, "lastModified": DATE}
         return answered(facts | more | {"siblings": siblings})
 
-    def commits(self, call: Call, repo_id: str, revision: str) -> Answer:
-        repository = self._repository(call, repo_id)
-        history = [repository.at(revision)]
-        while history[-1].parent:
-            history.append(repository.at(history[-1].parent))
-        return answered([{"id": c.id, "title": c.title, "message": "", "authors": [], "date": DATE} for c in history])
-
     def tree(self, call: Call, repo_id: str, revision: str, folder: str = "") -> Answer:
         commit = self._repository(call, repo_id).at(revision)
         within = f"{folder}/" if folder else ""
@@ -192,16 +160,7 @@ class Hub:
                     entries[name] = {"type": "directory", "oid": oid, "size": 0, "path": name} | last
             if len(below) == 1 or call.flag("recursive"):
                 entries[path] = {"type": "file"} | commit.files[path].entry(path) | last
-        start = int(call.query.get("cursor", ["0"])[0])
-        end = start + self.page_size
-        query = f"recursive={call.flag('recursive')}&expand={call.flag('expand')}&cursor={end}"
-        following = {"Link": f'<{self.url}{call.path}?{query}>; rel="next"'} if end < len(entries) else {}
-        return answered(list(entries.values())[start:end], **following)
-
-    def paths_info(self, call: Call, repo_id: str, revision: str) -> Answer:
-        files = self._repository(call, repo_id).at(revision).files
-        asked = parse_qs(call.body.decode()).get("paths", [])
-        return answered([{"type": "file"} | files[path].entry(path) for path in asked if path in files])
+        return answered(list(entries.values()))
 
     def preupload(self, call: Call, repo_id: str, revision: str) -> Answer:
         there = self._repository(call, repo_id, write=True).at(revision).files
@@ -288,17 +247,11 @@ class Hub:
 
 ID, NAME = r"([^/]+/[^/]+)", r"([^/]+)"
 ROUTES: list[tuple[str, str, Callable[..., Answer]]] = [
-    ("GET", "/api/whoami-v2", Hub.whoami),
     ("POST", "/api/repos/create", Hub.create_repo),
-    ("DELETE", "/api/repos/delete", Hub.delete_repo),
     ("POST", "/api/validate-yaml", Hub.validate_yaml),
     ("GET", f"/api/models/{ID}", Hub.info),
     ("GET", f"/api/models/{ID}/revision/{NAME}", Hub.info),
-    ("GET", f"/api/models/{ID}/commits/{NAME}", Hub.commits),
     ("GET", f"/api/models/{ID}/tree/{NAME}(?:/(.+))?", Hub.tree),
-    ("PUT", f"/api/models/{ID}/settings", Hub.settings),
-    ("POST", f"/api/models/{ID}/branch/{NAME}", Hub.branch),
-    ("POST", f"/api/models/{ID}/paths-info/{NAME}", Hub.paths_info),
     ("POST", f"/api/models/{ID}/preupload/{NAME}", Hub.preupload),
     ("POST", f"/api/models/{ID}/commit/{NAME}", Hub.commit_files),
     ("POST", rf"/{ID}\.git/info/lfs/objects/batch", Hub.lfs_batch),
