@@ -24,7 +24,6 @@ LAST_WRITES = 10
 @click.option("--layers", help="Only these decoder layers, such as 4,5.")
 @click.option("--model", envvar="LORAMEM_MODEL", show_envvar=True, help="Only this base model.")
 @click.option("--combined", is_flag=True, help="Also one law for all mixtures of text and random tokens.")
-@click.option("--forms", is_flag=True, help="Also other forms of the law, and how they predict what was left out.")
 @click.option("--points", is_flag=True, help="Also every point with its residual.")
 @click.option("--plot", type=options.OutputPath(path_type=Path), help="Draw the one law chosen: .png, .svg or .pdf.")
 @options.runs_option
@@ -36,7 +35,6 @@ def command(
     layers: str | None,
     model: str | None,
     combined: bool,
-    forms: bool,
     points: bool,
     plot: Path | None,
     runs: Path | None,
@@ -74,8 +72,6 @@ def command(
     if not as_json:
         if combined:
             _show_joint(found)
-        if forms:
-            _show_forms(laws)
         _show_boundaries(found)
         if (store / "store.json").exists():
             _show_writes(store)
@@ -130,34 +126,6 @@ def _show_joint(runs: "list[Run]") -> None:
     if rows:
         click.echo("\nOne law for all mixtures, b by kind\n")
         print_markdown(JOINT_COLUMNS, rows)
-
-
-def _show_forms(laws: "list[FittedRuns]") -> None:
-    """Forms of the law, best first by what they say of lengths that were left out."""
-    from loramem.errors import LawError
-    from loramem.law_fit import compare_forms
-
-    rows = []
-    for one in laws:
-        try:
-            scores = compare_forms([run.point for run in one.runs])
-        except LawError as error:
-            note(f"{one.name}: {error}")
-            continue
-        rows += [
-            (
-                one.name,
-                score.law.form,
-                f"{score.law.r_squared:.4f}",
-                f"{score.law.mape:.1f}",
-                f"{score.rank_mape:.1f}",
-                f"{score.length_mape:.1f}",
-            )
-            for score in scores
-        ]
-    click.echo("\nForms of the law\n")
-    columns = ("runs", "form", "R²", "MAPE %", "MAPE % of ranks left out", "MAPE % of lengths left out")
-    print_markdown(columns, rows)
 
 
 def _show_boundaries(runs: "list[Run]") -> None:

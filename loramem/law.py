@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass
 
 from loramem.errors import LawError, OutOfReach
 
+CONSTANTS = 4  # C, α, β and b
 ROUNDING = 1e-6  # what the solver may leave: a smaller difference between two predictions or two errors is none
 
 
@@ -27,7 +28,7 @@ class Point:
     """One converged training run.
 
     Raises:
-        LawError: A number is not finite, or rank, length, parameters or bits are not positive.
+        LawError: A number is not finite, or rank or length are not positive.
     """
 
     rank: float
@@ -37,14 +38,9 @@ class Point:
     """Nats per answer token before training."""
     final_loss: float
     """Nats per answer token after it."""
-    parameters: float | None = None
-    """Effective adapter parameters, for the form "parameters"."""
-    bits: float | None = None
-    """Cost of the values in bits, for the form "bits"."""
 
     def __post_init__(self) -> None:
         _check_positive(rank=self.rank, length=self.length)
-        _check_positive(**{k: v for k in ("parameters", "bits") if (v := getattr(self, k)) is not None})
         if not (math.isfinite(self.base_loss) and math.isfinite(self.final_loss)):
             raise LawError(f"A loss must be finite, not {self.base_loss} before and {self.final_loss} after training.")
 
@@ -55,32 +51,8 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Form:
-    """A form of the law: which quantities of a point take the places of r and ℓ, and whether b is free."""
-
-    rank: str = "rank"
-    length: str = "length"
-    offset: bool = True
-
-    @property
-    def constants(self) -> int:
-        return 4 if self.offset else 3
-
-
-FORMS = {
-    "paper": Form(),
-    "no-offset": Form(offset=False),
-    "parameters": Form(rank="parameters"),
-    "bits": Form(length="bits"),
-}
-
-
-@dataclass(frozen=True)
 class MemoryLaw:
     """A fitted law: ΔL = C · r^α · ℓ^(−β) + b, and how well it is known.
-
-    Under the form "parameters" every ``rank`` here is effective adapter parameters; under "bits" every ``length`` is
-    the values' cost in bits.
 
     >>> from loramem.law_fit import fit
     >>> points = [Point(r, n, 7.0, 6.5 - 4 * r**0.3 * n**-0.4) for r in (1, 2, 4) for n in (100, 400, 1600)]
@@ -95,8 +67,6 @@ class MemoryLaw:
     beta: float
     b: float
     """Nats per token that any rank gives at any length."""
-    form: str
-    """A key of `FORMS`."""
     r_squared: float
     """In ΔL, on the fitted points."""
     mape: float
@@ -115,11 +85,9 @@ class MemoryLaw:
     warnings: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.form not in FORMS:
-            raise LawError(f"The form must be one of {', '.join(FORMS)}, not {self.form!r}.")
         if not (self.C > 0 and min(self.alpha, self.beta) >= 0 and all(map(math.isfinite, self.constants))):
             raise LawError(f"A law needs C > 0, alpha >= 0, beta >= 0 and a finite b, not {self.constants}.")
-        if [len(row) for row in self.covariance] != [4] * 4 or self.points <= FORMS[self.form].constants:
+        if [len(row) for row in self.covariance] != [4] * 4 or self.points <= CONSTANTS:
             raise LawError("A law needs a covariance of 4 by 4 and more points than constants.")
 
     @property
@@ -191,7 +159,7 @@ class MemoryLaw:
             for one, row in zip(gradient, self.covariance, strict=True)
             for other, entry in zip(gradient, row, strict=True)
         )
-        freedom = self.points - FORMS[self.form].constants
+        freedom = self.points - CONSTANTS
         half = _student_t(confidence, freedom) * math.sqrt(max(variance, 0.0))
         return predicted - half, predicted + half
 
@@ -203,7 +171,7 @@ class MemoryLaw:
         """
         if not 0 < confidence < 1:
             raise LawError(f"The confidence must lie between 0 and 1, not {confidence}.")
-        t = _student_t(confidence, self.points - FORMS[self.form].constants)
+        t = _student_t(confidence, self.points - CONSTANTS)
         c, alpha, beta, b = (t * math.sqrt(max(self.covariance[i][i], 0.0)) for i in range(4))
         return c, alpha, beta, b
 
@@ -232,6 +200,8 @@ class MemoryLaw:
         """
         try:
             fields = json.loads(content)
+            if (form := fields.pop("form", "paper")) != "paper":  # there were others once
+                raise LawError(f"A saved law of another form, {form!r}: fit its runs again.")
             fields["covariance"] = tuple(map(tuple, fields["covariance"]))
             for name in ("rank_range", "length_range", "reduction_range", "warnings"):
                 fields[name] = tuple(fields[name])

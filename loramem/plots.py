@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from loramem.errors import LawError, LoramemError
 from loramem.files import write_synced
-from loramem.law import FORMS, MemoryLaw
+from loramem.law import MemoryLaw
 from loramem.law_fit import SATURATED
 
 if TYPE_CHECKING:
@@ -295,8 +295,6 @@ def _spaced(values: Iterable[float]) -> list[float]:
 def _save(path: Path, law: MemoryLaw, draw: Callable[[], "Figure"]) -> None:
     if path.suffix not in SUFFIXES:
         raise LoramemError(f"A figure's file must end in {', '.join(SUFFIXES)}, not {path.suffix!r}: {path}.")
-    if (FORMS[law.form].rank, FORMS[law.form].length) != ("rank", "length"):
-        raise LawError(f"Figures are over rank and length, and a law of the form {law.form!r} is not.")
     content = render(draw, path.suffix[1:])
     path.parent.mkdir(parents=True, exist_ok=True)
     write_synced(path, content, mode=0o644)

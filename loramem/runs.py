@@ -74,7 +74,7 @@ class Run:
     @property
     def point(self) -> Point:
         """What the law is fitted to."""
-        return Point(self.rank, self.length, self.base_loss, self.final_loss, self.parameters, max(self.bits, 1.0))
+        return Point(self.rank, self.length, self.base_loss, self.final_loss)
 
     @property
     def saturated(self) -> bool:

@@ -28,7 +28,6 @@ LAW = MemoryLaw(
     alpha=0.5,
     beta=0.5,
     b=1.0,
-    form="paper",
     r_squared=0.99,
     mape=3.0,
     covariance=((0.0,) * 4,) * 4,

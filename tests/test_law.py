@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 import loramem.law
 from loramem.errors import DegeneratePoints, LawError, LoramemError, OutOfReach
 from loramem.law import MemoryLaw, Point
-from loramem.law_fit import SATURATED, compare_forms, fit, held_out, means_agreement
+from loramem.law_fit import SATURATED, fit, held_out, means_agreement
 
 RANKS, LENGTHS = (1, 2, 4, 8, 16), (100, 200, 400, 800, 1600, 3200)
 BASE = 50.0  # nats per token: far above any ΔL here, so that no point is saturated
@@ -168,29 +168,25 @@ def test_noisy_points_give_the_constants_to_within_their_stated_errors() -> None
     assert law.sigma == pytest.approx(0.03, rel=0.4)
 
 
-@pytest.mark.parametrize("form", ["paper", "no-offset"])
-def test_quality_and_covariance_are_those_of_scipys_curve_fit(form: str) -> None:
+def test_quality_and_covariance_are_those_of_scipys_curve_fit() -> None:
     import numpy as np
     from scipy.optimize import curve_fit
 
-    points = made((30.0, 0.3, 0.4, 0.0 if form == "no-offset" else 0.5), noise=0.05, seed=2)
-    law, start = fit(points, form=form), TRUE[: 3 if form == "no-offset" else 4]
+    points = made(noise=0.05, seed=2)
+    law = fit(points)
     x = np.array([(point.rank, point.length) for point in points]).T.astype(float)
     y = np.array([point.loss_reduction for point in points])
 
     def model(at: Any, *free: float) -> Any:
-        return free[0] * at[0] ** free[1] * at[1] ** -free[2] + (free[3] if len(free) == 4 else 0.0)
+        return free[0] * at[0] ** free[1] * at[1] ** -free[2] + free[3]
 
-    constants, covariance = curve_fit(model, x, y, p0=start, xtol=1e-14, ftol=1e-14)
-    free = len(start)
-    assert law.constants[:free] == pytest.approx(constants, rel=1e-5)
-    assert np.array(law.covariance)[:free, :free] == pytest.approx(covariance, rel=1e-3)
+    constants, covariance = curve_fit(model, x, y, p0=TRUE, xtol=1e-14, ftol=1e-14)
+    assert law.constants == pytest.approx(constants, rel=1e-5)
+    assert np.array(law.covariance) == pytest.approx(covariance, rel=1e-3)
     residuals = y - model(x, *constants)
     assert law.r_squared == pytest.approx(1 - residuals.var() / y.var(), abs=1e-6)
     assert law.mape == pytest.approx(100 * np.abs(residuals / y).mean(), rel=1e-3)
-    assert law.sigma == pytest.approx(math.sqrt((residuals**2).sum() / (len(y) - free)), rel=1e-6)
-    if form == "no-offset":
-        assert law.b == 0 and not any(law.covariance[3])
+    assert law.sigma == pytest.approx(math.sqrt((residuals**2).sum() / (len(y) - 4)), rel=1e-6)
 
 
 def test_points_below_the_paper_s_threshold_are_dropped_and_no_others() -> None:
@@ -317,7 +313,6 @@ def test_points_that_determine_no_law_are_refused(points: list[Point], message: 
 
 def test_one_point_more_than_constants_is_enough() -> None:
     assert fit(points_at(CELLS[:5])).points == 5
-    assert fit(points_at(CELLS[:4]), form="no-offset").points == 4
 
 
 @pytest.mark.parametrize(
@@ -327,8 +322,6 @@ def test_one_point_more_than_constants_is_enough() -> None:
         ({"rank": -4}, "rank must be a positive number, not -4"),
         ({"length": 0}, "length must be a positive number, not 0"),
         ({"length": math.inf}, "length must be a positive number, not inf"),
-        ({"parameters": 0.0}, "parameters must be a positive number"),
-        ({"bits": math.nan}, "bits must be a positive number"),
         ({"base_loss": math.inf}, "loss must be finite"),
         ({"final_loss": math.nan}, "loss must be finite"),
     ],
@@ -336,13 +329,6 @@ def test_one_point_more_than_constants_is_enough() -> None:
 def test_a_point_of_impossible_numbers_is_refused(changed: dict[str, float], message: str) -> None:
     with pytest.raises(LawError, match=message):
         dataclasses.replace(Point(4, 400, 3.0, 1.0), **changed)
-
-
-def test_unknown_forms_and_missing_quantities_are_refused() -> None:
-    with pytest.raises(LawError, match="form must be one of paper, no-offset, parameters, bits, not 'linear'"):
-        fit(made(), form="linear")
-    with pytest.raises(LawError, match="'bits' needs the rank and bits of every point"):
-        fit(made(), form="bits")
 
 
 # --- JSON
@@ -410,7 +396,7 @@ def test_holding_out_nothing_is_refused() -> None:
         held_out([*made(), Point(99, 10, 3.0, 0.1)], lambda point: point.rank < 50)
 
 
-# --- forms
+# --- means over texts
 
 
 def on_three_texts() -> list[Point]:
@@ -454,61 +440,6 @@ def test_means_that_do_not_differ_have_nothing_to_explain() -> None:
     law = fit(points_at([(r, n) for r in (1, 2, 4, 8) for n in (200, 400, 800, 1600)]))
     alike = [Point(rank, 400, BASE, BASE - 1) for rank in (1, 2)]
     assert means_agreement(law, alike * 2) is None
-
-
-def of_form(form: str) -> list[Point]:
-    """Runs at two placements and of two kinds of data, whose ΔL follows this form."""
-    chance = random.Random(7)
-    points = []
-    for index, (rank, length) in enumerate((r, n) for r in RANKS for n in LENGTHS):
-        parameters = rank * (500.0, 1500.0)[index % 2]
-        bits = length * (3.3, 1.1, 7.0)[index % 3]
-        x = parameters / 1000 if form == "parameters" else rank
-        z = bits / 3.3 if form == "bits" else length
-        reduction = formula((30.0, 0.3, 0.4, 1.5), x, z) + chance.gauss(0, 0.02)
-        points.append(Point(rank, length, BASE, BASE - reduction, parameters, bits))
-    return points
-
-
-@pytest.mark.parametrize("form", ["paper", "parameters", "bits"])
-def test_the_form_that_made_the_points_predicts_held_out_ranks_and_lengths_best(form: str) -> None:
-    scores = compare_forms(of_form(form))
-    assert {score.law.form for score in scores} == set(loramem.law.FORMS)
-    assert scores[0].law.form == form
-    errors = [score.held_out_mape for score in scores]
-    assert errors == sorted(errors)
-    assert scores[0].law == fit(of_form(form), form=form)
-
-
-def test_an_offset_that_is_not_there_costs_held_out_error_though_it_fits_better() -> None:
-    better = 0
-    for seed in range(8):
-        points = made((30.0, 0.3, 0.4, 0.0), (1, 4, 16), (100, 300, 900, 2700), noise=0.05, seed=seed)
-        scores = {score.law.form: score for score in compare_forms(points)}
-        assert scores["paper"].law.r_squared >= scores["no-offset"].law.r_squared
-        better += scores["no-offset"].held_out_mape < scores["paper"].held_out_mape
-    assert better >= 6
-
-
-def test_held_out_errors_are_over_whole_ranks_and_whole_lengths() -> None:
-    points = made(noise=0.05, seed=6, ranks=(1, 2, 4), lengths=(100, 400, 1600, 6400))
-    score = next(score for score in compare_forms(points) if score.law.form == "paper")
-    by_rank = [held_out(points, lambda point, r=r: point.rank != r).mape for r in (1, 2, 4)]
-    by_length = [held_out(points, lambda point, n=n: point.length != n).mape for n in (100, 400, 1600, 6400)]
-    assert score.rank_mape == pytest.approx(sum(by_rank) / 3)
-    assert score.length_mape == pytest.approx(sum(by_length) / 4)
-    assert score.held_out_mape > score.law.mape
-
-
-def test_forms_without_their_quantities_are_left_out_and_equal_ones_keep_their_order() -> None:
-    assert [score.law.form for score in compare_forms(made(noise=0.05))] == ["paper", "no-offset"]
-    scaled = [dataclasses.replace(p, parameters=500.0 * p.rank, bits=3.3 * p.length) for p in made(noise=0.05)]
-    assert [score.law.form for score in compare_forms(scaled)] == ["paper", "parameters", "bits", "no-offset"]
-
-
-def test_comparing_forms_needs_three_ranks_and_three_lengths() -> None:
-    with pytest.raises(LawError, match="these points have 2 ranks and 6 lengths"):
-        compare_forms(made(ranks=(1, 2)))
 
 
 def test_a_fitted_law_is_asked_without_numpy_scipy_or_torch() -> None:

@@ -107,10 +107,9 @@ def test_mixtures_share_all_but_b(runs: Path, tmp_path: Path, capsys) -> None:
                 RUN, kind="mixed", rank=rank, length=length, base_loss=9.0, parameters=rank, bits=5.0 * length
             )
             append_run(runs, replace(run, final_loss=9.0 - reduction(rank, length) - 1.5))
-    shown = law(capsys, "--runs", str(runs), "--store", str(tmp_path / "none"), "--combined", "--forms")
+    shown = law(capsys, "--runs", str(runs), "--store", str(tmp_path / "none"), "--combined")
     joint = "| 9 | 0.400 | 0.300 | random -0.200, text -0.200, mixed 1.300 | 1.0000 | 0.0 |"
     assert f"| down_proj of layers 4, tiny {joint}" in shown
-    assert "| mixed, down_proj of layers 4, tiny | no-offset |" in shown
 
 
 def test_shipped_runs_are_shown_without_a_file(tmp_path: Path, capsys) -> None:

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import xml.etree.ElementTree
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -47,7 +47,6 @@ LAW = MemoryLaw(
     alpha=0.5,
     beta=0.5,
     b=1.0,
-    form="paper",
     r_squared=0.98765,
     mape=3.21,
     covariance=((0.0,) * 4,) * 4,
@@ -295,13 +294,9 @@ def test_without_matplotlib_one_line_says_what_to_install(
 
 @needs_matplotlib
 def test_what_makes_no_figure_is_refused_and_leaves_no_file(tmp_path: Path) -> None:
-    path, of_parameters = tmp_path / "figure.png", replace(LAW, form="parameters")
+    path = tmp_path / "figure.png"
     with pytest.raises(LawError, match="no runs to draw"):
         draw_law([], LAW, "nothing", path)
-    with pytest.raises(LawError, match="the form 'parameters' is not"):
-        draw_law(MEASURED, of_parameters, "another form", path)
-    with pytest.raises(LawError, match="the form 'parameters' is not"):
-        draw_plan(of_parameters, 8.0, 400, {}, "another form", path)
     for base_loss in (0.0, -1.0, math.nan, math.inf):
         with pytest.raises(LawError, match="base loss must be a positive number"):
             draw_plan(LAW, base_loss, 400, {}, "no base loss", path)
