@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from functools import partial
 
 import huggingface_hub.constants
+import hypothesis
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -30,6 +31,9 @@ from transformers.models.auto import AutoModelForCausalLM
 from loramem import shard_training, writer
 
 from .hub_server import HubServer
+
+hypothesis.settings.register_profile("unhurried", deadline=None)  # a busy machine is no failure
+hypothesis.settings.load_profile("unhurried")
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"  # the paper's data and a model pretrained by others; tests pass without it

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import loramem.boundary
@@ -74,7 +74,6 @@ def test_probability_and_inverse_by_hand() -> None:
 
 
 @given(boundary=boundaries, cost=sizes, length=lengths, probability=st.floats(0.001, 0.999))
-@settings(deadline=None)
 def test_the_inverse_undoes_the_probability(
     boundary: SuccessBoundary, cost: float, length: int, probability: float
 ) -> None:
@@ -83,7 +82,6 @@ def test_the_inverse_undoes_the_probability(
 
 
 @given(boundary=boundaries, cost=sizes, length=lengths, per_rank=st.floats(1, 1e6), wanted=st.floats(0.05, 0.99))
-@settings(deadline=None)
 def test_the_rank_for_success_is_the_least_that_reaches_it(
     boundary: SuccessBoundary, cost: float, length: int, per_rank: float, wanted: float
 ) -> None:
@@ -96,7 +94,6 @@ def test_the_rank_for_success_is_the_least_that_reaches_it(
 
 
 @given(boundary=boundaries, parameters=sizes, cost=sizes, length=lengths, factor=st.floats(1.01, 100))
-@settings(deadline=None)
 def test_more_parameters_never_hurt_and_more_bits_or_tokens_never_help(
     boundary: SuccessBoundary, parameters: float, cost: float, length: int, factor: float
 ) -> None:

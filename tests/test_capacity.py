@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from itertools import accumulate
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from loramem.boundary import SuccessBoundary
@@ -141,7 +141,6 @@ LENGTHS = st.one_of(st.integers(1, 30), st.integers(1, SHARD_TOKENS), st.integer
 
 
 @given(lengths=st.lists(LENGTHS, max_size=40), copies=st.integers(1, max(1, SHARD_RECORDS // 10)))
-@settings(deadline=None)
 def test_every_record_is_in_one_shard_in_order_within_the_limits(lengths: list[int], copies: int) -> None:
     lengths = lengths * copies
     costs = [float(index) for index in range(len(lengths))]
@@ -222,7 +221,6 @@ def test_the_goal_small_begins_where_one_write_of_ten_certifies_and_fast_where_n
 
 
 @given(cost=st.floats(0, 1e5))
-@settings(deadline=None)
 def test_the_goal_fast_never_takes_a_lower_rank_than_small(cost: float) -> None:
     for basis in (BASIS, dataclasses.replace(BASIS, boundary=BOUNDARY)):
         small, fast = (plan([500], cost, basis, goal=goal).shards[0].rank for goal in ("small", "fast"))
@@ -269,7 +267,6 @@ def test_the_laws_rank_by_hand() -> None:
 
 
 @given(base_loss=st.floats(2, 15), length=st.integers(50, 20_000), sigma=st.floats(0, 0.3))
-@settings(deadline=None)
 def test_the_laws_rank_inverts_the_law_and_lies_in_its_interval(base_loss: float, length: int, sigma: float) -> None:
     law = dataclasses.replace(LAW, sigma=sigma)
     found = law_rank(law, base_loss, length)
@@ -410,7 +407,6 @@ def test_short_records_before_a_long_one_are_parted_from_it_in_the_end() -> None
     calibrated=st.booleans(),
     data=st.data(),
 )
-@settings(deadline=None)
 def test_cutting_again_ends_and_keeps_every_record_once_in_order(
     records: list[tuple[int, float]], highest: int, goal: str, calibrated: bool, data: st.DataObject
 ) -> None:
@@ -430,7 +426,6 @@ def test_cutting_again_ends_and_keeps_every_record_once_in_order(
 
 
 @given(cost=st.floats(0, 3e5), factor=st.floats(1, 100), calibrated=st.booleans(), goal=st.sampled_from(sorted(GOALS)))
-@settings(deadline=None)
 def test_a_value_that_costs_more_never_gets_a_lower_rank(
     cost: float, factor: float, calibrated: bool, goal: str
 ) -> None:
@@ -505,7 +500,6 @@ def test_an_unknown_goal_is_refused() -> None:
     groups=st.lists(st.lists(st.tuples(st.integers(1, 3000), st.floats(0, 3000)), max_size=10), max_size=5),
     highest=st.integers(2, 40),
 )
-@settings(deadline=None)
 def test_a_shard_never_holds_records_of_two_groups(groups: list[list[tuple[int, float]]], highest: int) -> None:
     sizes, records = [len(group) for group in groups], [record for group in groups for record in group]
     lengths, costs = [length for length, _ in records], [cost for _, cost in records]

@@ -41,7 +41,7 @@ def test_the_card_states_the_hash_of_the_weights() -> None:
     assert hashlib.sha256((base_path() / "model.safetensors").read_bytes()).hexdigest() in card
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(text=st.text())
 def test_any_text_survives_the_tokenizer(tokenizer, text: str) -> None:
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]

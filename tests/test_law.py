@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import loramem.law
@@ -75,7 +75,6 @@ def test_prediction_and_inverses_by_hand() -> None:
 
 
 @given(law=laws, rank=numbers, length=numbers)
-@settings(deadline=None)
 def test_the_inverses_undo_the_prediction(law: MemoryLaw, rank: float, length: float) -> None:
     predicted = law.predict(rank, length)
     excess = predicted - law.b
@@ -87,7 +86,6 @@ def test_the_inverses_undo_the_prediction(law: MemoryLaw, rank: float, length: f
 
 
 @given(law=laws, rank=numbers, length=numbers, factor=st.floats(1.01, 100))
-@settings(deadline=None)
 def test_more_rank_never_hurts_and_more_tokens_never_help(
     law: MemoryLaw, rank: float, length: float, factor: float
 ) -> None:

@@ -442,7 +442,7 @@ def some_flags(source: random.Random, rows: int, tokens: int, share: float) -> F
     return [[source.random() < share for _ in range(tokens)] for _ in range(rows)]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(seed=st.integers(0, 2**32), rows=st.integers(1, 4), tokens=st.integers(1, 8), easy=st.booleans())
 def test_ot_agrees_with_a_slow_computation(seed: int, rows: int, tokens: int, easy: bool) -> None:
     source = random.Random(seed)
@@ -455,7 +455,7 @@ def test_ot_agrees_with_a_slow_computation(seed: int, rows: int, tokens: int, ea
         assert loss.item() == pytest.approx(slow_ot(losses, mask, idle == "zero"), rel=1e-12)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(seed=st.integers(0, 2**32), rows=st.integers(1, 3), tokens=st.integers(1, 240), steps=st.integers(1, 14))
 def test_the_sliding_window_agrees_with_a_slow_computation(seed: int, rows: int, tokens: int, steps: int) -> None:
     source = random.Random(seed)

@@ -126,8 +126,9 @@ def test_a_failed_write_leaves_uncertified_outcomes_and_nothing_else(base: Path,
     settings = WriterSettings(max_rank=1)
     with MemoryStore(tmp_path / "memory", str(base)) as store:
         [shard] = store.plan(numbers(5, 12), rank=1, limits=RankLimits(1)).shards
-        with pytest.raises(StubbornRecords):
+        with pytest.raises(StubbornRecords) as caught:
             store.write(numbers(5, 12), rank=1, settings=settings)
+        assert caught.value.keys
         assert store.outcomes() == [Outcome("unknown", 1, 60, shard.parameters, shard.cost_bits, certified=False)]
         assert (len(store), store.adapters(), store.pending()) == (0, [], None)
         assert not list((store.path / "adapters").glob("*"))

@@ -5,7 +5,7 @@ import math
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import loramem.pace
@@ -90,7 +90,6 @@ def test_without_such_a_write_there_is_no_pace(useless: list[Outcome]) -> None:
     parameters=st.floats(1, 1e7),
     factor=st.floats(1, 100),
 )
-@settings(deadline=None)
 def test_a_larger_adapter_is_never_slower(outcomes: list[Outcome], parameters: float, factor: float) -> None:
     pace = fit(outcomes)
     assert pace is not None

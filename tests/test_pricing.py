@@ -5,7 +5,7 @@ import math
 import random
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import loramem.pricing
@@ -120,7 +120,6 @@ TOKENS = st.tuples(st.integers(0, 5), st.floats(1e-6, 1))
 
 @given(values=st.lists(st.lists(TOKENS, min_size=1, max_size=12), max_size=40))
 @example(values=[[(token, 0.5)] for (token,) in CHANGING])
-@settings(deadline=None)
 def test_the_cost_is_never_negative_and_never_above_the_base_models_code_length(
     values: list[list[tuple[int, float]]],
 ) -> None:

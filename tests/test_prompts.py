@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -217,7 +217,6 @@ def test_no_special_tokens_are_added_around_key_or_value() -> None:
 
 
 @given(value=st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12))
-@settings(deadline=None)
 def test_any_value_comes_back_from_its_answer_ids(value: str) -> None:
     entry = encode_record(Record("k", value), PLAIN, PromptTemplate.of(PLAIN))
     assert decode_answer(PLAIN, entry.answer_ids[:-1]) == value

@@ -13,7 +13,7 @@ from loramem import MemoryStore, WriterSettings, shard_training, shards, writer
 from loramem.adapters import AdaptedModel
 from loramem.base_model import BaseModel, load_base_model
 from loramem.batches import Batch, answer_logits, make_batch, token_losses
-from loramem.errors import StubbornRecords, TrainingDiverged
+from loramem.errors import TrainingDiverged
 from loramem.features import Ending
 from loramem.layers import decoder_layers
 from loramem.placement import Placement
@@ -226,18 +226,6 @@ def test_the_rank_grows_when_progress_stops(base: Path, tmp_path: Path) -> None:
         report = store.write(numbers(24, 6), rank=1)
         assert report.rank > 1
         assert report.exact_match == 1.0
-
-
-@pytest.mark.usefixtures("impatient")
-def test_what_cannot_be_certified_commits_nothing_and_is_named(base: Path, tmp_path: Path) -> None:
-    settings = WriterSettings(max_rank=1)
-    with MemoryStore(tmp_path / "memory", str(base)) as store:
-        with pytest.raises(StubbornRecords) as caught:
-            store.write(numbers(5, 12), rank=1, settings=settings)
-        assert caught.value.keys
-        assert len(store) == 0
-        assert store.pending() is None
-        assert not list((store.path / "adapters").glob("*"))
 
 
 def stubborn_first(times: int):
