@@ -132,7 +132,7 @@ class _Run:
         """Per token, the lowest probability when it was last looked at, over all dtypes."""
         single_long = records == 1 and len(self.targets) > settings.long_tokens
         self.sliding = objectives.SlidingState.start(1, self.targets.device) if single_long else None
-        products = autocast_dtype(settings.precision, self.targets.device)
+        products = autocast_dtype("auto", self.targets.device)
         self.rivals = Rivals(adapted.base.model.get_output_embeddings(), self.targets, products)
         self.attach(rank)
         self.check(FIRST_RIVALS)
