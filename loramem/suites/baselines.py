@@ -24,7 +24,7 @@ from loramem.adapters import ALPHA_PER_RANK
 from loramem.base_model import BaseModel
 from loramem.placement import Placement
 from loramem.prompts import EncodedRecord
-from loramem.suites.timing import all_exact, clock, count_exact, lowest_probability
+from loramem.suites.timing import all_exact, clock, count_exact, teacher_forced
 
 IGNORED = -100  # the label of positions that carry no loss, transformers' convention
 MANY_EPOCHS = 100_000
@@ -70,7 +70,7 @@ def trainer_loop(
         bfloat16: Autocast of the matrix products, as the writer has it where the processor multiplies it natively.
 
     Returns:
-        JSON-able: seconds, eval_s, steps, epochs, exact, records, parameters, min_prob, capped, and the settings.
+        JSON-able: seconds, eval_s, steps, epochs, exact, records, parameters, min_prob, loss, capped, and the settings.
     """
     with tempfile.TemporaryDirectory() as scratch:
         arguments = TrainingArguments(
@@ -104,7 +104,7 @@ def trainer_loop(
         try:
             trainer.train()
             model.eval()
-            min_prob = lowest_probability(base, records)
+            min_prob, loss = teacher_forced(base, records)
         finally:
             model.unload()
     return {
@@ -116,6 +116,7 @@ def trainer_loop(
         "records": len(records),
         "parameters": parameters,
         "min_prob": min_prob,
+        "loss": loss,
         "capped": watch.exact < len(records),
         "cap_s": round(cap_s, 3),
         "learning_rate": learning_rate,

@@ -44,8 +44,14 @@ def count_exact(base: BaseModel, records: Sequence[EncodedRecord]) -> int:
 
 def lowest_probability(base: BaseModel, records: Sequence[EncodedRecord]) -> float:
     """The lowest teacher-forced probability of any answer or end token; 0 for weights that are not finite."""
-    lowest = min(float(probs.nan_to_num(0).min()) for _, probs in answer_probabilities(base.model, records))
-    return round(lowest, 4)
+    return teacher_forced(base, records)[0]
+
+
+def teacher_forced(base: BaseModel, records: Sequence[EncodedRecord]) -> tuple[float, float]:
+    """The lowest probability of any answer or end token, as above, and the mean loss of these tokens in nats."""
+    probs = torch.cat([probs.nan_to_num(0) for _, probs in answer_probabilities(base.model, records)])
+    loss = -probs.clamp(min=torch.finfo(probs.dtype).tiny).log().mean()
+    return round(float(probs.min()), 4), round(float(loss), 4)
 
 
 def conditions(base: BaseModel) -> dict[str, Any]:
