@@ -314,11 +314,30 @@ def test_every_way_of_reading_gives_the_records_back(base: Path) -> None:
     assert "scaled" in table.notes[0]
 
 
-def test_a_random_base_of_a_given_shape_is_written_and_counted() -> None:
-    result = large_base.run(large_base.Cell(5, 0, "cpu", quick=True))
-    assert (result["exact"], result["rank"], result["base"]["base_model"]) == (5, large_base.RANK, "random-qwen3")
-    assert result["training_tflop_per_s"] >= 0 < result["step_tflop"]
-    assert large_base.table([{"cell": {"seed": 0}, "result": {**result, "peak_memory_mb": 1.0}}]).rows[0][8] == "5/5"
+def quick_shard(records: int, model: str = "loramem-tiny") -> tuple[runner.Result, dict[str, str]]:
+    """What a shard of the suite for large bases took, and its row of the table."""
+    request = runner.Request(records=(records,), model=model, device="cpu", quick=True)
+    (cell,) = large_base.cells(request, lambda _: {})
+    result = large_base.run(cell)
+    table = large_base.table([{"result": {**result, "peak_memory_mb": 1.0}}])
+    return result, dict(zip(table.columns, table.rows[0], strict=True))
+
+
+def test_a_shard_on_a_random_base_of_a_given_shape_is_measured_by_phase_and_written() -> None:
+    result, row = quick_shard(5)
+    assert (result["exact"], result["written"], result["rank"]) == (5, 5, large_base.RANK)
+    assert result["base"]["base_model"] == row["base"] == "random-qwen3"
+    assert all(result[f"{phase}_s"] > 0 for phase in large_base.PHASES)
+    assert (result["positions"], row["positions"]) == (55, "55")  # ten digits and the end token
+    assert (row["exact"], row["written"], row["device MB at the peak of each phase"]) == ("5/5", "5/5", "-")
+    assert set(result["batches"]) == {"features", "training", "proof"}
+
+
+def test_a_shard_that_is_too_large_to_be_written_is_stepped_over(base: Path) -> None:
+    result, row = quick_shard(12, str(base))
+    assert result["steps"] == large_base.STEPS
+    assert result["step_ms"] > 0
+    assert (row["base"], row["written"], row["proof s"]) == (base.name, "-", "-")
 
 
 def test_warming_up_changes_no_weights(loaded: BaseModel) -> None:

@@ -1,24 +1,34 @@
-"""Writing on a base of Qwen3-8B's shape with random weights: records per second, memory and arithmetic of the engine.
+"""Writing on a large base, phase by phase: seconds and device memory of features, training, proof and a whole shard.
 
-Random weights know no language, but cost what trained ones cost. The head is scaled until p = 0.9 is within reach.
-Meant for a CUDA device; ``--quick`` runs a base of two small layers anywhere.
+On random weights of Qwen3-8B's shape unless ``--model`` names a base: they know no language, but cost what trained ones
+cost, and their head is scaled until p = 0.9 is within reach. Meant for a CUDA device, where `tests/device.sh` runs it;
+``--quick`` runs a base of two small layers anywhere.
 """
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from loramem import embedded
 from loramem.generators import generate
 from loramem.suites.figures import Plot
-from loramem.suites.runner import Known, Request, Result, Table
+from loramem.suites.runner import Known, Request, Result, Table, public_name
 
 if TYPE_CHECKING:
-    from loramem.base_model import BaseModel
+    import torch
 
-OPTIONS = ("records",)
+    from loramem.adapters import AdaptedModel
+    from loramem.base_model import BaseModel
+    from loramem.placement import Placement
+    from loramem.prompts import EncodedRecord
+    from loramem.settings import WriterSettings
+    from loramem.writer import WriteProgress
+
+OPTIONS = ("records", "model")
 SHAPE = {  # the published configuration of Qwen3-8B
     "hidden_size": 4096,
     "intermediate_size": 12_288,
@@ -39,108 +49,182 @@ SMALL_SHAPE = {
     "vocab_size": 4096,
     "tie_word_embeddings": False,
 }
-
-
+SIZES, QUICK_SIZES = (100, 400, 3200), (5, 12)
+WRITTEN, QUICK_WRITTEN = 1000, 10
+"""Most records that are written; with more, features are collected and `STEPS` steps are taken over them."""
+STEPS = 20
 RANK = 16
+PHASES = ("features", "training", "proof", "shard")
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One shard of phone-book records on a random base."""
+    """One shard of phone-book records."""
 
     records: int
     seed: int
+    model: str
+    """What `load_base_model` takes; "loramem-tiny" stands for the random base, which has its tokenizer."""
     device: str
     quick: bool
+    written: bool
+    """Or only stepped over."""
 
     @property
     def identity(self) -> Mapping[str, Any]:
-        return asdict(self)
+        return {**asdict(self), "model": public_name(self.model)}
 
     @property
     def title(self) -> str:
-        return f"{self.records} records, seed {self.seed}, {'small' if self.quick else 'Qwen3-8B'} shape"
+        shape = "small shape" if self.quick else "Qwen3-8B's shape"
+        base = shape if self.model == embedded.NAME else public_name(self.model)
+        return f"{base}, {self.records} records, seed {self.seed}"
 
 
 def cells(request: Request, _: Known) -> Iterator[Cell]:
-    """One write per number of records and seed."""
-    for records in request.records or ((5,) if request.quick else (100, 200)):
+    """One shard per number of records and seed."""
+    most = QUICK_WRITTEN if request.quick else WRITTEN
+    for records in request.records or (QUICK_SIZES if request.quick else SIZES):
         for seed in range(request.seeds or 1):
-            yield Cell(records, seed, request.device, request.quick)
+            yield Cell(records, seed, request.model, request.device, request.quick, written=records <= most)
 
 
 def run(cell: Cell) -> Result:
-    """Train, save, reload and prove one shard; building the base apart."""
+    """Collect features, train and prove in phases of their own; then all of it as a write does; the base apart."""
     import torch
-    from torch.utils.flop_counter import FlopCounterMode
 
-    from loramem.adapters import AdaptedModel
-    from loramem.batches import token_losses
+    from loramem.adapters import AdaptedModel, serialize
+    from loramem.base_model import load_base_model
+    from loramem.certificate import examine
+    from loramem.errors import UnsupportedBaseModel
+    from loramem.feature_writer import TRAIN_ROWS, train_on_features
+    from loramem.features import PASS_RECORDS, PASS_TOKENS
+    from loramem.files import write_directory
     from loramem.placement import Placement
     from loramem.prompts import encode_records
     from loramem.settings import WriterSettings
-    from loramem.shards import ShardJob, write_shard
-    from loramem.suites.timing import clock, conditions, warm_up
-    from loramem.trunk import Trunk
-    from loramem.writer import BATCH_RECORDS, autocast_dtype
+    from loramem.shard_training import features_of, with_other_batches
+    from loramem.suites.timing import conditions, warm_up
 
-    base = random_base(SMALL_SHAPE if cell.quick else SHAPE, cell.device)
+    if cell.model == embedded.NAME:
+        base = random_base(SMALL_SHAPE if cell.quick else SHAPE, cell.device)
+    else:
+        base = load_base_model(cell.model, device=cell.device)
     records = encode_records(
-        generate("phonebook", cell.records, cell.seed), base.tokenizer, base.template, base.max_tokens
+        generate("phonebook", cell.records, cell.seed), base.tokenizer, base.template, base.max_tokens, base.unreachable
     )
     warm_up(base)
-    placement, settings, adapted = Placement.default(base.model), WriterSettings(seed=cell.seed), AdaptedModel(base)
-    with TemporaryDirectory() as scratch:
-        job = ShardJob(
-            location=base.location,
-            base_id=base.id,
-            revision=None,
-            device=str(base.device),
-            dtype=base.dtype,
-            fingerprint=base.fingerprint,
-            serve=(),
-            records=tuple(records),
-            rank=RANK,
-            placement=placement,
-            settings=settings,
-            staging=Path(scratch),
-        )
-        started = clock(base.device)
-        result = write_shard(job, adapted)
-        seconds = clock(base.device) - started
-        (shard,) = result.shards
-        adapted.load(shard.adapter, job.folder / shard.adapter)
+    placement, settings = Placement.ladder(base.model)[0], WriterSettings(seed=cell.seed)
+    adapted, measured, told = AdaptedModel(base), _Measured(base.device), list["WriteProgress"]()
 
-        # The arithmetic of one training step, counted, times the steps taken.
-        adapted.create("counted", RANK, placement, 0)
-        batch = list(range(min(BATCH_RECORDS, len(records))))
-        trunk = Trunk(base.model, records, min(placement.layers))
-        cast = autocast_dtype("auto", base.device)
-        with FlopCounterMode(display=False) as counter:
-            tensors = trunk.batch(batch)
-            with torch.autocast(base.device.type, cast, enabled=cast is not None):
-                logits = trunk.logits(batch, tensors)
-            token_losses(logits, tensors).sum().backward()
-        step_flops = counter.get_total_flops()
-    return {
-        "seconds": round(seconds, 3),
-        "training_s": round(shard.training.elapsed_s, 3),
+    def watch(progress: "WriteProgress") -> None:
+        told.append(progress)
+        if not cell.written and progress.step >= STEPS:
+            raise _Enough
+
+    with measured.phase("features"):
+        features = with_other_batches([adapted], records, features_of([adapted], records, placement))
+    if features is None:
+        raise UnsupportedBaseModel(f"{base.id} is not trained behind its last attention: the log says why.")
+    with measured.phase("training"), suppress(_Enough):
+        train_on_features(adapted, "measured", features, len(records), RANK, placement, settings, watch)
+    sizes = {"features": [PASS_RECORDS, PASS_TOKENS], "training": min(TRAIN_ROWS, len(features[0]))}
+    result: Result = {
         "records": cell.records,
-        "exact": len(shard.indices),
-        "steps": shard.training.steps,
-        "visits_per_record": round(shard.training.visits / cell.records, 2),
-        "rank": shard.training.rank,
-        "parameters": shard.training.parameters,
-        "min_prob": round(shard.proof.min_prob, 4),
-        "trunk_mb": round(trunk.bytes / 2**20, 1),
-        "step_tflop": step_flops / 1e12,
-        "training_tflop_per_s": round(step_flops * shard.training.steps / shard.training.elapsed_s / 1e12, 2),
+        "positions": len(features[0]),
+        "features_mb": round(sum(tensor.nbytes for tensor in vars(features[0]).values()) / 2**20, 1),
+        "steps": told[-1].step,
+        "step_ms": round(1000 * (told[-1].elapsed_s - told[0].elapsed_s) / max(1, told[-1].step - told[0].step), 2),
+        "rank": told[-1].rank,
+        "parameters": sum(tensor.numel() for tensor in adapted.weights("measured").values()),
+        "batches": sizes,
         "base": conditions(base),
+        "torch": torch.__version__,
     }
+    if cell.written:
+        del features  # which a write collects anew
+        with TemporaryDirectory() as scratch:
+            with measured.phase("proof"):
+                folder = Path(scratch) / "adapter"
+                write_directory(folder, serialize(adapted.weights("measured"), base, placement))
+                adapted.load("saved", folder)
+                found = examine(adapted.model, records)
+            result["batches"] |= {"proof": found.batch_sizes}
+            result |= {"exact": len(records) - len(found.wrong), "min_prob": round(min(found.min_probs), 4)}
+            adapted.remove("measured")
+            adapted.remove("saved")
+            with measured.phase("shard"):
+                result |= _write_shard(adapted, records, placement, settings, Path(scratch))
+    return {**result, **measured.numbers}
+
+
+class _Enough(Exception):
+    """So many steps tell what one takes."""
+
+
+class _Measured:
+    """Seconds of phases, and the most memory that was allocated on a CUDA device in each."""
+
+    def __init__(self, device: "torch.device") -> None:
+        self.device = device
+        self.numbers: dict[str, float] = {}
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        from torch import cuda
+
+        from loramem.suites.timing import clock
+
+        on_cuda = self.device.type == "cuda"
+        if on_cuda:
+            cuda.reset_peak_memory_stats(self.device)
+        started = clock(self.device)
+        yield
+        self.numbers[f"{name}_s"] = round(clock(self.device) - started, 3)
+        if on_cuda:
+            peak_mb = round(cuda.max_memory_allocated(self.device) / 2**20, 1)
+            self.numbers[f"{name}_peak_mb"] = peak_mb
+            self.numbers["peak_device_memory_mb"] = max(peak_mb, self.numbers.get("peak_device_memory_mb", 0.0))
+
+
+def _write_shard(
+    adapted: "AdaptedModel",
+    records: "Sequence[EncodedRecord]",
+    placement: "Placement",
+    settings: "WriterSettings",
+    staging: Path,
+) -> Result:
+    """How many records a write puts into adapters, and what it says where it gives up."""
+    from loramem.errors import RecallError, StubbornRecords
+    from loramem.shards import ShardJob, write_shard
+
+    base = adapted.base
+    job = ShardJob(
+        location=base.location,
+        base_id=base.id,
+        revision=None,
+        device=str(base.device),
+        dtype=base.dtype,
+        fingerprint=base.fingerprint,
+        serve=(),
+        records=tuple(records),
+        rank=RANK,
+        placement=placement,
+        settings=settings,
+        staging=staging,
+    )
+    try:
+        shards = write_shard(job, adapted).shards
+    except (RecallError, StubbornRecords) as error:
+        return {"written": 0, "refused": str(error)}
+    return {"written": sum(len(shard.indices) for shard in shards)}
 
 
 def random_base(shape: Mapping[str, Any], device: str) -> "BaseModel":
-    """A random Qwen3 with loramem-tiny's tokenizer and prompt, in bfloat16 on CUDA and float32 elsewhere."""
+    """A random Qwen3 with loramem-tiny's tokenizer and prompt, in bfloat16 on CUDA and float32 elsewhere.
+
+    Its weights are drawn on the device, in the dtype that they stay in.
+    """
     from dataclasses import replace
 
     import torch
@@ -162,32 +246,35 @@ def random_base(shape: Mapping[str, Any], device: str) -> "BaseModel":
 
 
 def table(lines: Sequence[Mapping[str, Any]]) -> Table:
-    """A row per write."""
-    columns = (
-        *("records", "seed", "seconds", "training s", "records/s", "steps", "visits/record", "rank", "exact"),
-        *("lowest p", "training TFLOP/s", "peak device MB", "peak MB"),
-    )
+    """A row per shard."""
     rows = []
     for line in lines:
         result = line["result"]
         rows.append(
             (
-                str(result["records"]),
-                str(line["cell"]["seed"]),
-                f"{result['seconds']:.2f}",
-                f"{result['training_s']:.2f}",
-                f"{result['records'] / result['seconds']:.1f}",
+                result["base"]["base_model"],
+                f"{result['records']:,}",
+                f"{result['positions']:,}",
+                *(f"{result[f'{phase}_s']:.2f}" if f"{phase}_s" in result else "-" for phase in PHASES),
                 str(result["steps"]),
-                f"{result['visits_per_record']:.1f}",
-                str(result["rank"]),
-                f"{result['exact']}/{result['records']}",
-                f"{result['min_prob']:.3f}",
-                f"{result['training_tflop_per_s']:.3g}",
-                f"{result['peak_device_memory_mb']:,.0f}" if "peak_device_memory_mb" in result else "-",
+                f"{result['step_ms']:.1f}",
+                f"{result['parameters']:,}",
+                f"{result['exact']}/{result['records']}" if "exact" in result else "-",
+                f"{result['min_prob']:.3f}" if "min_prob" in result else "-",
+                f"{result['written']}/{result['records']}" if "written" in result else "-",
+                " / ".join(f"{result[f'{phase}_peak_mb']:,.0f}" for phase in PHASES if f"{phase}_peak_mb" in result)
+                or "-",
                 f"{result['peak_memory_mb']:,.0f}",
             )
         )
-    return Table(columns, tuple(rows))
+    columns = (
+        *("base", "records", "positions", "features s", "training s", "proof s", "whole shard s", "steps", "ms/step"),
+        *("parameters", "exact", "lowest p", "written", "device MB at the peak of each phase", "host MB"),
+    )
+    where = {(line["result"]["base"]["device"], line["result"]["base"]["dtype"]) for line in lines}
+    notes = [f"Measured on {device}, in {dtype}." for device, dtype in sorted(where)]
+    notes += [f"Not written, {line['result']['refused']}" for line in lines if "refused" in line["result"]]
+    return Table(columns, tuple(rows), tuple(notes))
 
 
 def plots(lines: Sequence[Mapping[str, Any]]) -> tuple[Plot, ...]:
