@@ -78,7 +78,7 @@ class AdaptedModel:
         with torch.random.fork_rng(devices=[]), _no_future_warnings():
             if self._peft is not None and name in self._peft.peft_config:
                 self.remove(name)
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)  # not of a device: nothing is drawn there, and it is the caller's
             if self._peft is None:
                 self._peft = get_peft_model(self.base.model, config, adapter_name=name)
             else:
@@ -108,11 +108,14 @@ class AdaptedModel:
     def load(self, name: str, folder: Path) -> None:
         """Activate a saved adapter, reading it from disk unless it is loaded already; the least used one leaves."""
         if name not in self._loaded:
+            place = str(self.model.device)  # PEFT would look for another: a base on the CPU does not touch a GPU
             with _no_future_warnings():
                 if self._peft is None:
-                    self._peft = PeftModel.from_pretrained(self.base.model, folder, adapter_name=name)
+                    self._peft = PeftModel.from_pretrained(
+                        self.base.model, folder, adapter_name=name, torch_device=place
+                    )
                 else:
-                    self._peft.load_adapter(str(folder), adapter_name=name)
+                    self._peft.load_adapter(str(folder), adapter_name=name, torch_device=place)
             if self.adapter_dtype is not None:
                 for layer in self.lora_layers(name):
                     layer.lora_A[name].to(self.adapter_dtype)
