@@ -96,14 +96,12 @@ def run(cell: Cell) -> Result:
     from loramem.adapters import AdaptedModel, serialize
     from loramem.base_model import load_base_model
     from loramem.certificate import examine
-    from loramem.errors import UnsupportedBaseModel
     from loramem.feature_writer import TRAIN_ROWS, train_on_features
-    from loramem.features import PASS_RECORDS, PASS_TOKENS
+    from loramem.features import PASS_RECORDS, PASS_TOKENS, collect
     from loramem.files import write_directory
     from loramem.placement import Placement
     from loramem.prompts import encode_records
     from loramem.settings import WriterSettings
-    from loramem.shard_training import features_of, with_other_batches
     from loramem.suites.timing import conditions, warm_up
 
     if cell.model == embedded.NAME:
@@ -123,16 +121,14 @@ def run(cell: Cell) -> Result:
             raise _Enough
 
     with measured.phase("features"):
-        features = with_other_batches([adapted], records, features_of([adapted], records, placement))
-    if features is None:
-        raise UnsupportedBaseModel(f"{base.id} is not trained behind its last attention: the log says why.")
+        features = collect(base.model, records)
     with measured.phase("training"), suppress(_Enough):
-        train_on_features(adapted, "measured", features, len(records), RANK, placement, settings, watch)
-    sizes = {"features": [PASS_RECORDS, PASS_TOKENS], "training": min(TRAIN_ROWS, len(features[0]))}
+        train_on_features(adapted, "measured", [features], len(records), RANK, placement, settings, watch)
+    sizes = {"features": [PASS_RECORDS, PASS_TOKENS], "training": min(TRAIN_ROWS, len(features))}
     result: Result = {
         "records": cell.records,
-        "positions": len(features[0]),
-        "features_mb": round(sum(tensor.nbytes for tensor in vars(features[0]).values()) / 2**20, 1),
+        "positions": len(features),
+        "features_mb": round(sum(tensor.nbytes for tensor in vars(features).values()) / 2**20, 1),
         "steps": told[-1].step,
         "step_ms": round(1000 * (told[-1].elapsed_s - told[0].elapsed_s) / max(1, told[-1].step - told[0].step), 2),
         "rank": told[-1].rank,
@@ -217,7 +213,8 @@ def _write_shard(
         shards = write_shard(job, adapted).shards
     except (RecallError, StubbornRecords) as error:
         return {"written": 0, "refused": str(error)}
-    return {"written": sum(len(shard.indices) for shard in shards)}
+    where = [asdict(shard.placement) for shard in shards]  # further up the ladder, or through the network
+    return {"written": sum(len(shard.indices) for shard in shards), "shard_placements": where}
 
 
 def random_base(shape: Mapping[str, Any], device: str) -> "BaseModel":
