@@ -469,7 +469,7 @@ def test_exhausted_memory_is_told_as_such_when_a_base_model_is_loaded(
     [
         pytest.param("loramem.features.answer_logits", EXHAUSTED[0], id="the frozen pass"),
         *(
-            pytest.param("loramem.features.Ending.logits", error, id=f"training over features, {name}")
+            pytest.param("loramem.feature_writer._Run.train_step", error, id=f"training over features, {name}")
             for name, error in zip(NAMES, EXHAUSTED, strict=True)
         ),
         pytest.param("loramem.trunk._tail_logits", EXHAUSTED[1], id="training through layers"),
@@ -485,8 +485,11 @@ def test_exhausted_memory_of_a_write_is_told_and_the_write_waits(
             patched.setattr(place, fail(error))
             with pytest.raises(OutOfMemory, match="fewer workers"):
                 store.write({"a": "12"})
-        assert store.pending() is not None
-        assert store.resume().written == 1
+        if "logits" in place and "trunk" not in place:  # while it was planned: nothing is journalled yet
+            assert store.pending() is None
+            assert store.write({"a": "12"}).written == 1
+        else:
+            assert store.resume().written == 1
         with monkeypatch.context() as patched:
             patched.setattr("loramem.reader.greedy_decode", fail(error))
             with pytest.raises(OutOfMemory):
