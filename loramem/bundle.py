@@ -99,7 +99,7 @@ def _copy(store: Path, index: Index, folder: Path) -> None:
         remove_directory(folder)
         make_directory(folder)
         with sqlite_errors(folder / INDEX):
-            index.db.execute("VACUUM INTO ?", [str(folder / INDEX)])
+            index.copy_to(folder / INDEX)
         (folder / INDEX).chmod(0o600)
         copy = Index(folder / INDEX)
         try:

@@ -17,7 +17,7 @@ from loramem.tables import StoredAdapter
 
 
 def problems(store: Path, index: Index) -> Iterator[str]:
-    """Every row against its seal, all of them against the digest, every file against its sha256.
+    """Every row against its seal, all of them against their sum, every file against its sha256.
 
     Called outside a snapshot, it takes no file for lost that another process removed in the meantime.
     """
@@ -30,7 +30,7 @@ def problems(store: Path, index: Index) -> Iterator[str]:
         with index.snapshot():
             found += index.damaged()
             index.pending_write()
-            found += _misplaced(index)
+            found += index.misplaced()
             for id in index.live():
                 with suppress(IntegrityError):  # its row is among the damaged ones
                     if (adapter := index.adapter(id)) is not None:
@@ -43,16 +43,6 @@ def problems(store: Path, index: Index) -> Iterator[str]:
     for adapter in adapters:
         if (missed := file_problems(store, adapter)) and adapter.id in index.live():  # not removed by a change since
             yield from missed
-
-
-def _misplaced(index: Index) -> Iterator[str]:
-    """Records whose adapter is not there, or is another namespace's."""
-    adapters = index.live()
-    for record in index.db.query("select namespace, key, adapter from records order by adapter, rowid"):
-        if record["adapter"] not in adapters:
-            yield f"The record {record['key']!r} is in adapter {record['adapter']!r}, which the index does not have"
-        elif adapters[record["adapter"]] != record["namespace"]:
-            yield f"The record {record['key']!r} is in an adapter of another namespace"
 
 
 def file_problems(store: Path, adapter: StoredAdapter) -> list[str]:

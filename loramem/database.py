@@ -8,7 +8,7 @@ from pathlib import Path
 from sqlite_utils import Database
 
 from loramem.errors import IntegrityError, StoreError, StoreReadOnly
-from loramem.tables import MIGRATIONS
+from loramem.migrations import MIGRATIONS
 
 BUSY_S = 30.0  # a commit takes milliseconds; longer means that something else holds the database
 _PASSING = frozenset(
@@ -25,7 +25,7 @@ def sqlite_errors(path: Path) -> Iterator[None]:
     """What SQLite says of a database, as errors of ours.
 
     Raises:
-        StoreError: It could not be read or written now: locked, or the disk failed or is full.
+        StoreError: It could not be read or written now: locked, or the disk failed or is full; or a row is too large.
         IntegrityError: It is damaged.
     """
     try:
@@ -34,6 +34,11 @@ def sqlite_errors(path: Path) -> Iterator[None]:
         raise
     except sqlite3.DatabaseError as error:
         code = vars(error).get("sqlite_errorcode", sqlite3.SQLITE_CORRUPT)  # Python's own errors about rows have none
+        if code == sqlite3.SQLITE_TOOBIG:
+            raise StoreError(
+                f"{path} cannot hold a row that large ({error}): 1e9 bytes at most. Leave the value or the metadata "
+                "out that has so many. Nothing was changed."
+            ) from None
         if code & 0xFF in _PASSING:
             raise StoreError(
                 f"{path} could not be read or written now ({error}). What was committed before is whole. End what else "

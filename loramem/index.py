@@ -4,112 +4,60 @@ Only reading and the journal are here; `loramem.commits` holds what changes reco
 """
 
 import difflib
-import hashlib
 import heapq
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from sqlite_utils import Database
-from sqlite_utils.db import NotFoundError
-
 from loramem.boundary import Outcome
-from loramem.database import BUSY_S, connect, connect_read_only, sqlite_errors
-from loramem.errors import IntegrityError, StoreLocked
-from loramem.locks import write_lock
+from loramem.errors import IntegrityError
 from loramem.records import Record, journalled
+from loramem.sealed_database import SealedDatabase
+from loramem.seals import is_sealed
 from loramem.tables import (
-    MIGRATIONS,
     PENDING,
     RENAMED,
     REPLACED,
-    SEALED,
     PendingWrite,
     StoredAdapter,
     StoredRecord,
     StoredVersion,
     adapter_of,
     hidden_names,
-    is_sealed,
     now,
     record_of,
-    seal,
     version_of,
 )
 
 NAME = "index.db"
 CLOSE_KEYS = 20_000
 """So many keys are compared roughly with an unknown one, a hundredth of them closely."""
-VACUUM_DUE = "vacuum_due"  # in meta: records were erased and the file may still hold them
-META = frozenset({"manifest_sha256", "rows_sha256", VACUUM_DUE})
+_LIVE = "id not in (select adapter from retired)"
+_PENDING = f"state = '{PENDING}'"  # a literal, which the index of these rows is found by
 
 
-class Index:
-    """The database of one store. Not thread-safe by itself: the store holds a lock around it.
+@dataclass(frozen=True)
+class Load:
+    """What of an adapter is alive."""
+
+    records: int
+    answer_tokens: int
+    min_prob: float
+
+
+class Index(SealedDatabase):
+    """The database of one store.
 
     Attributes:
         key_salt: Set for a store whose rows hold digests in place of namespaces and keys: what `find` looks for then.
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        super().__init__(path)
         self.key_salt: str | None = None
-        self.read_only = path.exists() and not os.access(path.parent, os.W_OK)
-        connection = connect_read_only(path) if self.read_only else connect(path)
-        self.db = Database(connection)
-
-    @classmethod
-    def open(cls, path: Path) -> "Index":
-        """The index of an existing store, up to date, for reading alone if its folder cannot be written.
-
-        Raises:
-            IntegrityError: It is missing, or not a database that SQLite can read.
-            StoreError: SQLite could not read it now, such as on a disk that fails.
-            StoreLocked: It is of an older format, and another process is writing.
-            StoreReadOnly: It cannot be written, and a commit in its write-ahead log has not reached it.
-        """
-        if not path.exists():
-            raise IntegrityError(f"{path} is missing. Restore it from a backup.", what=path.name)
-        with sqlite_errors(path):
-            index = cls(path)
-            try:
-                if index.read_only:
-                    index.migrate()
-                elif MIGRATIONS.pending(index.db):
-                    with write_lock(path.parent, BUSY_S):
-                        index.migrate()
-            except BaseException:
-                index.close()
-                raise
-            return index
-
-    def migrate(self) -> None:
-        """Bring the tables up to date; the caller holds the store's lock, unless nobody else sees them."""
-        if MIGRATIONS.pending(self.db):
-            MIGRATIONS.apply(self.db)
-
-    def close(self) -> None:
-        self.db.close()
-
-    def snapshot(self) -> AbstractContextManager[Database]:
-        """Within this context every query sees the same committed state; outside, each sees the newest."""
-        return self.db.atomic()
-
-    @contextmanager
-    def change(self) -> Iterator[None]:
-        """One transaction that changes rows, all or nothing; it waits for others before it reads, not midway."""
-        self.db.conn.execute("BEGIN IMMEDIATE")
-        try:
-            yield
-            self.db.commit()
-        except BaseException:
-            self.db.rollback()
-            raise
 
     # Reading
 
@@ -258,12 +206,11 @@ class Index:
         Raises:
             IntegrityError: A row is not what was committed.
         """
-        where = "id not in (select adapter from retired)"
-        return map(adapter_of, self._rows("adapters", where, order_by="rowid"))
+        return map(adapter_of, self._rows("adapters", _LIVE, order_by="rowid"))
 
     def live(self) -> dict[str, str]:
         """Namespaces of the adapters that hold live records, whatever else their rows say; by id, oldest first."""
-        query = "select id, namespace from adapters where id not in (select adapter from retired) order by rowid"
+        query = f"select id, namespace from adapters where {_LIVE} order by rowid"
         return {row["id"]: row["namespace"] for row in self.db.query(query)}
 
     def retired(self) -> dict[str, str]:
@@ -277,74 +224,64 @@ class Index:
         """
         query = (
             "select adapter, count(*) as dead from (select distinct adapter, namespace, key from versions "
-            "where adapter in (select id from adapters) except select adapter, namespace, key from records) group by 1"
+            "where adapter in (select id from adapters)) as ended where not exists (select 1 from records "
+            "where namespace = ended.namespace and key = ended.key and adapter = ended.adapter) group by adapter"
         )
         return {row["adapter"]: row["dead"] for row in self.db.query(query)}
 
-    # The file
+    def published(self, repo: str) -> tuple[str | None, str | None]:
+        """Commit of a Hub repository that this store equals or began as; sha256 of a loramem.json on its way there."""
+        row = self._row("publications", repo)
+        return (None, None) if row is None else (row["commit"], row["sent"])
 
-    def vacuum(self) -> None:
-        """Rewrite the database without what was deleted from it, and empty its write-ahead log.
+    def adapter_ids(self) -> set[str]:
+        """All adapters that there are rows of, retired ones too."""
+        return {row["id"] for row in self.db.query("select id from adapters")}
 
-        Raises:
-            StoreLocked: Another process kept reading for 30 s.
-        """
-        self.db.execute("PRAGMA temp_store=MEMORY")  # no copy of the rows in a folder of temporary files
-        self.db.execute("VACUUM")
-        if not self.empty_log():
-            raise StoreLocked(
-                f"Another process keeps reading {self.path}, so that its log still holds what was erased. End it; the "
-                "next change of the store clears the log (loramem gc is one).",
-                pid=None,
-                host=None,
-                since=None,
-            )
-        with self.change():
-            self.db.execute("delete from meta where name = ?", [VACUUM_DUE])
-
-    def empty_log(self, wait_s: float = BUSY_S) -> bool:
-        """Move every commit from the write-ahead log into the database; False if a reader was in the way."""
-        self.db.execute(f"PRAGMA busy_timeout={wait_s * 1000:.0f}")
-        try:
-            (busy, *_) = self.db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
-        finally:
-            self.db.execute(f"PRAGMA busy_timeout={BUSY_S * 1000:.0f}")
-        return not busy
+    def loads(self) -> dict[str, Load]:
+        """What each adapter holds, as the rows say: it looks at no seal, and keeps no row in memory."""
+        query = (
+            "select adapter, count(*), sum(cast(answer_tokens as integer)), min(cast(min_prob as real)) "
+            "from records group by adapter"
+        )
+        return {adapter: Load(*held) for adapter, *held in self.db.execute(query)}
 
     # The journal
 
     def begin_write(self, records: Iterable[Record], request: dict[str, Any]) -> int:
         """Journal a write durably before training starts; returns its id."""
-        rows = [
-            {"key": r.key, "value": r.value, "namespace": r.namespace, "metadata": dict(r.metadata)} for r in records
-        ]
-        with self.change():
-            number = self.next_id("writes")
-            row = {
-                "id": number,
-                "state": PENDING,
-                "started_at": now(),
-                "ended_at": None,
-                "count": len(rows),
-                "records": json.dumps(rows),
-                "request": json.dumps(request),
-            }
-            self.db.table("writes").insert(seal(row))
-            self.seal_rows()
-        return number
+        with self.change() as change:
+            write, count = self.next_id("writes"), 0
+            for record in records:
+                kept = {name: vars(record)[name] for name in ("key", "value", "namespace")}
+                text = json.dumps({**kept, "metadata": dict(record.metadata)})
+                change.put("journal", {"write": write, "number": count, "record": text})
+                count += 1
+            row = {"id": write, "state": PENDING, "started_at": now(), "ended_at": None, "count": count}
+            change.put("writes", {**row, "request": json.dumps(request)})
+        return write
 
     def pending_write(self) -> PendingWrite | None:
         """The write that was journalled and neither committed nor given up.
 
         Raises:
-            IntegrityError: Its row is not what was journalled.
+            IntegrityError: It is not what was journalled.
         """
-        for row in self.db.table("writes").rows_where("state = ?", [PENDING], order_by="id"):
-            if row["row_sha256"] is not None and not is_sealed(row):
-                raise IntegrityError(f"{self.path}: the journal of write {row['id']} is damaged.", what="writes")
-            records = list(map(journalled, json.loads(row["records"])))
+        for row in self.db.table("writes").rows_where(_PENDING, order_by="id"):
+            kept = self.db.table("journal").rows_where("write = ?", [row["id"]], order_by="number")
+            records = [journalled(json.loads(each["record"])) for each in kept if is_sealed("journal", each)]
+            if not is_sealed("writes", row) or len(records) != row["count"]:
+                raise IntegrityError(
+                    f"{self.path}: the journal of write {row['id']} is damaged. Run loramem repair, which forgets it.",
+                    what="writes",
+                )
             return PendingWrite(row["id"], row["started_at"], records, json.loads(row["request"]))
         return None
+
+    def pending_count(self) -> int:
+        """How many records the pending write is of; 0 without one."""
+        query = f"select coalesce(cast(count as integer), 0) as count from writes where {_PENDING} order by id"
+        return next((int(row["count"]) for row in self.db.query(query)), 0)
 
     def outcomes(self) -> list[Outcome]:
         """Of the writes to this store, oldest first."""
@@ -352,74 +289,15 @@ class Index:
         kept = ({name: value for name, value in row.items() if name not in ("id", "noted_at")} for row in rows)
         return [Outcome(**{**fields, "certified": bool(fields["certified"])}) for fields in kept]
 
-    # Integrity
-
-    def _row(self, table: str, key: Any) -> dict[str, Any] | None:
-        with sqlite_errors(self.path):
-            try:
-                return self._checked(table, self.db.table(table).get(key))
-            except NotFoundError:
-                return None
-
-    def _rows(
-        self, table: str, where: str | None = None, values: Mapping[str, Any] | None = None, *, order_by: str
-    ) -> Iterator[dict[str, Any]]:
-        with sqlite_errors(self.path):
-            for row in self.db.table(table).rows_where(where, dict(values or {}), order_by=order_by):
-                yield self._checked(table, row)
-
-    def _checked(self, table: str, row: dict[str, Any]) -> dict[str, Any]:
-        if is_sealed(row):
-            return row
-        what = str(row[{"adapters": "id", "records": "key", "publications": "repo"}[table]])
-        raise IntegrityError(
-            f"{self.path}: the row of {what!r} in {table} is not what was committed. Run loramem repair.", what=what
+    def misplaced(self) -> Iterator[str]:
+        """Records whose adapter is not there, or is another namespace's, in words."""
+        query = (
+            "select key, records.adapter, live.namespace from records left join (select id, namespace from adapters "
+            f"where {_LIVE}) as live on live.id = records.adapter where live.namespace is not records.namespace "
+            "order by records.adapter, records.rowid"
         )
-
-    def next_id(self, table: str) -> int:
-        """For a row whose seal covers its id, inside a transaction."""
-        return int(next(self.db.query(f"select coalesce(max(id), 0) + 1 as id from {table}"))["id"])
-
-    def seal_rows(self) -> None:
-        """Renew the digest over all rows, inside the transaction that changed some."""
-        self.set_meta("rows_sha256", self.rows_digest())
-
-    def meta(self, name: str) -> str | None:
-        try:
-            value: str = self.db.table("meta").get(name)["value"]
-            return value
-        except NotFoundError:
-            return None
-
-    def set_meta(self, name: str, value: str) -> None:
-        self.db.table("meta").upsert({"name": name, "value": value}, pk="name")
-
-    def published(self, repo: str) -> tuple[str | None, str | None]:
-        """Commit of a Hub repository that this store equals or began as; sha256 of a loramem.json on its way there."""
-        row = self._row("publications", repo)
-        return (None, None) if row is None else (row["commit"], row["sent"])
-
-    def rows_digest(self) -> str:
-        """One digest over the seals of all rows: a lost row shows."""
-        digest = hashlib.sha256()
-        for table, order in SEALED:
-            seals = f"select row_sha256 from {table} where row_sha256 is not null order by {order}"
-            for (row_sha256,) in self.db.conn.execute(seals):
-                digest.update(f"{table}:{row_sha256}\n".encode())
-        return digest.hexdigest()
-
-    def damaged(self) -> Iterator[str]:
-        """What in the index is not as committed, in words; nothing if all is well. A key is named, never a value."""
-        for row in self.db.query("pragma integrity_check"):
-            if row["integrity_check"] != "ok":
-                yield f"index.db: {row['integrity_check']}"
-        for table, order in SEALED:
-            names = [name.strip() for name in order.split(",")]
-            for row in self.db.table(table).rows_where("row_sha256 is not null"):
-                if not is_sealed(row):
-                    yield f"index row of {table} {', '.join(repr(row[name]) for name in names)}"
-        for row in self.db.query("select name from meta order by name"):
-            if row["name"] not in META:
-                yield f"index row of meta {row['name']!r}"
-        if self.meta("rows_sha256") != self.rows_digest():
-            yield "index.db: rows were lost, added or replaced"
+        for row in self.db.query(query):
+            if row["namespace"] is None:
+                yield f"The record {row['key']!r} is in adapter {row['adapter']!r}, which the index does not have"
+            else:
+                yield f"The record {row['key']!r} is in an adapter of another namespace"

@@ -17,7 +17,7 @@ from loramem.capacity import GOALS, RankLimits
 from loramem.commits import Identity, commit_deletion, commit_oblivion, commit_records
 from loramem.engine import Engine
 from loramem.events import tell
-from loramem.index import Index
+from loramem.index import Index, Load
 from loramem.records import Record
 from loramem.reports import CompactReport, EraseReport
 from loramem.settings import WriterSettings
@@ -35,25 +35,25 @@ Which = Literal["advised", "dead", "all"]
 class Shard:
     """An adapter and what of it is alive."""
 
-    adapter: StoredAdapter
-    records: int
-    tokens: int
-    """Answer tokens of its live records."""
+    id: str
+    namespace: str
+    rank: int
+    parameters: int
+    cost_bits: float
+    request: dict[str, Any]
+    """How it was asked to be written."""
+    alive: Load
     dead: int
     """Tombstones."""
 
     @property
-    def request(self) -> dict[str, Any]:
-        return request_of(self.adapter)
-
-    @property
     def half_dead(self) -> bool:
-        return self.dead >= self.records
+        return self.dead >= self.alive.records
 
     @property
     def small(self) -> bool:
         goal = GOALS[self.request["goal"]]
-        return self.records * 2 < goal.shard_records and self.tokens * 2 < goal.shard_tokens
+        return self.alive.records * 2 < goal.shard_records and self.alive.answer_tokens * 2 < goal.shard_tokens
 
 
 def request_of(adapter: StoredAdapter) -> dict[str, Any]:
@@ -63,15 +63,26 @@ def request_of(adapter: StoredAdapter) -> dict[str, Any]:
     return {**training.get("request", {"goal": "fast", "rank": None}), "settings": settings}
 
 
-def shards(index: Index) -> list[Shard]:
-    """Adapters with live records, oldest first."""
-    query = "select adapter, count(*) as records, sum(answer_tokens) as tokens from records group by adapter"
-    live = {row["adapter"]: row for row in index.db.query(query)}
-    dead = index.tombstones()
+def shards(index: Index, loads: Mapping[str, Load] | None = None) -> list[Shard]:
+    """Adapters with live records, oldest first.
+
+    Args:
+        loads: What the index says that they hold, if it has been asked.
+    """
+    loads, dead = index.loads() if loads is None else loads, index.tombstones()
     return [
-        Shard(adapter, live[adapter.id]["records"], live[adapter.id]["tokens"], dead.get(adapter.id, 0))
+        Shard(
+            adapter.id,
+            adapter.namespace,
+            adapter.rank,
+            adapter.parameters,
+            adapter.training["cost_bits"],
+            request_of(adapter),
+            loads[adapter.id],
+            dead.get(adapter.id, 0),
+        )
         for adapter in index.adapters()
-        if adapter.id in live
+        if adapter.id in loads
     ]
 
 
@@ -79,28 +90,28 @@ def alike(chosen: Iterable[Shard]) -> list[list[Shard]]:
     """Shards that may become one: of one namespace, asked to be written in the same way."""
     groups: dict[str, list[Shard]] = {}
     for shard in chosen:
-        groups.setdefault(json.dumps([shard.adapter.namespace, shard.request], sort_keys=True), []).append(shard)
+        groups.setdefault(json.dumps([shard.namespace, shard.request], sort_keys=True), []).append(shard)
     return list(groups.values())
 
 
 def chosen_for(index: Index, which: Which) -> list[list[Shard]]:
     """Groups of shards to rewrite: those that pay, every one that holds a tombstone, or all."""
     if which == "advised":
-        return worth_compacting(index)
+        return worth_compacting(shards(index))
     return alike(shard for shard in shards(index) if which == "all" or shard.dead)
 
 
-def worth_compacting(index: Index) -> list[list[Shard]]:
+def worth_compacting(present: Iterable[Shard]) -> list[list[Shard]]:
     """Groups of shards whose rewriting pays: half of one is dead, or small ones become at most half as many."""
     chosen = []
-    for group in alike(shards(index)):
+    for group in alike(present):
         half_dead = [shard for shard in group if shard.half_dead]
         small = [shard for shard in group if shard.small and not shard.half_dead]
         together = half_dead + small
         goal = GOALS[group[0].request["goal"]]
         after = max(
-            ceil(sum(shard.records for shard in together) / goal.shard_records),
-            ceil(sum(shard.tokens for shard in together) / goal.shard_tokens),
+            ceil(sum(shard.alive.records for shard in together) / goal.shard_records),
+            ceil(sum(shard.alive.answer_tokens for shard in together) / goal.shard_tokens),
         )
         if len(together) >= 2 and len(together) >= 2 * after:
             chosen.append(together)
@@ -125,7 +136,7 @@ def compact(
         RecallError, IntegrityError: A value that the index does not keep did not come back; nothing changed.
     """
     started = time.monotonic()
-    written = [engine.index.written(shard.adapter.id for shard in group) for group in groups]
+    written = [engine.index.written(shard.id for shard in group) for group in groups]
     requests = [group[0].request for group in groups]
     records, adapters = publish(
         engine,
@@ -134,7 +145,7 @@ def compact(
     commit_records(engine.index, records, adapters)
     tell("compacted", adapters=len(adapters), records=len(records))
     clean(engine.store, engine.index)
-    old = [shard.adapter for group in groups for shard in group]
+    old = [shard for group in groups for shard in group]
     return CompactReport(
         records=len(records),
         adapters_before=len(old),
@@ -232,7 +243,7 @@ def erase(
     commit_deletion(index, [(record.namespace, record.key) for record in live])
     tell("deleted", records=len(live))
     # Each adapter by itself: erasing a record gives the bytes of the same shard written without it.
-    rewritten = compact(engine, [[shard] for shard in shards(index) if shard.adapter.id in held], progress, executor)
+    rewritten = compact(engine, [[shard] for shard in shards(index) if shard.id in held], progress, executor)
     # No grace for readers, and every retired adapter: one from before a compaction holds the values as well.
     removed, _ = collect(engine.store, index, grace_s=0)
     commit_oblivion(index, records)

@@ -19,7 +19,7 @@ from loramem.maintenance import publish, request_of, rewrite
 from loramem.reports import RepairReport
 from loramem.settings import WriterSettings
 from loramem.staging import clean
-from loramem.tables import StoredRecord, adapter_of, digest_of, is_sealed, prompt_digest, record_of
+from loramem.tables import StoredRecord, adapter_of, digest_of, prompt_digest, record_of
 
 if TYPE_CHECKING:
     from loramem.writer import ProgressCallback
@@ -85,11 +85,10 @@ def repair(
 def assess(engine: Engine) -> Damage:
     """Which records must be written anew, and which are lost."""
     index = engine.index
-    sealed = {row["id"]: adapter_of(row) for row in index.db.table("adapters").rows if is_sealed(row)}
+    sealed = {row["id"]: adapter_of(row) for row, whole in index.every_row("adapters") if whole}
     retired = index.retired()
     healthy = frozenset(id for id, adapter in sealed.items() if not file_problems(engine.store, adapter))
-    stored = index.db.table("records").rows_where(order_by="rowid")
-    rows = [(record_of(_readable(row)), is_sealed(row)) for row in stored]
+    rows = [(record_of(_readable(row)), whole) for row, whole in index.every_row("records")]
     affected = {record.adapter for record, whole in rows if not whole or record.adapter not in healthy}
     groups: dict[str, list[StoredRecord]] = {}
     lost, values = [], dict[Identity, str]()
@@ -157,8 +156,7 @@ def _readable(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_database(index: Index) -> None:
-    problems = [row["integrity_check"] for row in index.db.query("pragma integrity_check")]
-    if problems != ["ok"]:
+    if problems := index.broken_pages():
         raise IntegrityError(
             f"{index.path} is damaged as a database ({problems[0]}): what its rows held cannot be told. Restore a "
             "backup.",

@@ -46,7 +46,7 @@ def collect(store: Path, index: Index, grace_s: float = GRACE_S) -> tuple[int, i
     pending = index.pending_write()
     if pending is not None:
         take_back(store, index)  # what it had proved is no orphan
-    known = {row["id"] for row in index.db.query("select id from adapters")}
+    known = index.adapter_ids()
     orphans = [folder for folder in (store / ADAPTERS).glob("*") if folder.name not in known and _ours(folder)]
     freed = sum(map(size_bytes, orphans))
     for folder in orphans:

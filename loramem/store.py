@@ -28,7 +28,6 @@ from loramem.errors import (
     WriteError,
 )
 from loramem.events import tell
-from loramem.index import VACUUM_DUE
 from loramem.locks import write_lock
 from loramem.manifest import NAME as MANIFEST
 from loramem.memory import Memory, OnConflict
@@ -43,6 +42,7 @@ from loramem.reports import (
     RepairReport,
     WriteReport,
 )
+from loramem.sealed_database import VACUUM_DUE
 from loramem.settings import WriterSettings
 from loramem.staging import GRACE_S, clean, collect
 from loramem.tables import DISCARDED, RENAMED, PendingWrite

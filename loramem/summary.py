@@ -7,36 +7,38 @@ from loramem import calibrations
 from loramem.checks import problems
 from loramem.files import size_bytes
 from loramem.index import Index
-from loramem.maintenance import shards, worth_compacting
+from loramem.maintenance import Shard, shards, worth_compacting
 from loramem.manifest import Manifest
 from loramem.reports import Stats, VerifyReport, Version
 from loramem.staging import ADAPTERS
 
 
 def stats(store: Path, index: Index, manifest: Manifest) -> Stats:
-    """Counts and sizes; the caller holds a snapshot of the index."""
-    adapters, records, retired = list(index.adapters()), list(index.records()), index.retired()
-    pending = index.pending_write()
-    parameters = sum(adapter.parameters for adapter in adapters)
-    cost_bits = sum(adapter.training["cost_bits"] for adapter in adapters)
+    """Counts and sizes, as the rows of the records say; the caller holds a snapshot of the index.
+
+    No row of a record is held against its seal, or in memory, which grows with the number of adapters alone.
+    """
+    loads, retired = index.loads(), index.retired()
+    present = shards(index, loads)
+    parameters, cost_bits = sum(shard.parameters for shard in present), sum(shard.cost_bits for shard in present)
     return Stats(
         base_model=manifest.base_model,
         law=_law(manifest),
         namespaces=len(index.namespaces()),
-        records=len(records),
+        records=sum(load.records for load in loads.values()),
         tombstones=sum(index.tombstones().values()),
-        adapters=len(adapters),
-        ranks=sorted({adapter.rank for adapter in adapters}),
+        adapters=len(present),
+        ranks=sorted({shard.rank for shard in present}),
         parameters=parameters,
-        answer_tokens=sum(record.answer_tokens for record in records),
+        answer_tokens=sum(load.answer_tokens for load in loads.values()),
         cost_bits=cost_bits,
         bits_per_parameter=cost_bits / parameters if parameters else 0.0,
-        min_prob=min((record.min_prob for record in records), default=None),
+        min_prob=min((load.min_prob for load in loads.values()), default=None),
         size_bytes=size_bytes(store),
         retired_adapters=len(retired),
         retired_bytes=sum(size_bytes(store / ADAPTERS / adapter) for adapter in retired),
-        advice=_advice(index),
-        unfinished_records=len(pending.records) if pending else 0,
+        advice=_advice(present),
+        unfinished_records=index.pending_count(),
     )
 
 
@@ -59,16 +61,15 @@ def quick_check(store: Path, index: Index) -> VerifyReport:
     return VerifyReport(index.count(), None, (), damaged, time.monotonic() - started)
 
 
-def _advice(index: Index) -> str | None:
-    groups = worth_compacting(index)
+def _advice(present: list[Shard]) -> str | None:
+    groups = worth_compacting(present)
     if not groups:
         return None
     chosen = [shard for group in groups for shard in group]
     dead = sum(shard.dead for shard in chosen)
     return (
-        f"Compaction would rewrite {sum(shard.records for shard in chosen)} records of {len(chosen)} of "
-        f"{len(shards(index))} adapters"
-        + (f", and leave {dead} deleted or replaced ones out." if dead else " into fewer.")
+        f"Compaction would rewrite {sum(shard.alive.records for shard in chosen)} records of {len(chosen)} of "
+        f"{len(present)} adapters" + (f", and leave {dead} deleted or replaced ones out." if dead else " into fewer.")
     )
 
 

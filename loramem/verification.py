@@ -16,7 +16,7 @@ from loramem.parameters import parameters_sha256
 from loramem.reader import cut_batches
 from loramem.reports import VerifyReport
 from loramem.spool import Spool
-from loramem.tables import StoredRecord, is_sealed, record_of
+from loramem.tables import StoredRecord, record_of
 from loramem.verified import Verified, state_of
 
 
@@ -54,7 +54,7 @@ def full_check(
             try:
                 with sqlite_errors(index.path):
                     spool.add(_whole_records(index, findings))
-                    rows = index.rows_digest()
+                    rows = index.rows_sum()
             except IntegrityError as error:  # rows that cannot be read leave nothing to decode by
                 damaged = findings.damaged or [str(error)]
                 return VerifyReport(records, 0, (), tuple(damaged), time.monotonic() - started)
@@ -111,8 +111,8 @@ def _proved_on_others(index: Index, parameters: str, dtype: str) -> Iterator[str
 
 def _whole_records(index: Index, findings: Findings) -> Iterator[StoredRecord]:
     """Those whose row is as committed; the other rows are among the problems already."""
-    for row in index.db.table("records").rows_where(order_by="adapter, rowid"):
-        if is_sealed(row):
+    for row, whole in index.every_row("records", order_by="adapter, rowid"):
+        if whole:
             yield record_of(row)
         else:
             findings.failed.append(str(row["key"]))

@@ -57,16 +57,16 @@ class Verified:
             log.debug("%s cannot be removed", self.path)
 
 
-def state_of(rows_sha256: str, manifest: Manifest, base: BaseModel, found: Fingerprint) -> str:
+def state_of(rows_sum: str, manifest: Manifest, base: BaseModel, found: Fingerprint) -> str:
     """Hash of everything, files of adapters apart, that decides what verifying an adapter comes to.
 
     Args:
-        rows_sha256: One digest over all rows of the index.
+        rows_sum: The sum over the seals of all rows of the index.
         found: Of the base model, as hashed just now.
     """
     content = {
         "manifest": manifest.sha256,
-        "rows": rows_sha256,
+        "rows": rows_sum,
         "base": asdict(found),
         "dtype": base.dtype,
         "device": str(base.device),

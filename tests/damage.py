@@ -20,7 +20,7 @@ from loramem.adapters import AdaptedModel
 from loramem.errors import LoramemError
 
 ASKED = 4  # keys after every flip
-TABLES = ("records", "adapters", "versions", "retired", "writes", "publications", "meta")
+TABLES = ("records", "adapters", "versions", "retired", "writes", "journal", "publications", "meta")
 
 
 def flipped(value: Any, rng: random.Random) -> Any:
@@ -80,7 +80,7 @@ def damage_row(index: Path, rng: random.Random) -> str:
             return f"{table} {rowid} lost"
         name, value = rng.choice([pair for pair in zip(names, values, strict=True) if pair[1] not in (None, "")])
         with suppress(sqlite3.IntegrityError):  # it became another row's key
-            connection.execute(f"update {table} set {name} = ? where rowid = ?", [flipped(value, rng), rowid])
+            connection.execute(f'update {table} set "{name}" = ? where rowid = ?', [flipped(value, rng), rowid])
             return f"{table}.{name} of {rowid}"
     return damage_row(index, rng)
 

@@ -333,7 +333,7 @@ def test_a_database_that_cannot_be_read_now_is_not_called_damaged(path: Path, mo
         error.sqlite_errorcode = getattr(sqlite3, f"SQLITE_{code}")
         raise error
 
-    monkeypatch.setattr("loramem.index.connect", fail)
+    monkeypatch.setattr("loramem.sealed_database.connect", fail)
     with pytest.raises(kind, match="said by SQLite"):
         MemoryStore(path, create=False)
 
@@ -342,7 +342,7 @@ def test_an_older_format_is_brought_up_to_date_by_one_process_alone(tmp_path: Pa
     from .test_changes import copy_of_format_1
 
     path = copy_of_format_1(tmp_path / "memory")
-    monkeypatch.setattr("loramem.index.BUSY_S", 0.1)
+    monkeypatch.setattr("loramem.sealed_database.BUSY_S", 0.1)
     with holder(path) as process:
         with pytest.raises(StoreLocked):
             MemoryStore(path, create=False)

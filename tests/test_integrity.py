@@ -11,7 +11,6 @@ import pytest
 from loramem import MemoryStore
 from loramem.errors import IntegrityError, LoramemError, OtherBaseModel, RecallError
 from loramem.index import Index
-from loramem.tables import seal
 
 from .conftest import numbers
 
@@ -42,11 +41,10 @@ def execute(store: Path, statement: str) -> None:
 
 def reseal(store: Path) -> None:
     """Make what the index says now look as committed: what a seal does not cover must show otherwise."""
-    with closing(Index.open(store / "index.db")) as index, index.db.atomic():
+    with closing(Index.open(store / "index.db")) as index, index.change() as change:
         for row in list(index.db.table("records").rows):
-            row.pop("row_sha256")
-            index.db.table("records").upsert(seal(row), pk=("namespace", "key"))
-        index.seal_rows()
+            change.put("records", row)
+        change.count_anew()
 
 
 def flip_bit(path: Path, bit: int) -> None:
