@@ -1,8 +1,9 @@
 """Runs suites: a cell at a time, each in a process of its own, each finished one a line of the results file.
 
-A suite is a module with ``cells``, ``run``, ``table`` and ``plots`` (`Suite`) and one line in `SUITES`. What stands in
-the results file already, measured on this machine with the same versions, is not run again; an interrupt loses the
-running cells. This module and the ``cells`` of a suite do without torch; only ``run`` computes.
+A suite is a module with ``cells``, ``run``, ``table`` and ``plots`` (`Suite`) and one line in `SUITES`; one that is no
+part of the package goes by the name of its module. What stands in the results file already, measured on this machine
+with the same versions, is not run again; an interrupt loses the running cells. This module and the ``cells`` of a suite
+do without torch; only ``run`` computes.
 """
 
 import hashlib
@@ -97,7 +98,8 @@ class Request:
         options += [] if self.layer is None else ["--layer", str(self.layer)]
         options += [] if self.store is None else ["--store", self.store.name]
         options += [*["--all"] * self.every_record, *["--quick"] * self.quick, *["--paper"] * self.paper]
-        return shlex.join(["loramem", "suite", "run", suite, *options])
+        program = ["loramem", "suite", "run"] if suite in SUITES else ["python", "-m"]
+        return shlex.join([*program, suite, *options])
 
 
 class Cell(Protocol):
@@ -147,7 +149,11 @@ class Suite(Protocol):
 
 def load_suite(name: str) -> Suite:
     """The module of a suite."""
-    return cast(Suite, import_module(SUITES[name]))
+    return cast(Suite, import_module(_module(name)))
+
+
+def _module(name: str) -> str:
+    return SUITES.get(name, name)
 
 
 def run_suite(name: str, request: Request, out: Path, progress: Callable[[str], None]) -> list[Result]:
@@ -182,7 +188,7 @@ def run_suite(name: str, request: Request, out: Path, progress: Callable[[str], 
             if len(running) == request.workers:
                 collect(wait(running, return_when=FIRST_COMPLETED).done)
             progress(f"{cell.title} …")
-            running[lanes.submit(measure, SUITES[name], cell, request.threads)] = cell
+            running[lanes.submit(measure, _module(name), cell, request.threads)] = cell
             if request.workers == 1:
                 collect(set(running))
         collect(set(running))

@@ -1,1 +1,4 @@
-"""Measurements of the engineering, which nothing that is installed needs: each a module to run with ``python -m``."""
+"""Measurements of the engineering that developers repeat, outside the package.
+
+Each is a module to run from the repository's root: ``python -m tests.benchmarks.NAME``.
+"""

@@ -1,0 +1,129 @@
+"""The benchmarks run, measure what they say, and run no cell twice."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from loramem import MemoryStore, Record, WriterSettings
+from loramem.placement import Placement
+from loramem.suites import runner
+
+from .benchmarks import density, write_grid
+from .benchmarks.command import command
+from .benchmarks.whole_write import make_deep, timed_write
+from .conftest import numbers
+
+SETTINGS = WriterSettings()
+
+
+@pytest.fixture(autouse=True)
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    @contextmanager
+    def processes(_: runner.Request) -> Iterator[object]:
+        yield runner._measure
+
+    monkeypatch.setattr(runner, "_processes", processes)
+
+
+def lines_of(suite: str, base: Path, results: Path) -> tuple[list[dict], str]:
+    """The lines of a quick run and its table, which asking again without running prints once more."""
+    arguments = ["--quick", "--model", str(base), "--results", str(results), "--threads", "1"]
+    first = CliRunner().invoke(command(suite, "unused"), arguments, catch_exceptions=False)
+    content = results.read_text()
+    again = CliRunner().invoke(command(suite, "unused"), arguments, catch_exceptions=False)
+    printed = CliRunner().invoke(command(suite, "unused"), [*arguments, "--no-run"], catch_exceptions=False)
+    assert (first.exit_code, again.exit_code, printed.exit_code) == (0, 0, 0)
+    assert again.stdout == printed.stdout
+    assert first.stdout == again.stdout
+    assert results.read_text() == content
+    return [json.loads(line) for line in content.splitlines()], first.stdout
+
+
+def test_the_grid_writes_each_data_with_both_engines(base: Path, tmp_path: Path) -> None:
+    lines, table = lines_of("tests.benchmarks.write_grid", base, tmp_path / "grid.jsonl")
+    cells = [(line["cell"]["data"], line["cell"]["engine"]) for line in lines]
+    engines = (write_grid.DEFAULTS, write_grid.NETWORK)
+    assert cells == [(data, engine) for data in ("phonebook", "text") for engine in engines]
+    for line in lines:
+        result, ours = line["result"], line["cell"]["engine"] == write_grid.DEFAULTS
+        if ours:
+            assert result["exact"] == result["written"] == result["records"]
+            assert set(result["min_prob"]) == {"float32", "bfloat16"}
+            assert result["placements"] == [[["down_proj"], [2]]]
+        elif result["written"]:
+            assert set(result["min_prob"]) == {"float32"}
+            assert result["placements"][0][1] == [1, 2]
+        else:
+            assert result["error"].startswith("stopped after")
+    assert f"| {base.name} | phonebook | 0 | 3/3 | 3/3 |" in table
+    assert lines[0]["command"].startswith("python -m tests.benchmarks.write_grid --threads 1 --model tiny-qwen3")
+
+
+def test_density_counts_the_source_bits_of_what_was_decoded(base: Path, tmp_path: Path) -> None:
+    lines, table = lines_of("tests.benchmarks.density", base, tmp_path / "density.jsonl")
+    assert [line["cell"]["rank"] for line in lines] == [None, 8]
+    for line in lines:
+        result = line["result"]
+        assert result["exact"] == 2
+        # Two values of one digit out of four and nine out of ten.
+        assert result["source_bits_per_parameter"] == pytest.approx(2 * 31.897 / result["parameters"], rel=1e-2)
+    assert lines[1]["result"]["ranks"] == [8]
+    assert "| rank 8 | 0 | 2/2 | 2/2 |" in table
+
+
+def test_a_deep_store_trains_through_the_network_in_one_dtype(base: Path, tmp_path: Path) -> None:
+    make_deep(tmp_path / "deep", str(base), "cpu")
+    with MemoryStore(tmp_path / "deep", create=False) as store:
+        report = store.write(numbers(2))
+        placements = {Placement(tuple(a.placement["modules"]), tuple(a.placement["layers"])) for a in store.adapters()}
+        assert placements == {Placement.ladder(store.base.model)[-1]}
+        assert report.served == {}
+        assert store.verify().ok
+
+
+def test_a_write_that_uses_up_its_seconds_is_stopped_and_says_so(base: Path, tmp_path: Path) -> None:
+    records = [Record(key, value) for key, value in numbers(3).items()]
+    with MemoryStore(tmp_path / "memory", str(base)) as store:
+        result = timed_write(store, records, 0.0, SETTINGS)
+    assert result["written"] == 0
+    assert result["error"].startswith("stopped after")
+    assert result["failed"] == [record.key for record in records]
+
+
+def line(engine: str, **result: object) -> dict[str, object]:
+    usual = {"records": 2, "refused": {}, "written": 2, "failed": [], "error": None}
+    usual |= {"seconds": 2.0, "cpu_s": 2.0, "training_cpu_s": 1.0}
+    said = {"training_s": 1.0, "steps": 5, "min_prob": {"float32": 0.9, "bfloat16": 0.8}, "exact": 2, "adapters": 1}
+    held = {"ranks": [4], "parameters": 100, "placements": [[["a.down_proj"], [3]]]}
+    cell = {"model": "m", "data": "hex", "seed": 0, "engine": engine}
+    return {"cell": cell, "result": {**usual, **said, **held, **result}}
+
+
+def test_the_grid_names_what_is_not_as_it_should_be() -> None:
+    ours = line(write_grid.DEFAULTS, written=1, failed=["k"], exact=0)
+    table = write_grid.table([ours, line(write_grid.NETWORK, seconds=1.0)])
+    assert table.notes[1:] == (
+        "m, hex, 0: not certified: 'k'.",
+        "m, hex, 0: decoded exactly: 0 of 1.",
+        "m, hex, 0: through the network it took 1.00 s, less than 2.00.",
+    )
+    stopped = line(write_grid.NETWORK, written=0, failed=["k"], seconds=3.0, cpu_s=4.0, error="stopped after 3.0 s")
+    table = write_grid.table([line(write_grid.DEFAULTS), stopped])
+    assert table.rows[0][-2:] == ("> 1.5", "> 2.0")
+    assert table.notes[1:] == ()
+
+
+def test_density_orders_by_density_and_names_what_failed() -> None:
+    def cell(rank: int, **result: object) -> dict[str, object]:
+        made = line("", **result)
+        return {**made, "cell": {"model": "m", "records": 2, "rank": rank, "seed": 0}}
+
+    thin, dense = cell(8, source_bits_per_parameter=0.2), cell(4, source_bits_per_parameter=0.4)
+    none = cell(1, written=0, failed=["k", "l"], error="stopped after 600.0 s")
+    table = density.table([dense, none, thin])
+    assert [row[2] for row in table.rows] == ["rank 1", "rank 8", "rank 4"]
+    assert table.notes == ("m, 2 records, rank 1: stopped after 600.0 s.",)
