@@ -352,6 +352,8 @@ class Written:
 def _prove_least_certain(written: Sequence[Written], models: Sequence[AdaptedModel]) -> None:
     """Decode what is least certain of a write, over all of its dtypes, once more: each record alone.
 
+    A shard of one record was decoded alone by its proof; that takes most of a long text's write and is not repeated.
+
     Raises:
         RecallError: One of them is not decoded exactly.
     """
@@ -364,6 +366,8 @@ def _prove_least_certain(written: Sequence[Written], models: Sequence[AdaptedMod
     chosen = sorted((every[index] for index in least_certain([min_prob for *_, min_prob in every])), key=itemgetter(0))
     for run, found in groupby(chosen, key=itemgetter(0)):
         (one, adapted), adapter = runs[run], runs[run][0].shard.adapter
+        if len(one.records) == 1:
+            continue
         adapted.load(adapter, one.job.folder / adapter)
         prove_alone(adapted.model, [entry for _, entry, _ in found], adapter, adapted.dtypes)
 

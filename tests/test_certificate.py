@@ -218,6 +218,21 @@ def test_the_least_certain_decodings_of_a_write_over_all_dtypes_are_repeated_alo
     assert max(proofs[one] for one in alone) <= min(prob for one, prob in proofs.items() if one not in alone)
 
 
+def test_a_record_that_its_proof_decoded_alone_is_decoded_free_running_once_per_dtype(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded, misrecalled = list[tuple[torch.dtype, list[list[int]]]](), certificate.misrecalled
+
+    def noted(model: PreTrainedModel, records: Sequence[EncodedRecord], batches: list[list[int]]) -> Iterator[int]:
+        decoded.append((model.dtype, batches))
+        return misrecalled(model, records, batches)
+
+    monkeypatch.setattr(certificate, "misrecalled", noted)
+    with MemoryStore(tmp_path / "m", str(base)) as store:
+        store.write(numbers(1))
+    assert decoded == [(torch.float32, [[0]]), (torch.bfloat16, [[0]])]
+
+
 def test_a_record_that_does_not_come_back_alone_ends_the_write(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -68,7 +68,9 @@ def run(cell: Cell) -> Result:
         place = Path(scratch) / "memory"
         records = generate("phonebook", cell.records, cell.seed)
         with MemoryStore(place, cell.model, device=cell.device) as store:
-            result = timed_write(store, records, cell.cap_s, settings, goal="small", rank=cell.rank)
+            result = timed_write(
+                store, records, cell.cap_s, settings, cpu_cap_s=cell.cap_s, goal="small", rank=cell.rank
+            )
         if not result["written"]:
             return result
         found = held(place, cell.device)
