@@ -8,7 +8,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, lru_cache
 from itertools import repeat
 from pathlib import Path
@@ -184,10 +184,12 @@ def write_shard(
         records = [job.records[index] for index in remaining]
         models = [adapted, *served.values()]
         features = with_other_batches(models, records, features_of(models, records, job.placement))
+        rank, placement = job.rank, job.placement
         for caution in CAUTION:
             trained = train_shard(
-                adapted, UNSAVED, records, job.rank, job.placement, job.settings, progress, features, dtypes, caution
+                adapted, UNSAVED, records, rank, placement, job.settings, progress, features, dtypes, caution
             )
+            trained = replace(trained, climbed=trained.climbed or placement != job.placement)
             stubborn = [remaining[place] for place in trained.training.stubborn]
             certified = [index for index in remaining if index not in set(stubborn)]
             if not certified:
@@ -201,6 +203,7 @@ def write_shard(
                 if not trained.on_features or len(features or ()) == 1 or caution == CAUTION[-1]:
                     raise
                 log.info("%s; training again over larger deviations", error)
+                rank, placement = trained.training.rank, trained.placement  # what holds less was tried
         if len(stubborn) == len(remaining):
             break
         if stubborn:

@@ -9,10 +9,11 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from loramem import MemoryStore, WriterSettings, shard_training
+from loramem import MemoryStore, WriterSettings, shard_training, shards
 from loramem.adapters import AdaptedModel
 from loramem.base_model import BaseModel, load_base_model
-from loramem.errors import UnsupportedBaseModel
+from loramem.certificate import Proof, prove
+from loramem.errors import RecallError, UnsupportedBaseModel
 from loramem.features import Features
 from loramem.placement import Placement
 from loramem.prompts import EncodedRecord, encode_records
@@ -202,6 +203,32 @@ def test_the_placement_that_holds_a_shard_is_recorded_with_its_adapter(
     with MemoryStore(tmp_path / "m", create=False) as store:
         assert {key: store.recall(key) for key in records} == records
         assert store.verify().ok
+
+
+def test_a_shard_whose_proof_fails_is_trained_again_where_it_had_climbed_to(
+    base: Path, tmp_path: Path, crowded: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried, cautions, train = list[tuple[str, ...]](), list[float](), shard_training.train_on_features
+
+    def noted(*arguments: Any, **named: Any) -> Training:
+        tried.append(arguments[5].modules)
+        cautions.append(named["caution"])
+        return train(*arguments, **named)
+
+    def proving(*arguments: Any) -> Proof:
+        if cautions[-1] == shards.CAUTION[0]:
+            raise RecallError("not exact", key="k", adapter="a")
+        return prove(*arguments)
+
+    monkeypatch.setattr(shard_training, "train_on_features", noted)
+    monkeypatch.setattr(shards, "prove", proving)
+    with MemoryStore(tmp_path / "m", str(base)) as store:
+        store.write(numbers(3, 2))
+        (outcome,) = store.outcomes()
+    mlp = ("down_proj", "gate_proj", "up_proj")
+    assert tried == [("down_proj",), mlp, mlp]
+    assert cautions == [*shards.CAUTION[:1] * 2, shards.CAUTION[1]]
+    assert not outcome.certified  # at the placement that the store plans for
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
