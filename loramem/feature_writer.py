@@ -32,8 +32,9 @@ from loramem.writer import ProgressCallback, Training, WriteProgress, autocast_d
 
 log = logging.getLogger(__name__)
 
-FIRST_RIVALS, NEW_RIVALS = 5, 3
-"""Likeliest tokens of a position that join the softmax over few, before training and whenever it is too low."""
+FIRST_RIVALS, NEW_RIVALS, MANY_RIVALS = 5, 3, 64
+"""Likeliest tokens of a position that join the softmax over few: before training, whenever it is too low, and when
+nothing has improved for long, since what the others weigh has no gradient."""
 TRAIN_ROWS, LOOK_ROWS = 4096, 1024
 FEW = 0.1
 """Share of all tokens below which some are few."""
@@ -263,9 +264,10 @@ class _Run:
     def too_low_pass(self) -> bool:
         """Look again at what was too low: as long as some of it is, all the rest need no look."""
         rows = self.too_low()
+        rivals = MANY_RIVALS if self.step - self.best.step >= IDLE_DECAY else NEW_RIVALS
         endings = self.endings if len(rows) <= FEW * len(self.targets) else self.endings[:1]
         for part in rows.split(LOOK_ROWS):
-            self.lowest[part] = torch.stack([self.look(ending, part, NEW_RIVALS) for ending in endings]).amin(0)
+            self.lowest[part] = torch.stack([self.look(ending, part, rivals) for ending in endings]).amin(0)
         return float(self.lowest.min()) >= self.enough
 
     def look(self, ending: Ending, rows: Tensor, rivals: int) -> Tensor:

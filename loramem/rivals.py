@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+SMALL_VOCABULARY = 1024
+"""Tokens that compete all together: of small bases the mass is spread so thin that no few of them stand for it."""
 LEAST_REST = 1e-6
 """Share of a softmax below which what the others weigh is rounding."""
 
@@ -35,6 +37,8 @@ class Rivals:
         self._all_targets = targets
         self._rest = torch.full((len(targets),), -math.inf, device=targets.device)
         self.add(targets)
+        if len(self._weight) <= SMALL_VOCABULARY:
+            self.add(torch.arange(len(self._weight), device=targets.device))
 
     def add(self, tokens: Tensor) -> None:
         """Let more tokens compete."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import GPTJConfig, PhiConfig
 from transformers.models.auto import AutoModelForCausalLM
 
-from loramem import feature_writer
+from loramem import feature_writer, rivals
 from loramem.adapters import AdaptedModel, serialize
 from loramem.base_model import BaseModel, load_base_model
 from loramem.errors import TrainingDiverged
@@ -127,10 +127,12 @@ def test_what_the_few_are_satisfied_with_is_certified_only_if_the_whole_vocabula
     """Few compete here; blind to all others, training believes itself done and is not."""
     told = list[WriteProgress]()
     records = encode(loaded, numbers(3))
+    monkeypatch.setattr(rivals, "SMALL_VOCABULARY", 0)
     monkeypatch.setattr(feature_writer, "FIRST_RIVALS", 1 - blind)
     monkeypatch.setattr(feature_writer, "NEW_RIVALS", 1 - blind)
     if blind:
-        monkeypatch.setattr(feature_writer.Rivals, "look_at_rest", lambda *_: None)
+        monkeypatch.setattr(feature_writer, "MANY_RIVALS", 0)
+        monkeypatch.setattr(rivals.Rivals, "look_at_rest", lambda *_: None)
         monkeypatch.setattr(feature_writer, "IDLE_STEPS", 30)
     _, training = train(loaded, records, max_rank=RANK, progress=told.append)
     assert told[-1].tokens_ordered == told[-1].tokens_total

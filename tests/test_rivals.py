@@ -4,9 +4,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import loramem.rivals as rivals_module
 from loramem.rivals import LEAST_REST, Rivals
 
 TARGETS = torch.tensor([3, 9, 3, 30])
+
+
+@pytest.fixture(autouse=True)
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rivals_module, "SMALL_VOCABULARY", 10)
 
 
 def hidden_states() -> Tensor:
@@ -38,7 +44,8 @@ def test_before_anyone_looked_nothing_but_what_competes_counts() -> None:
 
 
 def test_with_every_token_competing_next_to_nothing_is_left() -> None:
-    rivals = Rivals(nn.Linear(6, 10, bias=False), torch.arange(10))
+    rivals = Rivals(nn.Linear(6, 10, bias=False), torch.arange(3))
+    assert rivals.few(torch.randn(2, 6)).shape == (2, 10)  # a vocabulary that small competes as a whole
     logits = torch.randn(2, 10, generator=torch.Generator().manual_seed(1))
     rivals.look_at_rest(logits, logits.logsumexp(1), slice(0, 2))
     share = rivals.with_rest(logits, slice(0, 2)).softmax(1)[:, -1]
