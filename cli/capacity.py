@@ -40,6 +40,7 @@ LARGEST_SAMPLE = 4000  # answer tokens: what longer ones cost is proportional
 @options.input_options
 @options.namespace_option
 @options.goal_options
+@options.one_adapter_option
 @options.store_options
 def command(
     file: Path | None,
@@ -60,6 +61,7 @@ def command(
     namespace: str,
     goal: str,
     rank: int | None,
+    one_adapter: bool,
 ) -> None:
     """Say how many adapters of which rank FILE takes, or --length answer tokens of a --kind. Nothing is written.
 
@@ -74,7 +76,7 @@ def command(
         if count > length:
             raise click.UsageError(f"--records {count} cannot share {length} answer tokens: each needs one.")
         plan, basis, name, location = _plan_length(
-            length, count, kind or "phonebook", store, model, device, goal, rank, limits
+            length, count, kind or "phonebook", store, model, device, goal, rank, limits, one_adapter
         )
     elif records:
         raise click.UsageError("--records goes with --length; a FILE says how many it holds.")
@@ -83,7 +85,7 @@ def command(
         with tempfile.TemporaryDirectory() as scratch:
             place = store if (store / "store.json").exists() else Path(scratch) / "store"
             with options.open_store(place, model, device, create=True) as opened:
-                plan = opened.plan(found, goal=goal, rank=rank, limits=limits, kind=kind)
+                plan = opened.plan(found, goal=goal, rank=rank, limits=limits, kind=kind, one_adapter=one_adapter)
                 basis, name, location = opened.basis(plan.kind), opened.manifest.base_model, opened.base.location
     if plot is not None:
         _draw(plan, basis, plot)
@@ -115,6 +117,7 @@ def _plan_length(
     goal: str,
     rank: int | None,
     limits: "RankLimits",
+    one_adapter: bool,
 ) -> "tuple[Plan, Basis, str, str]":
     """Plan, what it rests on, and the base model's name and what `load_base_model` finds it by.
 
@@ -152,8 +155,11 @@ def _plan_length(
             f"{known.context_tokens} tokens. Give more --records."
         )
     seconds = timings.seconds_per_visit(known.base_weights)
-    basis = calibrations.basis(known, place or known.place, known.parameters_per_rank, kind, outcomes, seconds)
-    plan = calibrations.plan_length(samples, basis, length, records, goal=goal, rank=rank, limits=limits)
+    above = known.above if place in (None, known.place) else ()
+    basis = calibrations.basis(known, place or known.place, known.parameters_per_rank, kind, outcomes, seconds, above)
+    plan = calibrations.plan_length(
+        samples, basis, length, records, goal=goal, rank=rank, limits=limits, one_adapter=one_adapter
+    )
     return plan, basis, known.base_model, name
 
 

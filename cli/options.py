@@ -78,6 +78,11 @@ _WAIT = click.option(
 _WORKERS = click.option(
     "--workers", type=click.IntRange(1), help="Write shards in this many processes, which share the cores."
 )
+_ONE_ADAPTER = click.option(
+    "--one-adapter",
+    is_flag=True,
+    help="All records of a namespace in one adapter, for a server of a single LoRA; may be slower by far.",
+)
 _JSON = click.option("--json", "as_json", is_flag=True, help="JSON on stdout.")
 
 
@@ -129,6 +134,10 @@ def goal_options(command: Command) -> Command:
         "--max-rank", type=click.IntRange(1), default=MAX_RANK, show_default=True, help="Highest rank allowed."
     )
     return goal(rank(max_rank(command)))
+
+
+def one_adapter_option(command: Command) -> Command:
+    return _ONE_ADAPTER(command)
 
 
 def writer_settings(goal: str, rank: int | None, max_rank: int, seed: int = 0) -> WriterSettings:

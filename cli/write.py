@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 @options.input_options
 @options.namespace_option
 @options.goal_options
+@options.one_adapter_option
 @click.option(
     "--on-conflict",
     type=click.Choice(["error", "skip", "replace"]),
@@ -52,6 +53,7 @@ def command(
     goal: str,
     rank: int | None,
     max_rank: int,
+    one_adapter: bool,
     on_conflict: "OnConflict",
     no_values: bool,
     serve: str | None,
@@ -104,6 +106,7 @@ def command(
                 on_conflict=on_conflict,
                 goal=goal,
                 rank=rank,
+                one_adapter=one_adapter,
                 partial=partial,
                 settings=settings,
                 progress=progress,
@@ -130,6 +133,8 @@ def command(
             ("seconds", f"{report.elapsed_s:.1f} (training {report.training_s:.1f})"),
         ]
     )
+    if report.beside:
+        note(f"The namespace has {report.beside} adapters from before as well; loramem compact makes one of all.")
     note_needs_ids(report.needs_ids)
     if report.failed:
         note(f"{len(report.failed)} records could not be certified: {', '.join(map(repr, report.failed))}")

@@ -154,7 +154,7 @@ def price_sample(base: BaseModel, kind: str, length: int, data: Sequence[Record]
 
 def bare_calibration(base: BaseModel) -> Calibration:
     """The base model as a calibration begins: nothing measured yet."""
-    placement = Placement.ladder(base.model)[0]  # where writes begin
+    placement, *above = Placement.ladder(base.model)  # where writes begin, and where they climb to
     return Calibration(
         base.id,
         base.fingerprint.weights[:12],
@@ -162,6 +162,7 @@ def bare_calibration(base: BaseModel) -> Calibration:
         placement.modules,
         placement.layers,
         placement.parameters_per_rank(base.model),
+        above=tuple(each.size(base.model) for each in above),
     )
 
 

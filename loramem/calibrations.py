@@ -22,6 +22,7 @@ from loramem.errors import BoundaryError, InputError, LawError
 from loramem.law import MemoryLaw
 from loramem.pace import Pace
 from loramem.runs import Run
+from loramem.shard_sizes import Size
 
 FORMAT = 1
 UNKNOWN = "unknown"
@@ -113,6 +114,8 @@ class Calibration:
     kinds: tuple[KindSamples, ...] = ()
     laws: tuple[PlacedLaw, ...] = ()
     boundaries: tuple[PlacedBoundary, ...] = ()
+    above: tuple[Size, ...] = ()
+    """Of the placements that hold more than the default one, upwards."""
     conditions: dict[str, Any] = field(default_factory=dict)
     """dtype, device, threads and torch of the runs, and how many there were."""
 
@@ -184,12 +187,14 @@ def basis(
     kind: str | None = None,
     outcomes: Sequence[Outcome] = (),
     seconds_per_visit: float | None = None,
+    above: Sequence[Size] = (),
 ) -> Basis:
     """What a plan at a placement rests on.
 
     Args:
         kind: Whose law is asked, and whose writes say the pace, if there are any; all if None.
         outcomes: Of writes at this placement beside those that are known.
+        above: Placements that hold more, upwards.
     """
     placed = known.placed(place) if known else None
     placed = placed or PlacedBoundary(*place, parameters_per_rank, (), None, None)
@@ -205,6 +210,7 @@ def basis(
         kind,
         alike or placed.pace,
         seconds_per_visit,
+        tuple(above),
     )
 
 
@@ -217,6 +223,7 @@ def plan_length(
     goal: str = "fast",
     rank: int | None = None,
     limits: RankLimits = ANY_RANK,
+    one_adapter: bool = False,
 ) -> Plan:
     """The plan for so many records with so many answer tokens together, of a kind whose cost is known.
 
@@ -230,7 +237,7 @@ def plan_length(
         base_loss, cost_bits = samples.at(sum(lengths[first:last]))
         return Price(cost_bits, base_loss)
 
-    return plan_write(lengths, price, basis, goal=goal, rank=rank, limits=limits)
+    return plan_write(lengths, price, basis, goal=goal, rank=rank, limits=limits, one_adapter=one_adapter)
 
 
 def nearest_kind(known: Calibration, cost_bits: float, length: int) -> str | None:
@@ -302,6 +309,7 @@ def _read(path: Path) -> Calibration:
             for entry in fields["laws"]
         )
         fields["boundaries"] = tuple(map(_boundary, fields["boundaries"]))
+        fields["above"] = tuple(Size(**size) for size in fields.get("above", ()))  # older files have none
         fields["modules"], fields["layers"] = _place(fields)
         return Calibration(**fields)
     except (ValueError, KeyError, TypeError, AttributeError) as error:

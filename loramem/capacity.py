@@ -25,6 +25,7 @@ from loramem.law import MemoryLaw
 from loramem.law_fit import SATURATED
 from loramem.pace import Pace
 from loramem.settings import MAX_RANK
+from loramem.shard_sizes import Size, cut
 
 OPTIMISTIC_BITS, MOST_BITS = 2.0, 3.6  # of cost per parameter
 ADAPTER_BYTES, MATRIX_BYTES = 1400, 150  # of an adapter's files beside its weights: config, card; header per matrix
@@ -40,16 +41,11 @@ class Goal:
     probability: float
     """That no higher rank is needed, by the success boundary: "small" begins low, since growing costs seconds."""
     min_rank: int
-    shard_records: int
-    """Most records of one shard: many adapters with exact routing, none too large to rewrite."""
-    shard_tokens: int
-    """Most answer tokens of one shard (one record may exceed it alone)."""
 
 
 GOALS = {
-    "fast": Goal(density=0.08, probability=0.9, min_rank=16, shard_records=200, shard_tokens=4000),
-    # A large shard holds more per parameter: what its values share is held once.
-    "small": Goal(density=1.0, probability=0.1, min_rank=1, shard_records=400, shard_tokens=8000),
+    "fast": Goal(density=0.08, probability=0.9, min_rank=16),
+    "small": Goal(density=1.0, probability=0.1, min_rank=1),
 }
 
 
@@ -68,10 +64,12 @@ class Basis:
     seconds_per_visit: float | None = None
     """Of training, per answer token, measured on this machine."""
 
+    above: tuple[Size, ...] = ()
+    """Placements that hold more, upwards: where what one adapter must hold alone may begin."""
+
     @property
-    def half_width(self) -> int:
-        """Half the mean number of inputs and outputs of the adapted modules."""
-        return self.parameters_per_rank // (2 * self.matrices)
+    def size(self) -> Size:
+        return Size(self.parameters_per_rank, self.matrices)
 
 
 @dataclass(frozen=True)
@@ -118,6 +116,8 @@ class ShardPlan:
     """None where no write was timed on this machine."""
     optimistic_rank: int
     law_rank: LawRank | None
+    rung: int = 0
+    """Where it begins: so many placements above the store's (`loramem.placement.Placement.ladder`)."""
 
 
 @dataclass(frozen=True)
@@ -131,6 +131,8 @@ class Plan:
     kind: str | None
     """Kind of data whose law was asked."""
     warnings: tuple[str, ...] = ()
+    one_adapter: bool = False
+    """Whether each namespace has one adapter, whatever it takes."""
 
     @classmethod
     def of(cls, fields: Mapping[str, Any]) -> "Plan":
@@ -219,6 +221,7 @@ def plan_write(
     goal: str = "fast",
     rank: int | None = None,
     limits: RankLimits = ANY_RANK,
+    one_adapter: bool = False,
 ) -> Plan:
     """Cut records into shards of nearly equal size, in order, and choose each one's first rank.
 
@@ -229,15 +232,19 @@ def plan_write(
         price: Of the records ``first`` to ``last`` (exclusive) in one adapter.
         goal: "fast" (seconds) or "small" (parameters).
         rank: Use this rank for every shard.
+        one_adapter: All records in one shard, which begins at a placement that holds them.
 
     Raises:
         ValueError: See `check_request`.
-        DoesNotFit: A record alone exceeds 3.6 bits per parameter at the highest rank allowed.
+        DoesNotFit: A record alone, or all with ``one_adapter``, exceed 3.6 bits per parameter at the highest rank
+            allowed.
     """
     check_request(goal, rank, limits)
-    least = 1
+    if one_adapter:
+        return _one_adapter(lengths, price, basis, goal, rank, limits)
+    least, tokens = 1, [length + 1 for length in lengths]
     while True:
-        ranges = cut(lengths, GOALS[goal], least)
+        ranges = cut(tokens, basis.size.shard_tokens(), least)
         prices = [price(first, last) for first, last in ranges]
         needed = [
             _needed(part.cost_bits, sum(lengths[a:b]), basis, goal, rank)
@@ -264,49 +271,46 @@ def plan_groups(
     goal: str = "fast",
     rank: int | None = None,
     limits: RankLimits = ANY_RANK,
+    one_adapter: bool = False,
 ) -> Plan:
     """`plan_write` for consecutive groups of so many records, no two of them in one shard."""
-    plan, start = plan_write((), price, basis, goal=goal, rank=rank, limits=limits), 0
+    plan_part = partial(plan_write, basis=basis, goal=goal, rank=rank, limits=limits, one_adapter=one_adapter)
+    plan, start = plan_part((), price), 0
     for size in sizes:
-        offset = partial(_shifted, price, start)
-        part = plan_write(lengths[start : start + size], offset, basis, goal=goal, rank=rank, limits=limits)
+        part = plan_part(lengths[start : start + size], partial(_shifted, price, start))
         shards = (*plan.shards, *(replace(shard, first=shard.first + start) for shard in part.shards))
-        plan = replace(plan, shards=shards, warnings=tuple(dict.fromkeys((*plan.warnings, *part.warnings))))
+        warnings = tuple(dict.fromkeys((*plan.warnings, *part.warnings)))
+        plan = replace(plan, shards=shards, calibrated=plan.calibrated and part.calibrated, warnings=warnings)
         start += size
     return plan
-
-
-def cut_groups(sizes: Sequence[int], lengths: Sequence[int], goal: str) -> list[tuple[int, int]]:
-    """The ranges that `plan_groups` tries first."""
-    ranges, start = list[tuple[int, int]](), 0
-    for size in sizes:
-        ranges += [(start + first, start + last) for first, last in cut(lengths[start : start + size], GOALS[goal])]
-        start += size
-    return ranges
 
 
 def _shifted(price: Callable[[int, int], Price], by: int, first: int, last: int) -> Price:
     return price(first + by, last + by)
 
 
-def cut(lengths: Sequence[int], limits: Goal, least: int = 1) -> list[tuple[int, int]]:
-    """Half-open ranges of nearly equal length; a record longer than a shard gets one of its own.
-
-    Args:
-        least: Shards to make at least, if there are as many records.
-    """
+def _one_adapter(
+    lengths: Sequence[int],
+    price: Callable[[int, int], Price],
+    basis: Basis,
+    goal: str,
+    rank: int | None,
+    limits: RankLimits,
+) -> Plan:
+    """All records in one shard, at the first placement whose features and ranks hold them, or else the last."""
+    plan = Plan(goal, (), basis.boundary is not None, basis.kind, _warnings((), basis), one_adapter=True)
     if not lengths:
-        return []
-    shards = max(math.ceil(len(lengths) / limits.shard_records), math.ceil(sum(lengths) / limits.shard_tokens), least)
-    target = sum(lengths) / shards
-    cuts, size = [0], 0.0
-    for index, length in enumerate(lengths):
-        full = size >= target or size + length > limits.shard_tokens or index - cuts[-1] >= limits.shard_records
-        if index > cuts[-1] and full:
-            cuts.append(index)
-            size = 0.0
-        size += length
-    return list(zip(cuts, [*cuts[1:], len(lengths)], strict=True))
+        return plan
+    whole, length = price(0, len(lengths)), sum(lengths)
+    # What is known of writes is known of the first placement alone.
+    placements = [basis, *(Basis(size.parameters_per_rank, size.matrices, kind=basis.kind) for size in basis.above)]
+    tried = [
+        (rung, there, _needed(whole.cost_bits, length, there, goal, rank)) for rung, there in enumerate(placements)
+    ]
+    fitting = [each for each in tried if each[1].size.carries(length + len(lengths)) and each[2] <= limits.most]
+    rung, there, needed = [*fitting, tried[-1]][0]
+    shard = replace(_shard(0, len(lengths), length, whole, needed, there, goal, rank, limits), rung=rung)
+    return replace(plan, shards=(shard,), calibrated=there.boundary is not None, warnings=_warnings([shard], there))
 
 
 def law_rank(law: MemoryLaw, base_loss: float, length: float) -> LawRank | None:
@@ -373,7 +377,7 @@ def _shard(
         )
     wanted = max(needed, GOALS[goal].min_rank)
     if goal == "fast":
-        wanted = max(wanted, min(math.ceil(cost / (GOALS[goal].density * per_rank)), basis.half_width))
+        wanted = max(wanted, min(math.ceil(cost / (GOALS[goal].density * per_rank)), int(basis.size.width / 2)))
     chosen = rank or limits.at_least(max(wanted, 1))
     parameters = chosen * per_rank
     reduction = basis.law.predict(chosen, length) if basis.law else None

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from math import ceil
 from typing import TYPE_CHECKING, Any, Literal
 
-from loramem.capacity import GOALS, RankLimits
+from loramem.capacity import RankLimits
 from loramem.commits import Identity, commit_deletion, commit_oblivion, commit_records
 from loramem.engine import Engine
 from loramem.events import tell
@@ -21,6 +21,7 @@ from loramem.index import Index, Load
 from loramem.records import Record
 from loramem.reports import CompactReport, EraseReport
 from loramem.settings import WriterSettings
+from loramem.shard_sizes import Size
 from loramem.staging import clean, collect
 from loramem.tables import StoredAdapter, StoredRecord, prompt_digest
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from loramem.writer import ProgressCallback
 
 Which = Literal["advised", "dead", "all"]
+DEFAULT_REQUEST: Mapping[str, Any] = {"goal": "fast", "rank": None, "one_adapter": False}
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,8 @@ class Shard:
     rank: int
     parameters: int
     cost_bits: float
+    size: Size
+    """Of the placement."""
     request: dict[str, Any]
     """How it was asked to be written."""
     alive: Load
@@ -51,16 +55,25 @@ class Shard:
         return self.dead >= self.alive.records
 
     @property
+    def held(self) -> int:
+        """Answer and end tokens of its live records."""
+        return self.alive.answer_tokens + self.alive.records
+
+    @property
     def small(self) -> bool:
-        goal = GOALS[self.request["goal"]]
-        return self.alive.records * 2 < goal.shard_records and self.alive.answer_tokens * 2 < goal.shard_tokens
+        return self.held * 2 < self.size.shard_tokens()
 
 
 def request_of(adapter: StoredAdapter) -> dict[str, Any]:
-    """How an adapter was asked to be written: goal, rank and settings, those that are retired left out."""
+    """How an adapter was asked to be written: goal, rank, one_adapter and settings, those that are retired left out."""
     training = adapter.training
     settings = asdict(WriterSettings.saved(training["settings"]))
-    return {**training.get("request", {"goal": "fast", "rank": None}), "settings": settings}
+    return {**DEFAULT_REQUEST, **training.get("request", {}), "settings": settings}  # an older store's says less
+
+
+def _size(adapter: StoredAdapter) -> Size:
+    placement = adapter.placement
+    return Size(adapter.parameters // adapter.rank, 2 * len(placement["modules"]) * len(placement["layers"]))
 
 
 def shards(index: Index, loads: Mapping[str, Load] | None = None) -> list[Shard]:
@@ -77,6 +90,7 @@ def shards(index: Index, loads: Mapping[str, Load] | None = None) -> list[Shard]
             adapter.rank,
             adapter.parameters,
             adapter.training["cost_bits"],
+            _size(adapter),
             request_of(adapter),
             loads[adapter.id],
             dead.get(adapter.id, 0),
@@ -87,10 +101,16 @@ def shards(index: Index, loads: Mapping[str, Load] | None = None) -> list[Shard]
 
 
 def alike(chosen: Iterable[Shard]) -> list[list[Shard]]:
-    """Shards that may become one: of one namespace, asked to be written in the same way."""
+    """Shards that may become one: of one namespace, asked to be written in the same way.
+
+    Where one of them was asked to hold its whole namespace, all do, and it comes first, as the one that is asked how.
+    """
     groups: dict[str, list[Shard]] = {}
-    for shard in chosen:
-        groups.setdefault(json.dumps([shard.namespace, shard.request], sort_keys=True), []).append(shard)
+    first = sorted(chosen, key=lambda shard: not shard.request["one_adapter"])
+    whole = {shard.namespace for shard in first if shard.request["one_adapter"]}
+    for shard in first:
+        request = None if shard.namespace in whole else shard.request
+        groups.setdefault(json.dumps([shard.namespace, request], sort_keys=True), []).append(shard)
     return list(groups.values())
 
 
@@ -102,17 +122,17 @@ def chosen_for(index: Index, which: Which) -> list[list[Shard]]:
 
 
 def worth_compacting(present: Iterable[Shard]) -> list[list[Shard]]:
-    """Groups of shards whose rewriting pays: half of one is dead, or small ones become at most half as many."""
+    """Groups of shards whose rewriting pays: half of one is dead, or small ones become at most half as many; and those
+    of a namespace that is to have one."""
     chosen = []
     for group in alike(present):
+        if group[0].request["one_adapter"] and len(group) > 1:
+            chosen.append(group)
+            continue
         half_dead = [shard for shard in group if shard.half_dead]
         small = [shard for shard in group if shard.small and not shard.half_dead]
         together = half_dead + small
-        goal = GOALS[group[0].request["goal"]]
-        after = max(
-            ceil(sum(shard.alive.records for shard in together) / goal.shard_records),
-            ceil(sum(shard.alive.answer_tokens for shard in together) / goal.shard_tokens),
-        )
+        after = ceil(sum(shard.held for shard in together) / max(shard.size.shard_tokens() for shard in group))
         if len(together) >= 2 and len(together) >= 2 * after:
             chosen.append(together)
         elif half_dead:
@@ -189,10 +209,11 @@ def rewrite(
     kept = {(record.namespace, record.key): record.prompt for record in before if record.prompt is not None}
     encoded = transaction.encode([Record(r.key, values[r.namespace, r.key], r.namespace) for r in before], kept)
     limits = RankLimits(settings.max_rank)
-    plan = transaction.plan(encoded, request["goal"], request["rank"], limits, as_new=True)
+    one_adapter: bool = request["one_adapter"]
+    plan = transaction.plan(encoded, request["goal"], request["rank"], limits, one_adapter=one_adapter, as_new=True)
     trained = transaction.train(encoded, plan, settings, progress, executor)
     if trained.given_up:
-        raise stubborn(trained.given_up, settings.max_rank)
+        raise stubborn(trained.given_up, settings.max_rank, len(encoded) if one_adapter else None)
     return Rewritten(before, request, trained)
 
 

@@ -168,21 +168,23 @@ class Memory:
         limits: RankLimits = ANY_RANK,
         kind: str | None = None,
         on_conflict: OnConflict = "error",
+        one_adapter: bool = False,
     ) -> Plan:
         """What `write` would do with these records, without training or changing anything.
 
         Args:
             limits: Ranks that adapters may have.
             kind: Of data, whose memory law is asked; the calibrated one that costs most nearly as much if None.
+            one_adapter: As in `MemoryStore.write`.
 
         Raises:
             RecordError: A record cannot be written.
-            DoesNotFit: A value is too much for the highest rank allowed.
+            DoesNotFit: A value, or all with ``one_adapter``, is too much for the highest rank allowed.
         """
         check_request(goal, rank, limits)
         with self._turn():
             encoded, _ = self._engine.transaction.admit(as_records(records, namespace), on_conflict)
-            return self._engine.transaction.plan(encoded, goal, rank, limits, kind)
+            return self._engine.transaction.plan(encoded, goal, rank, limits, kind, one_adapter=one_adapter)
 
     def basis(self, kind: str | None = None) -> Basis:
         """What plans for this store rest on: success boundary, pace, and the law of a kind of data."""

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from loramem.errors import UnsupportedBaseModel
 from loramem.layers import LastLayer, adaptable, decoder_layers, features, linear_paths
 from loramem.module_names import exact_names, is_named, module_paths
+from loramem.shard_sizes import Size
 
 LAST_LAYERS = 2  # measured, docs/engine.md
 
@@ -111,6 +112,10 @@ class Placement:
     def parameters_per_rank(self, model: PreTrainedModel) -> int:
         """Adapter parameters that one rank costs: Σ (inputs + outputs) over the adapted modules."""
         return sum(sum(features(module)) for module in self.paths(model).values())
+
+    def size(self, model: PreTrainedModel) -> Size:
+        """Parameters per rank, and over how many matrices."""
+        return Size(self.parameters_per_rank(model), 2 * len(self.paths(model)))
 
 
 def _adaptable(model: PreTrainedModel, layers: Iterable[int]) -> dict[str, nn.Module]:

@@ -15,7 +15,7 @@ from loramem.engine import Engine
 from loramem.errors import IntegrityError, LoramemError
 from loramem.events import tell
 from loramem.index import Index
-from loramem.maintenance import publish, request_of, rewrite
+from loramem.maintenance import DEFAULT_REQUEST, publish, request_of, rewrite
 from loramem.reports import RepairReport
 from loramem.settings import WriterSettings
 from loramem.staging import clean
@@ -65,7 +65,7 @@ def repair(
     damage = assess(engine)
     rewritten = []
     for adapter, group in damage.records.items():
-        request = damage.requests.get(adapter, {"goal": "fast", "rank": None, "settings": asdict(WriterSettings())})
+        request = damage.requests.get(adapter, {**DEFAULT_REQUEST, "settings": asdict(WriterSettings())})
         for namespace in sorted({record.namespace for record in group}):
             mine = [record for record in group if record.namespace == namespace]
             rewritten.append(rewrite(engine, mine, request, progress, executor, damage.values))

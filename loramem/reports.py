@@ -33,6 +33,8 @@ class WriteReport:
     """Records that a chat server would ask for by other ids than were trained: give it ids in place of the key."""
     served: Mapping[str, float] = field(default_factory=dict)
     """`min_prob` in each other dtype that the store is written for, base model and adapters cast to it."""
+    beside: int = 0
+    """Where one adapter was asked for: those that its namespaces have from before. `compact` makes one of all."""
 
     @property
     def bits_per_parameter(self) -> float:

@@ -61,6 +61,7 @@ def train_shard(
     features: Sequence[Features] | None = None,
     adapter_dtypes: Sequence[torch.dtype] = (),
     caution: float = 1.0,
+    one_adapter: bool = False,
 ) -> ShardTraining:
     """Train a new adapter ``name`` until every token of every record is certified, or no placement holds them.
 
@@ -71,6 +72,7 @@ def train_shard(
         features: From `features_of`, of the records in every dtype that is to be served; None runs layers.
         adapter_dtypes: See `train_on_features`.
         caution: Factor on how much features deviate in training from one dtype to another.
+        one_adapter: A shard climbs as long as any record is stubborn, as none may get an adapter of its own.
 
     Raises:
         TrainingDiverged: NaN or Inf, again after several restarts at lower learning rates.
@@ -107,7 +109,7 @@ def train_shard(
             adapted.remove(name)
             break
         done = _with(training, steps, visits, elapsed_s)
-        if len(training.stubborn) <= FEW * len(records):
+        if len(training.stubborn) <= (0 if one_adapter else FEW * len(records)):
             return ShardTraining(done, rung, climbed=rung != placement)
         log.info("%d of %d records are stubborn at %s", len(training.stubborn), len(records), ", ".join(rung.modules))
         steps, visits, elapsed_s = done.steps, done.visits, done.elapsed_s

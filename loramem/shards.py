@@ -60,6 +60,8 @@ class ShardJob:
     settings: WriterSettings
     staging: Path
     """Folder of the write, in which the job makes one of its own."""
+    one_adapter: bool = False
+    """Whether all its records must share one, whatever it takes."""
 
     @property
     def namespace(self) -> str:
@@ -81,6 +83,7 @@ class ShardJob:
             "rank": self.rank,
             "placement": asdict(self.placement),
             "settings": asdict(self.settings),
+            "one_adapter": self.one_adapter,
         }
         return self.staging / hashlib.sha256(json.dumps(arguments, sort_keys=True).encode()).hexdigest()[:32]
 
@@ -164,7 +167,8 @@ def write_shard(
     progress: ProgressCallback | None = None,
     served: Mapping[str, AdaptedModel] | None = None,
 ) -> ShardResult:
-    """Write records into one adapter; stubborn ones get an adapter of their own before they are given up.
+    """Write records into one adapter; stubborn ones get an adapter of their own before they are given up, unless the
+    job says that they may not.
 
     Args:
         served: The base model, adapters cast alike, in each dtype of ``job.serve``.
@@ -187,7 +191,17 @@ def write_shard(
         rank, placement = job.rank, job.placement
         for caution in CAUTION:
             trained = train_shard(
-                adapted, UNSAVED, records, rank, placement, job.settings, progress, features, dtypes, caution
+                adapted,
+                UNSAVED,
+                records,
+                rank,
+                placement,
+                job.settings,
+                progress,
+                features,
+                dtypes,
+                caution,
+                job.one_adapter,
             )
             trained = replace(trained, climbed=trained.climbed or placement != job.placement)
             stubborn = [remaining[place] for place in trained.training.stubborn]
@@ -204,7 +218,8 @@ def write_shard(
                     raise
                 log.info("%s; training again over larger deviations", error)
                 rank, placement = trained.training.rank, trained.placement  # what holds less was tried
-        if len(stubborn) == len(remaining):
+        if job.one_adapter or len(stubborn) == len(remaining):
+            remaining = stubborn
             break
         if stubborn:
             log.info("%d stubborn records get an adapter of their own", len(stubborn))
@@ -291,7 +306,7 @@ def stored_adapter(job: ShardJob, shard: Shard, cost_bits: float, request: Mappi
     """The index row of a proved shard that is staged.
 
     Args:
-        request: How the write was asked for, to rewrite the shard alike: "goal" and "rank".
+        request: How the write was asked for, to rewrite the shard alike: "goal", "rank" and "one_adapter".
     """
     folder = job.folder / shard.adapter
     files = {path.name: path.read_bytes() for path in sorted(folder.iterdir())}

@@ -143,6 +143,7 @@ class MemoryStore(Memory):
         on_conflict: OnConflict = "error",
         goal: str = "fast",
         rank: int | None = None,
+        one_adapter: bool = False,
         partial: bool = False,
         settings: WriterSettings | None = None,
         progress: "ProgressCallback | None" = None,
@@ -159,6 +160,9 @@ class MemoryStore(Memory):
                 "skip" keeps the old value, "replace" ends it in the same commit that brings the new one.
             goal: "fast" or "small".
             rank: First rank, in place of the planned one; at most ``settings.max_rank``.
+            one_adapter: Put all records of a namespace into one adapter, whatever it takes, for a server of a single
+                LoRA. It may be slower by far: what the first placement does not hold is trained at one that holds more.
+                Records that the namespace had before stay where they are, until `compact` makes one adapter of all.
             partial: Commit the certified records even if others could not be certified.
             settings: How to train; measured defaults otherwise.
             progress: Called after every training step; after every shard with an executor.
@@ -167,7 +171,7 @@ class MemoryStore(Memory):
         Raises:
             RecordError: A record cannot be written (its subclass says why); nothing was changed.
             UnfinishedWrite: An interrupted write must be resumed or discarded first.
-            DoesNotFit: A value is too much for the highest rank; nothing was changed.
+            DoesNotFit: A value, or all with ``one_adapter``, is too much for the highest rank; nothing was changed.
             StoreLocked: Another process is writing.
             StubbornRecords: Some records could not be certified and ``partial`` is False; nothing was committed.
             TrainingDiverged: NaN or Inf; nothing was committed.
@@ -179,7 +183,7 @@ class MemoryStore(Memory):
         _check_conflict(on_conflict)
         with self._lock, self._writing():
             encoded, skipped = self._engine.transaction.admit(as_records(records, namespace), on_conflict)
-            request = {"goal": goal, "rank": rank, "partial": partial, "settings": settings}
+            request = {"goal": goal, "rank": rank, "partial": partial, "settings": settings, "one_adapter": one_adapter}
             return self._write(encoded, skipped, request, progress, executor)
 
     def update(
@@ -453,8 +457,14 @@ class MemoryStore(Memory):
             return WriteReport.nothing(skipped)
         started, transaction = time.monotonic(), self._engine.transaction
         settings = request["settings"] or WriterSettings()
-        limits, keep = RankLimits(settings.max_rank), executor is None
-        plan = transaction.plan(encoded, request["goal"], request["rank"], limits, keep_features=keep)
+        plan = transaction.plan(
+            encoded,
+            request["goal"],
+            request["rank"],
+            RankLimits(settings.max_rank),
+            one_adapter=request.get("one_adapter", False),
+            keep_features=executor is None,
+        )
         request = {**request, "settings": asdict(settings), "plan": asdict(plan)}
         write_id = self._index.begin_write((entry.record for entry in encoded), request)
         tell("journalled", records=len(encoded))

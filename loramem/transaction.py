@@ -3,9 +3,9 @@
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -17,7 +17,7 @@ import torch
 from loramem import calibrations, timings
 from loramem.adapters import AdaptedModel
 from loramem.boundary import Outcome
-from loramem.capacity import ANY_RANK, Basis, Plan, Price, RankLimits, ShardPlan, cut_groups, plan_groups
+from loramem.capacity import ANY_RANK, Basis, Plan, Price, RankLimits, ShardPlan, plan_groups
 from loramem.certificate import least_certain, prove_alone
 from loramem.commits import commit_write, end_write
 from loramem.errors import ConflictingRecord, PromptCollision, RecallError, StubbornRecords, WriteError
@@ -34,6 +34,7 @@ from loramem.recall import answer_probabilities
 from loramem.records import Record, deduplicate
 from loramem.reports import WriteReport
 from loramem.settings import WriterSettings
+from loramem.shard_sizes import cut_groups
 from loramem.shard_training import features_of
 from loramem.shards import Shard, ShardJob, ShardResult, stored_adapter
 from loramem.staging import ADAPTERS, clean, take_back
@@ -131,6 +132,7 @@ class Transaction:
         limits: RankLimits = ANY_RANK,
         kind: str | None = None,
         *,
+        one_adapter: bool = False,
         as_new: bool = False,
         keep_features: bool = False,
     ) -> Plan:
@@ -138,6 +140,7 @@ class Transaction:
 
         Args:
             kind: Of data, whose law is asked; the calibrated one that costs most nearly as much if None.
+            one_adapter: One shard for each namespace.
             as_new: Plan as a new store would, with nothing learnt from the writes to this one.
             keep_features: See `base_probabilities`.
 
@@ -147,9 +150,10 @@ class Transaction:
         groups = groupby(encoded, key=lambda entry: entry.record.namespace)
         sizes = [len(list(group)) for _, group in groups]
         values = [entry.answer_ids[:-1] for entry in encoded]
+        most = None if one_adapter else self.placement.size(self.adapted.model).shard_tokens()
         probs = [
             prob
-            for first, last in cut_groups(sizes, [len(value) for value in values], goal)
+            for first, last in cut_groups(sizes, [len(entry.answer_ids) for entry in encoded], most)
             for prob in self.base_probabilities(encoded[first:last], keep_features=keep_features)
         ]
 
@@ -161,7 +165,8 @@ class Transaction:
         learnt = [] if as_new else self.index.outcomes()
         whole = price(0, len(encoded)) if encoded else None
         basis = self.basis(whole, sum(map(len, values)), kind, learnt)
-        return plan_groups(sizes, [len(value) for value in values], price, basis, goal=goal, rank=rank, limits=limits)
+        lengths = [len(value) for value in values]
+        return plan_groups(sizes, lengths, price, basis, goal=goal, rank=rank, limits=limits, one_adapter=one_adapter)
 
     def basis(self, price: Price | None, length: int, kind: str | None, learnt: Sequence[Outcome]) -> Basis:
         """What a plan rests on: what is known of the base model and what this store's writes taught.
@@ -170,7 +175,7 @@ class Transaction:
             price: Of ``length`` answer tokens, by which the law's kind is chosen unless it is given.
             learnt: Outcomes of the store's writes.
         """
-        base, place = self.adapted.base, (self.placement.modules, self.placement.layers)
+        base, model, place = self.adapted.base, self.adapted.model, (self.placement.modules, self.placement.layers)
         weights = base.fingerprint.weights[:12]
         known = calibrations.load(weights)
         if kind is None and known is not None and price is not None:
@@ -178,11 +183,17 @@ class Transaction:
         return calibrations.basis(
             known,
             place,
-            self.placement.parameters_per_rank(self.adapted.model),
+            self.placement.parameters_per_rank(model),
             kind,
             learnt,
             timings.seconds_per_visit(weights, base.device.type),
+            [each.size(model) for each in self._ladder()[1:]],
         )
+
+    def _ladder(self) -> list[Placement]:
+        """The store's placement and those that hold more."""
+        ladder = Placement.ladder(self.adapted.model)
+        return ladder[ladder.index(self.placement) :] if self.placement in ladder else [self.placement]
 
     def base_probabilities(self, encoded: Sequence[EncodedRecord], *, keep_features: bool = False) -> list[list[float]]:
         """Probability of every answer token under the plain base, of records that are trained together.
@@ -227,7 +238,7 @@ class Transaction:
             trained = self.train(encoded, plan, settings, progress, executor)
             learnt = trained.outcomes
             if trained.given_up and not (request["partial"] and trained.written):
-                raise stubborn(trained.given_up, settings.max_rank)
+                raise stubborn(trained.given_up, settings.max_rank, len(encoded) if plan.one_adapter else None)
         except (WriteError, RecallError):
             end_write(self.index, write_id, FAILED, learnt)
             clean(self.store, self.index)
@@ -253,7 +264,8 @@ class Transaction:
         clean(self.store, self.index)
         if executor is None:  # workers share the cores: their times are not those of a write alone
             self._note_time(trained.written)
-        return _report(trained, skipped, time.monotonic() - started)
+        report = _report(trained, skipped, time.monotonic() - started)
+        return replace(report, beside=self._beside(report.adapters)) if plan.one_adapter else report
 
     def train(
         self,
@@ -288,14 +300,14 @@ class Transaction:
         return Trained(
             written,
             [job.records[index] for job, _, result in planned for index in result.failed],
-            [outcome for job, one, result in planned for outcome in outcomes(one, job.placement, result, plan.kind)],
+            [outcome for _, one, result in planned for outcome in outcomes(one, self.placement, result, plan.kind)],
         )
 
     def publish(self, written: Sequence["Written"], request: Mapping[str, Any]) -> list[StoredAdapter]:
         """Put proved adapters, synced in staging, where the rows that are committed next will look for them."""
         target = self.store / ADAPTERS
         make_directory(target)
-        asked = {"goal": request["goal"], "rank": request["rank"]}
+        asked = {"goal": request["goal"], "rank": request["rank"], "one_adapter": request.get("one_adapter", False)}
         rows = [stored_adapter(one.job, one.shard, one.cost_bits, asked) for one in written]
         for one in written:
             publish_directory(one.job.folder / one.shard.adapter, target / one.shard.adapter)
@@ -303,7 +315,7 @@ class Transaction:
         return rows
 
     def _jobs(self, plan: Plan, encoded: Sequence[EncodedRecord], settings: WriterSettings) -> list[ShardJob]:
-        base = self.adapted.base
+        base, ladder = self.adapted.base, self._ladder()
         return [
             ShardJob(
                 location=base.location,
@@ -315,16 +327,24 @@ class Transaction:
                 serve=self.serve,
                 records=tuple(encoded[planned.first : planned.first + planned.records]),
                 rank=planned.rank,
-                placement=self.placement,
+                placement=ladder[planned.rung],
                 settings=settings,
                 staging=self.store / STAGING,
+                one_adapter=plan.one_adapter,
             )
             for planned in plan.shards
         ]
 
+    def _beside(self, adapters: Collection[str]) -> int:
+        """How many others the namespaces of these adapters have."""
+        every = list(self.index.adapters())
+        namespaces = {adapter.namespace for adapter in every if adapter.id in adapters}
+        return sum(adapter.namespace in namespaces for adapter in every) - len(adapters)
+
     def _note_time(self, written: Sequence["Written"]) -> None:
-        """For plans: a visit takes another time where a shard climbs to, and none is planned to."""
-        base, usual = self.adapted.base, [one for one in written if not one.shard.climbed]
+        """For plans: a visit takes another time where a shard climbs to, or begins because it must hold all."""
+        usual = [one for one in written if not one.shard.climbed and one.job.placement == self.placement]
+        base = self.adapted.base
         if not usual:
             return
         tokens = sum(one.shard.training.visits * mean(entry.length for entry in one.records) for one in usual)
@@ -386,7 +406,7 @@ def outcomes(planned: ShardPlan, placement: Placement, result: ShardResult, kind
     """What a shard teaches the success boundary: whether its first rank did, and if not, the one that did.
 
     Args:
-        placement: That it was planned for, and that the boundary is of: another one teaches nothing.
+        placement: The store's, which the boundary is of: a shard that begins or is trained elsewhere teaches nothing.
         kind: Of data that it was planned as; None where no kind is known.
     """
 
@@ -395,6 +415,8 @@ def outcomes(planned: ShardPlan, placement: Placement, result: ShardResult, kind
         known_as = kind or calibrations.UNKNOWN
         return Outcome(known_as, rank, planned.length, parameters, planned.cost_bits, certified, visits)
 
+    if planned.rung:
+        return []
     if result.failed or len(result.shards) != 1 or result.shards[0].climbed:
         return [outcome(planned.rank, False)]
     if result.shards[0].placement != placement:  # which was not tried: the base cannot be trained there alone
@@ -430,10 +452,22 @@ def _report(trained: Trained, skipped: int, elapsed_s: float) -> WriteReport:
     )
 
 
-def stubborn(records: Sequence[EncodedRecord], rank: int) -> StubbornRecords:
-    """The error that names records which could not be certified."""
+def stubborn(records: Sequence[EncodedRecord], rank: int, of: int | None = None) -> StubbornRecords:
+    """The error that names records which could not be certified.
+
+    Args:
+        of: How many one adapter was to hold; None where stubborn records were tried on their own.
+    """
     keys = [entry.record.key for entry in records]
     shown = ", ".join(map(repr, keys[:5])) + (" …" if len(keys) > 5 else "")
+    if of is not None:
+        return StubbornRecords(
+            f"{len(keys)} of {of} records could not be certified in one adapter, at rank {rank} and the placement that "
+            f"holds most: {shown}. Nothing was committed. Leave out one_adapter (--one-adapter), allow a higher rank "
+            "(max_rank, --max-rank), or commit the others with partial=True (--partial).",
+            keys=keys,
+            rank=rank,
+        )
     return StubbornRecords(
         f"{len(keys)} records could not be certified, at rank {rank} and on their own: {shown}. Nothing was committed; "
         "partial=True (--partial) commits the others.",

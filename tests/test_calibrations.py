@@ -282,7 +282,7 @@ def test_a_length_is_shared_evenly(length: int, records: int) -> None:
 
 
 def test_a_planned_length_costs_what_its_kind_does() -> None:
-    [shard] = plan_length(SAMPLES, Basis(500, 8), 200, 20, goal="small").shards
+    [shard] = plan_length(SAMPLES, Basis(500, 2), 200, 20, goal="small").shards
     assert (shard.base_loss, shard.cost_bits) == SAMPLES.at(200)
     assert shard.rank == math.ceil(SAMPLES.at(200)[1] / (GOALS["small"].density * 500))
 

@@ -17,7 +17,6 @@ from loramem.capacity import (
     Plan,
     Price,
     RankLimits,
-    cut,
     law_rank,
     plan_groups,
     plan_write,
@@ -26,10 +25,12 @@ from loramem.errors import DoesNotFit
 from loramem.law import MemoryLaw
 from loramem.law_fit import SATURATED
 from loramem.pace import Pace
+from loramem.shard_sizes import FILL, Size, cut
 
-SHARD_RECORDS, SHARD_TOKENS = GOALS["fast"].shard_records, GOALS["fast"].shard_tokens
 PARAMETERS = 1000  # per rank
 BASIS = Basis(PARAMETERS, matrices=8)
+SHARD_TOKENS = BASIS.size.shard_tokens() - 1  # of one record, beside its end token
+SHARD_RECORDS = BASIS.size.shard_tokens() // 2  # of one token and the end token
 # Even odds at two parameters per bit of cost, whatever the length; odds of 9 at 2 · 9^(1/4) = 2√3 parameters per bit.
 BOUNDARY = SuccessBoundary(
     2.0, 0.0, 4.0, kind_needs={}, outcomes=20, certified=10, density_range=(0.1, 100.0), length_range=(1.0, 1e6)
@@ -104,19 +105,21 @@ def test_as_many_records_as_a_shard_holds_share_one_and_one_more_needs_two() -> 
     assert len(plan([1] * (SHARD_RECORDS + 1)).shards) == 2
 
 
-def test_short_records_before_long_ones_keep_to_the_limit_of_records() -> None:
-    assert ranges(plan([1] * (SHARD_RECORDS + 1) + [SHARD_TOKENS] * 2)) == [
-        (0, SHARD_RECORDS),
-        (SHARD_RECORDS, SHARD_RECORDS + 1),
-        (SHARD_RECORDS + 1, SHARD_RECORDS + 2),
-        (SHARD_RECORDS + 2, SHARD_RECORDS + 3),
-    ]
-
-
 def test_as_many_tokens_as_a_shard_holds_share_one_and_one_more_needs_two() -> None:
     half = SHARD_TOKENS // 2
-    assert ranges(plan([half, SHARD_TOKENS - half])) == [(0, 2)]
-    assert ranges(plan([half + 1, SHARD_TOKENS - half])) == [(0, 1), (1, 2)]
+    rest = SHARD_TOKENS - half - 1  # each of the two has an end token
+    assert ranges(plan([half, rest])) == [(0, 2)]
+    assert ranges(plan([half + 1, rest])) == [(0, 1), (1, 2)]
+
+
+def test_a_shard_holds_as_much_as_the_adapted_modules_are_wide() -> None:
+    lengths = [10] * 200
+    narrow, wide = Basis(960, 2), Basis(2112, 2)
+    assert narrow.size.width == 480
+    assert [len(plan(lengths, basis=basis).shards) for basis in (narrow, wide)] == [
+        math.ceil(200 * 11 / basis.size.shard_tokens()) for basis in (narrow, wide)
+    ]
+    assert wide.size.shard_tokens() == round(FILL * 1056)
 
 
 def test_shards_are_of_nearly_equal_size() -> None:
@@ -133,8 +136,8 @@ def test_a_record_longer_than_a_shard_gets_one_of_its_own() -> None:
 
 
 def test_at_least_so_many_shards_as_there_are_records_for() -> None:
-    assert cut([1] * 12, GOALS["fast"], 3) == [(0, 4), (4, 8), (8, 12)]
-    assert cut([1] * 3, GOALS["fast"], 100) == [(0, 1), (1, 2), (2, 3)]
+    assert cut([2] * 12, 100, 3) == [(0, 4), (4, 8), (8, 12)]
+    assert cut([2] * 3, 100, 100) == [(0, 1), (1, 2), (2, 3)]
 
 
 LENGTHS = st.one_of(st.integers(1, 30), st.integers(1, SHARD_TOKENS), st.integers(SHARD_TOKENS, 3 * SHARD_TOKENS))
@@ -149,7 +152,7 @@ def test_every_record_is_in_one_shard_in_order_within_the_limits(lengths: list[i
     for shard in result.shards:
         own = slice(shard.first, shard.first + shard.records)
         assert 1 <= shard.records <= SHARD_RECORDS
-        assert shard.records == 1 or shard.length <= SHARD_TOKENS
+        assert shard.records == 1 or shard.length + shard.records <= SHARD_TOKENS + 1
         assert shard.length == sum(lengths[own])
         assert shard.cost_bits == sum(costs[own])
         assert shard.parameters == shard.rank * PARAMETERS
@@ -178,7 +181,7 @@ def test_a_guess_keeps_to_the_smallest_and_the_largest_rank(goal: str) -> None:
 def test_fast_takes_no_rank_above_half_the_modules_width_unless_it_is_needed() -> None:
     half = PARAMETERS // (2 * BASIS.matrices)
     above = GOALS["fast"].density * PARAMETERS * (half + 20)
-    assert plan([5], above).shards[0].rank == half == BASIS.half_width
+    assert plan([5], above).shards[0].rank == half
     assert plan([5], GOALS["fast"].density * PARAMETERS * (half - 20)).shards[0].rank == half - 20
     needed = GOALS["small"].density * PARAMETERS * (half + 5)  # more than half the width holds
     assert plan([5], needed).shards[0].rank == plan([5], needed, goal="small").shards[0].rank == half + 5
@@ -186,7 +189,7 @@ def test_fast_takes_no_rank_above_half_the_modules_width_unless_it_is_needed() -
 
 
 def test_each_shard_has_a_rank_of_its_own() -> None:
-    giant = GOALS["small"].shard_tokens + 1
+    giant = BASIS.size.shard_tokens()
     bits = GOALS["small"].density * PARAMETERS
     shards = plan_write([giant, giant], priced([3 * bits, 9 * bits]), BASIS, goal="small").shards
     assert [shard.rank for shard in shards] == [3, 9]
@@ -335,10 +338,10 @@ def test_the_size_is_four_bytes_a_parameter_and_what_stands_beside_them() -> Non
 
 
 def test_the_time_is_visits_times_tokens_times_what_one_takes_here() -> None:
-    # 100 bits on 4000 parameters are 1/40 bit each: 20 · √(1/40) visits of 500 tokens at 2 ms.
+    # 100 bits on 4000 parameters are 1/40 bit each: 20 · √(1/40) visits of 200 tokens at 2 ms.
     basis = dataclasses.replace(BASIS, pace=Pace(20.0, 0.5, 9), seconds_per_visit=0.002)
-    [shard] = plan([250, 250], 50.0, basis, rank=4).shards
-    assert shard.training_s == pytest.approx(20 * math.sqrt(1 / 40) * 500 * 0.002)
+    [shard] = plan([100, 100], 50.0, basis, rank=4).shards
+    assert shard.training_s == pytest.approx(20 * math.sqrt(1 / 40) * 200 * 0.002)
     assert plan([SHARD_TOKENS] * 2, 50.0, basis, rank=4).training_s == pytest.approx(
         2 * 20 * math.sqrt(50 / 4000) * SHARD_TOKENS * 0.002
     )
@@ -381,7 +384,7 @@ def test_limits_that_allow_no_rank_are_refused(highest: int, choices: tuple[int,
 def test_where_a_shard_needs_more_than_the_highest_rank_there_are_more_shards() -> None:
     bits = GOALS["small"].density * PARAMETERS  # of one rank
     for records, rank, shards in ((40, 40, 1), (40, 20, 2), (40, 10, 4), (40, 1, 40)):
-        result = plan([10] * records, bits, goal="small", limits=RankLimits(rank))
+        result = plan([5] * records, bits, goal="small", limits=RankLimits(rank))
         assert held(result) == list(range(records))
         assert len(result.shards) == shards
         assert {shard.rank for shard in result.shards} == {rank}
@@ -491,6 +494,60 @@ def test_a_rank_that_is_not_among_the_choices_is_refused() -> None:
 def test_an_unknown_goal_is_refused() -> None:
     with pytest.raises(ValueError, match="fast, small"):
         plan([5], goal="huge")
+
+
+# --- one adapter
+
+NARROW = Basis(PARAMETERS, matrices=2)  # a single module
+WIDER = dataclasses.replace(NARROW, above=(Size(3000, 6), Size(9000, 28)))
+HELD_RECORDS = NARROW.size.shard_tokens() // 11  # of ten tokens
+
+
+def test_one_adapter_holds_all_records_whatever_a_shard_would_hold() -> None:
+    lengths = [10] * (2 * HELD_RECORDS)
+    assert len(plan(lengths).shards) > 1
+    whole = plan(lengths, basis=NARROW, one_adapter=True)
+    assert ranges(whole) == [(0, len(lengths))]
+    assert whole.one_adapter
+    assert plan([], one_adapter=True).shards == ()
+
+
+def test_one_adapter_begins_where_its_tokens_and_its_rank_fit() -> None:
+    few, more = plan([10] * HELD_RECORDS, basis=WIDER, one_adapter=True), [10] * (HELD_RECORDS + 1)
+    assert [shard.rung for shard in few.shards] == [0]
+    [shard] = plan(more, basis=WIDER, one_adapter=True).shards
+    assert (shard.rung, shard.parameters) == (1, 3000 * shard.rank)
+    [shard] = plan([5], 50.0 * PARAMETERS, basis=WIDER, one_adapter=True, limits=RankLimits(20)).shards
+    assert (shard.rung, shard.parameters) == (1, 3000 * shard.rank)
+    [shard] = plan([5], 100.0 * PARAMETERS, basis=WIDER, one_adapter=True, limits=RankLimits(20)).shards
+    assert shard.rung == 2
+    assert plan(more, basis=NARROW, one_adapter=True).shards[0].rung == 0  # where no other placement is known
+    assert plan(more, one_adapter=True).shards[0].rung == 0  # several modules are not bounded by their width
+
+
+def test_above_the_first_placement_nothing_is_known_of_success_and_time() -> None:
+    known = dataclasses.replace(WIDER, boundary=BOUNDARY, pace=Pace(20.0, 0.5, 9), seconds_per_visit=0.002)
+    low, high = (plan([10] * count, 3.0, known, one_adapter=True) for count in (2, 2 * HELD_RECORDS))
+    assert (low.calibrated, high.calibrated) == (True, False)
+    assert low.success is not None and low.training_s is not None
+    assert (high.success, high.training_s) == (None, None)
+    assert high.warnings
+
+
+def test_one_adapter_is_refused_only_by_the_placement_that_holds_most() -> None:
+    bits = 3.6 * PARAMETERS * 8
+    assert plan([5], 8.9 * bits, basis=WIDER, one_adapter=True, limits=RankLimits(8)).shards[0].rung == 2
+    with pytest.raises(DoesNotFit, match="into one adapter of rank 8"):
+        plan([5], 9.1 * bits, basis=WIDER, one_adapter=True, limits=RankLimits(8))
+
+
+def test_a_plan_for_one_adapter_has_one_for_each_group_and_survives_json() -> None:
+    import json
+
+    whole = plan_groups([300, 2], [10] * 302, priced([2.0] * 302), WIDER, one_adapter=True)
+    assert ranges(whole) == [(0, 300), (300, 302)]
+    assert [shard.rung for shard in whole.shards] != [0, 0]
+    assert Plan.of(json.loads(json.dumps(dataclasses.asdict(whole)))) == whole
 
 
 # --- groups

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from loramem import MemoryStore, capacity, shards
+from loramem import MemoryStore, shard_sizes, shards
 from loramem.errors import StubbornRecords, WorkerLost
 from loramem.jobs import process_pool
 from loramem.shards import ShardJob
@@ -47,7 +47,7 @@ linux_only = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="lo
 
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(capacity.GOALS, "fast", replace(capacity.GOALS["fast"], shard_records=3))
+    monkeypatch.setattr(shard_sizes.Size, "shard_tokens", lambda *_: 15)  # three records of four digits
 
 
 def contents(store: Path) -> dict[str, bytes]:
@@ -118,10 +118,9 @@ def test_staging_is_empty_after_a_write(base: Path, tmp_path: Path) -> None:
 
 WRITER = """
 import json, os, signal, sys
-from dataclasses import replace
-from loramem import MemoryStore, capacity
+from loramem import MemoryStore, shard_sizes
 
-capacity.GOALS["fast"] = replace(capacity.GOALS["fast"], shard_records=3)
+shard_sizes.Size.shard_tokens = lambda *_: 15
 
 def progress(told):
     if told.shard == 3:

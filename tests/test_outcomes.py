@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from loramem import MemoryStore, WriterSettings, capacity, shard_training, shards, timings
+from loramem import MemoryStore, WriterSettings, capacity, shard_sizes, shard_training, shards, timings
 from loramem.boundary import Outcome
 from loramem.capacity import RankLimits
 from loramem.errors import DoesNotFit, StubbornRecords
@@ -27,7 +27,7 @@ def test_a_new_store_has_learnt_nothing(base: Path, tmp_path: Path) -> None:
 
 
 def test_a_write_leaves_one_outcome_per_shard_at_its_planned_rank(base: Path, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setitem(capacity.GOALS, "fast", replace(capacity.GOALS["fast"], shard_records=3))
+    monkeypatch.setattr(shard_sizes.Size, "shard_tokens", lambda *_: 15)  # three records of four digits
     with MemoryStore(tmp_path / "memory", str(base)) as store:
         plan, report = store.plan(numbers(6)), store.write(numbers(6))
         found = store.outcomes()

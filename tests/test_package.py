@@ -112,6 +112,7 @@ LAYERS = (
         "loramem.pricing",
         "loramem.processes",
         "loramem.reports",
+        "loramem.shard_sizes",
         "loramem.timings",
         "loramem.unreachable",
         "loramem.whole_model",

@@ -93,6 +93,17 @@ def test_few_stubborn_records_stay_at_the_rung_and_are_reported(
     assert found.training.stubborn == (3, 17)
 
 
+def test_one_adapter_for_all_climbs_for_a_single_stubborn_record(
+    loaded: BaseModel, engines: Callable[[Engine], list[tuple[str, Placement]]]
+) -> None:
+    ladder = Placement.ladder(loaded.model)
+    engines(lambda rung: (3,) if rung == ladder[0] else ())
+    records, adapted = encode(loaded, numbers(20)), AdaptedModel(loaded)
+    features = features_of([adapted], records, ladder[0])
+    found = train_shard(adapted, "new", records, 4, ladder[0], SETTINGS, features=features, one_adapter=True)
+    assert (found.placement, found.training.stubborn) == (ladder[1], ())
+
+
 def test_more_climb_to_the_next_rung(
     loaded: BaseModel, engines: Callable[[Engine], list[tuple[str, Placement]]]
 ) -> None:

@@ -110,6 +110,7 @@ class PublishedRequest(_Strict):
 
     goal: Literal["fast", "small"]
     rank: Annotated[int, Field(ge=1, le=4096)] | None
+    one_adapter: bool = False
 
 
 class PublishedTraining(BaseModel):
