@@ -17,7 +17,7 @@ from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from loramem import MemoryStore, Record
+from loramem import MemoryStore, Record, WriterSettings
 from loramem.commits import commit_records, commit_write, seal_index
 from loramem.index import NAME, Index
 from loramem.manifest import Manifest
@@ -60,7 +60,7 @@ def adapter(number: int) -> StoredAdapter:
             "cost_bits": 6000.0,
             "elapsed_s": 1.0,
             "request": {"goal": "fast", "rank": None},
-            "settings": {f"setting {place}": place for place in range(16)},
+            "settings": asdict(WriterSettings()),
         },
         proof={"device": "cpu", "min_prob": 0.7, "records": EACH, "dtypes": {"adapter": "float32", "base": "float32"}},
         created_at=now(),
