@@ -74,10 +74,10 @@ def command(
     kept too, and plans use it.
     """
     from loramem import embedded
-    from loramem.base_model import load_base_model
-    from loramem.calibrate import RANKS, Request, bare_calibration, calibrate, default_lengths, default_rate
-    from loramem.calibrations import cached, summarise
-    from loramem.runs import by_kind, default_file, read_runs, shipped_file
+    from loramem.models.base_model import load_base_model
+    from loramem.planning.calibrate import RANKS, Request, bare_calibration, calibrate, default_lengths, default_rate
+    from loramem.planning.calibration import cached, summarise
+    from loramem.planning.runs import by_kind, default_file, read_runs, shipped_file
 
     base = load_base_model(model or embedded.NAME, device=device)
     place, records = options.placement(base.model, modules, layers), []

@@ -12,9 +12,9 @@ from . import options
 from .output import note, print_facts, print_json, print_markdown
 
 if TYPE_CHECKING:
-    from loramem.calibrations import Calibration, KindSamples
-    from loramem.capacity import Basis, Plan, RankLimits, ShardPlan
-    from loramem.manifest import Manifest
+    from loramem.planning.calibration import Calibration, KindSamples
+    from loramem.planning.plan import Basis, Plan, RankLimits, ShardPlan
+    from loramem.store.manifest import Manifest
 
 TOKENS_PER_RECORD = 10
 MOST_TOKENS = 10_000_000  # thousands of adapters, planned in a second
@@ -97,7 +97,7 @@ def command(
 
 
 def _limits(goal: str, max_rank: int, ranks: tuple[int, ...] | None, rank: int | None) -> "RankLimits":
-    from loramem.capacity import RankLimits, check_request
+    from loramem.planning.plan import RankLimits, check_request
 
     try:
         limits = RankLimits(max_rank, ranks or ())
@@ -123,8 +123,9 @@ def _plan_length(
 
     From what is known of the base model, without loading it where that says enough.
     """
-    from loramem import calibrations, embedded, timings
-    from loramem.runs import KINDS
+    from loramem import embedded
+    from loramem.planning import calibration, timings
+    from loramem.planning.runs import KINDS
 
     outcomes, place, weights, name, manifest = [], None, None, model or embedded.NAME, None
     if (store / "store.json").exists():
@@ -135,11 +136,11 @@ def _plan_length(
                 place = (tuple(manifest.placement["modules"]), tuple(manifest.placement["layers"]))
                 weights = manifest.fingerprint["weights"][:12]
     if weights is None and name != embedded.NAME:
-        from loramem.base_model import find_base_model
-        from loramem.fingerprint import fingerprint
+        from loramem.models.base_model import find_base_model
+        from loramem.models.fingerprint import fingerprint
 
         weights = fingerprint(find_base_model(name)[0]).weights[:12]
-    known = calibrations.load(weights)
+    known = calibration.load(weights)
     samples = known.samples(kind) if known else None
     if known is None or samples is None:
         if samples is None and kind not in KINDS:
@@ -156,8 +157,8 @@ def _plan_length(
         )
     seconds = timings.seconds_per_visit(known.base_weights)
     above = known.above if place in (None, known.place) else ()
-    basis = calibrations.basis(known, place or known.place, known.parameters_per_rank, kind, outcomes, seconds, above)
-    plan = calibrations.plan_length(
+    basis = calibration.basis(known, place or known.place, known.parameters_per_rank, kind, outcomes, seconds, above)
+    plan = calibration.plan_length(
         samples, basis, length, records, goal=goal, rank=rank, limits=limits, one_adapter=one_adapter
     )
     return plan, basis, known.base_model, name
@@ -165,8 +166,8 @@ def _plan_length(
 
 def _is_base_of(manifest: "Manifest", model: str) -> bool:
     """Whether a model is the one that a store was written with, whatever either calls it."""
-    from loramem.base_model import find_base_model
-    from loramem.fingerprint import fingerprint
+    from loramem.models.base_model import find_base_model
+    from loramem.models.fingerprint import fingerprint
 
     folder = find_base_model(model)[0]
     return not fingerprint(folder).differences(manifest.fingerprint, folder, same_dtype=False)
@@ -176,15 +177,15 @@ def _measured(
     name: str, device: str, kind: str, length: int, known: "Calibration | None"
 ) -> "tuple[Calibration, KindSamples]":
     """One pass of the base model over a sample, where no calibration says what this kind costs."""
-    from loramem.base_model import load_base_model
-    from loramem.calibrate import bare_calibration, price_sample
+    from loramem.models.base_model import load_base_model
+    from loramem.planning.calibrate import bare_calibration, price_sample
 
     base = load_base_model(name, device=device)
     return known or bare_calibration(base), price_sample(base, kind, min(length, LARGEST_SAMPLE, base.max_tokens // 2))
 
 
 def _draw(plan: "Plan", basis: "Basis", path: Path) -> None:
-    from loramem.plots import draw_plan
+    from loramem.planning.plots import draw_plan
 
     shard = plan.shards[0] if plan.shards else None
     if basis.law is None or shard is None:

@@ -11,7 +11,7 @@ from . import options
 from .output import note, print_json, print_table
 
 if TYPE_CHECKING:
-    from loramem.reports import AdapterCheck, Finding, ServingReport
+    from loramem.results import AdapterCheck, Finding, ServingReport
 
 RECALL_INCOMPLETE, NOT_SERVABLE = 3, 7
 TARGETS = ("peft", "vllm", "sglang")
@@ -52,7 +52,7 @@ def command(
     if folders:
         if dtype:
             raise click.UsageError("--dtype decodes the records of a store; what a FOLDER holds is not known.")
-        from loramem.serving import check_folders
+        from loramem.serving.check import check_folders
 
         report = check_folders(folders, targets, max_rank=max_rank, base_name=base_name, model=model)
     else:

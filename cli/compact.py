@@ -10,7 +10,7 @@ from .output import note, print_facts, print_json
 from .progress import write_bar
 
 if TYPE_CHECKING:
-    from loramem.maintenance import Which
+    from loramem.store.compact import Which
 
 
 @click.command("compact")

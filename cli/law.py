@@ -11,9 +11,9 @@ from . import options
 from .output import note, print_json, print_markdown
 
 if TYPE_CHECKING:
-    from loramem.law import MemoryLaw
-    from loramem.law_tables import FittedRuns
-    from loramem.runs import Run
+    from loramem.planning.law import MemoryLaw
+    from loramem.planning.law_tables import FittedRuns
+    from loramem.planning.runs import Run
 
 LAST_WRITES = 10
 
@@ -46,7 +46,7 @@ def command(
     Runs are those that ship with loramem-tiny and yours. Then: what writes came to, which is what the success boundary
     is fitted to, with those of the store (./memory unless named).
     """
-    from loramem.runs import by_kind, default_file, read_runs, shipped_file
+    from loramem.planning.runs import by_kind, default_file, read_runs, shipped_file
 
     paths = [runs] if runs else [shipped_file(), default_file()]
     found = [
@@ -63,7 +63,7 @@ def command(
         )
     laws = show(by_kind(found), as_json=as_json, points=points)
     if plot is not None:
-        from loramem.plots import draw_law
+        from loramem.planning.plots import draw_law
 
         if len(laws) != 1:
             raise click.UsageError(f"--plot draws one law, not {len(laws)}: choose by --kind, --modules, --layers.")
@@ -79,7 +79,7 @@ def command(
 
 def show(groups: "Iterable[tuple[str, list[Run]]]", *, as_json: bool, points: bool = False) -> "list[FittedRuns]":
     """The law of every group of runs; returns those that could be fitted."""
-    from loramem.law_tables import LAW_COLUMNS, fit_groups
+    from loramem.planning.law_tables import LAW_COLUMNS, fit_groups
 
     fitted, remarks = fit_groups(groups)
     for remark in remarks:
@@ -118,7 +118,7 @@ def _point_row(run: "Run", law: "MemoryLaw") -> tuple[str, ...]:
 
 def _show_joint(runs: "list[Run]") -> None:
     """What C, α and β are when all mixtures of a base model and placement share them."""
-    from loramem.law_tables import JOINT_COLUMNS, joint_rows
+    from loramem.planning.law_tables import JOINT_COLUMNS, joint_rows
 
     rows, remarks = joint_rows(runs)
     for remark in remarks:
@@ -130,11 +130,11 @@ def _show_joint(runs: "list[Run]") -> None:
 
 def _show_boundaries(runs: "list[Run]") -> None:
     """The success boundary of every base model and placement, and how far it can be believed."""
-    from loramem import boundary
-    from loramem.boundary import LENGTH
-    from loramem.calibrations import outcomes_of
     from loramem.errors import BoundaryError
-    from loramem.runs import place_name
+    from loramem.planning import success
+    from loramem.planning.calibration import outcomes_of
+    from loramem.planning.runs import place_name
+    from loramem.planning.success import LENGTH
 
     groups: dict[str, list[Run]] = {}
     for run in runs:
@@ -145,7 +145,7 @@ def _show_boundaries(runs: "list[Run]") -> None:
         if not outcomes:
             continue
         try:
-            fitted, tested = boundary.fit(outcomes), boundary.reliability(outcomes)
+            fitted, tested = success.fit(outcomes), success.reliability(outcomes)
         except BoundaryError as error:
             note(f"{name}: {error}")
             continue
@@ -187,16 +187,16 @@ def _show_boundaries(runs: "list[Run]") -> None:
 
 def _show_writes(store: Path) -> None:
     """The last writes of a store, and where they move its success boundary."""
-    from loramem import calibrations
+    from loramem.planning import calibration
 
     with options.open_store(store, None, "auto") as opened:
         outcomes, manifest = opened.outcomes(), opened.manifest
     if not outcomes:
         return
-    known = calibrations.load(manifest.fingerprint["weights"][:12])
+    known = calibration.load(manifest.fingerprint["weights"][:12])
     place = tuple(manifest.placement["modules"]), tuple(manifest.placement["layers"])
-    before = calibrations.basis(known, place, 1).boundary
-    after = calibrations.basis(known, place, 1, outcomes=outcomes).boundary
+    before = calibration.basis(known, place, 1).boundary
+    after = calibration.basis(known, place, 1, outcomes=outcomes).boundary
     click.echo(f"\nThe last writes of {store}\n")
     print_markdown(
         ("rank", "tokens", "cost in bits", "bits per parameter", "certified at this rank", "expected"),

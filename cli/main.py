@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import click
 
 from loramem import errors
-from loramem.out_of_memory import is_out_of_memory, out_of_memory
+from loramem._util.out_of_memory import is_out_of_memory, out_of_memory
 
 from . import (
     backup,

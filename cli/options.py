@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from loramem.settings import MAX_RANK, WriterSettings
+from loramem.training.settings import MAX_RANK, WriterSettings
 
 if TYPE_CHECKING:
     from concurrent.futures import Executor
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from loramem import MemoryStore, Record
-    from loramem.placement import Placement
+    from loramem.models.placement import Placement
 
 Command = Callable[..., Any]
 
@@ -38,7 +38,7 @@ class OutputPath(click.Path):
     """A file or folder to write, which lies in no store."""
 
     def convert(self, value: str | os.PathLike[str], param: click.Parameter | None, ctx: click.Context | None) -> Path:
-        from loramem.files import outside_stores
+        from loramem._util.files import outside_stores
 
         return outside_stores(Path(os.fsdecode(super().convert(value, param, ctx))))
 
@@ -142,7 +142,7 @@ def one_adapter_option(command: Command) -> Command:
 
 def writer_settings(goal: str, rank: int | None, max_rank: int, seed: int = 0) -> WriterSettings:
     """How to train within the ranks allowed; a rank beyond them is a wrong option."""
-    from loramem.capacity import RankLimits, check_request
+    from loramem.planning.plan import RankLimits, check_request
 
     try:
         check_request(goal, rank, RankLimits(max_rank))
@@ -237,7 +237,7 @@ def pool(workers: int | None) -> "Iterator[Executor | None]":
     if workers is None:
         yield None
         return
-    from loramem.jobs import process_pool
+    from loramem.training.executors import process_pool
 
     with process_pool(workers) as pool:
         yield pool
@@ -245,7 +245,7 @@ def pool(workers: int | None) -> "Iterator[Executor | None]":
 
 def placement(model: "PreTrainedModel", modules: str | None, layers: str | None) -> "Placement":
     """The placement that --modules and --layers name; where writes begin for what is not named."""
-    from loramem.placement import Placement
+    from loramem.models.placement import Placement
 
     default = Placement.ladder(model)[0]
     names = tuple(sorted(modules.split(","))) if modules else default.modules

@@ -9,7 +9,7 @@ from . import options
 from .output import note, print_facts, print_json
 
 if TYPE_CHECKING:
-    from loramem.reports import PushPlan
+    from loramem.results import PushPlan
 
 
 @click.command("push")

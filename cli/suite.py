@@ -83,8 +83,8 @@ def run(
     suite are refused.
     """
     from loramem import embedded
-    from loramem.processes import usable_cores
     from loramem.suites.runner import METHODS, SUITES, Request, load_suite, measured, run_suite
+    from loramem.training.processes import usable_cores
 
     if name not in SUITES:
         raise click.UsageError(f"There is no suite {name!r}. There are {', '.join(SUITES)}.")

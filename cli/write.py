@@ -10,7 +10,7 @@ from .output import note, note_needs_ids, print_facts, print_json
 from .progress import write_bar
 
 if TYPE_CHECKING:
-    from loramem.memory import OnConflict
+    from loramem.api.reading import OnConflict
 
 
 @click.command("write")

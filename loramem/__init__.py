@@ -4,15 +4,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from loramem.capacity import Plan
+    from loramem.api.namespace import Namespace
+    from loramem.api.store import MemoryStore
     from loramem.embedded import base_path
     from loramem.errors import KeyNotFound, LoramemError
-    from loramem.input_files import read_records
-    from loramem.namespace import Namespace
-    from loramem.records import Record
-    from loramem.reports import Explanation, Recall, VerifyReport, WriteReport
-    from loramem.settings import WriterSettings
-    from loramem.store import MemoryStore
+    from loramem.planning.plan import Plan
+    from loramem.records.input_files import read_records
+    from loramem.records.record import Record
+    from loramem.results import Explanation, Recall, VerifyReport, WriteReport
+    from loramem.training.settings import WriterSettings
 
 __all__ = [
     "Explanation",
@@ -31,19 +31,19 @@ __all__ = [
 ]
 
 _HOME = {
-    "Explanation": "reports",
+    "Explanation": "results",
     "KeyNotFound": "errors",
     "LoramemError": "errors",
-    "MemoryStore": "store",
-    "Namespace": "namespace",
-    "Plan": "capacity",
-    "Recall": "reports",
-    "Record": "records",
-    "VerifyReport": "reports",
-    "WriteReport": "reports",
-    "WriterSettings": "settings",
+    "MemoryStore": "api.store",
+    "Namespace": "api.namespace",
+    "Plan": "planning.plan",
+    "Recall": "results",
+    "Record": "records.record",
+    "VerifyReport": "results",
+    "WriteReport": "results",
+    "WriterSettings": "training.settings",
     "base_path": "embedded",
-    "read_records": "input_files",
+    "read_records": "records.input_files",
 }
 
 

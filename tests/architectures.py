@@ -21,8 +21,8 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from loramem import MemoryStore
-from loramem.base_model import load_base_model
 from loramem.errors import BaseModelError
+from loramem.models.base_model import load_base_model
 
 from .conftest import ROOT, VOCABULARY, numbers, save_tokenizer
 

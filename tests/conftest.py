@@ -28,7 +28,7 @@ from transformers import (
 )
 from transformers.models.auto import AutoModelForCausalLM
 
-from loramem import shard_training, writer
+from loramem.training import shard_training, trainer
 
 from .hub_server import HubServer
 
@@ -192,5 +192,5 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HubServer]:
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Training through the network gives a rank up after two passes without progress."""
-    schedule = writer.NetworkSchedule(patience_passes=2)
-    monkeypatch.setattr(shard_training, "train_adapter", partial(writer.train_adapter, schedule=schedule))
+    schedule = trainer.NetworkSchedule(patience_passes=2)
+    monkeypatch.setattr(shard_training, "train_adapter", partial(trainer.train_adapter, schedule=schedule))

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from loramem import MemoryStore
-from loramem.adapters import AdaptedModel
 from loramem.errors import LoramemError
+from loramem.models.adapters import AdaptedModel
 
 ASKED = 4  # keys after every flip
 TABLES = ("records", "adapters", "versions", "retired", "writes", "journal", "publications", "meta")

@@ -19,9 +19,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from loramem import MemoryStore, jobs, maintenance, memory, reader, repair, transaction, verification, writer  # noqa: F401
+from loramem import MemoryStore
+from loramem._util.events import NAMES
+from loramem.api import reading  # noqa: F401
 from loramem.errors import LoramemError
-from loramem.events import NAMES
+from loramem.store import compact, read, repair, verify, write  # noqa: F401
+from loramem.training import executors, trainer  # noqa: F401
 
 DIGITS = "0123456789"
 MOST = 10  # records, so that comparing all of them is cheap
@@ -140,7 +143,7 @@ def child(base: str, folder: Path, seed: int) -> None:
     state = check(store, log)
     if rng.random() < 0.5:
         event = rng.choice(NAMES)
-        events = logging.getLogger("loramem.events")
+        events = logging.getLogger("loramem._util.events")
         events.setLevel(logging.INFO)
         events.addHandler(KillAt(event, rng.randint(1, 2)))
         rest_s = 2.0  # where the event never comes

@@ -12,8 +12,8 @@ from peft.tuners.lora.config import BdLoraConfig, KasaConfig, MontecloraConfig, 
 from transformers import GPT2Config, LlamaConfig, PreTrainedConfig, PreTrainedModel, Qwen2Config, Qwen3MoeConfig
 from transformers.models.auto import AutoModelForCausalLM
 
-from loramem.reports import Finding
-from loramem.serving import check_folders
+from loramem.results import Finding
+from loramem.serving.check import check_folders
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 40,

@@ -11,8 +11,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from loramem import MemoryStore, base_path
-from loramem.base_model import load_base_model
 from loramem.errors import BaseModelNotFound, UnreachableToken, UnsupportedBaseModel
+from loramem.models.base_model import load_base_model
 
 from .conftest import SHARED, numbers
 

@@ -6,7 +6,7 @@ import pytest
 from loramem_cli.main import run
 
 from loramem.errors import BaseModelNotFound, UnsupportedBaseModel
-from loramem.serving import check_folders
+from loramem.serving.check import check_folders
 
 from .peft_adapters import save_config, saved_adapter
 

@@ -22,13 +22,13 @@ from transformers import (
 )
 
 from loramem import MemoryStore
-from loramem.base_model import load_base_model
 from loramem.errors import BaseModelNotFound, OutOfMemory, UnreachableToken, UnsupportedBaseModel
-from loramem.placement import Placement
-from loramem.pretrained import context_tokens
-from loramem.prompts import encode_records
-from loramem.records import Record
-from loramem.trunk import Trunk
+from loramem.models.base_model import load_base_model
+from loramem.models.placement import Placement
+from loramem.models.pretrained import context_tokens
+from loramem.models.trunk import Trunk
+from loramem.records.prompts import encode_records
+from loramem.records.record import Record
 
 from .conftest import LAYERS, VOCABULARY, WIDTH, save_tokenizer
 from .hub_server import HubServer
@@ -467,12 +467,12 @@ def test_exhausted_memory_is_told_as_such_when_a_base_model_is_loaded(
 @pytest.mark.parametrize(
     ("place", "error"),
     [
-        pytest.param("loramem.features.answer_logits", EXHAUSTED[0], id="the frozen pass"),
+        pytest.param("loramem.models.features.answer_logits", EXHAUSTED[0], id="the frozen pass"),
         *(
-            pytest.param("loramem.feature_writer._Run.train_step", error, id=f"training over features, {name}")
+            pytest.param("loramem.training.feature_writer._Run.train_step", error, id=f"training over features, {name}")
             for name, error in zip(NAMES, EXHAUSTED, strict=True)
         ),
-        pytest.param("loramem.trunk._tail_logits", EXHAUSTED[1], id="training through layers"),
+        pytest.param("loramem.models.trunk._tail_logits", EXHAUSTED[1], id="training through layers"),
     ],
 )
 def test_exhausted_memory_of_a_write_is_told_and_the_write_waits(
@@ -491,7 +491,7 @@ def test_exhausted_memory_of_a_write_is_told_and_the_write_waits(
         else:
             assert store.resume().written == 1
         with monkeypatch.context() as patched:
-            patched.setattr("loramem.reader.greedy_decode", fail(error))
+            patched.setattr("loramem.store.read.greedy_decode", fail(error))
             with pytest.raises(OutOfMemory):
                 store.recall("a")
         assert store.recall("a") == "12"
@@ -500,7 +500,7 @@ def test_exhausted_memory_of_a_write_is_told_and_the_write_waits(
 def test_a_command_that_runs_out_of_memory_ends_in_one_line(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("loramem.base_model.find_base_model", fail(EXHAUSTED[0]))
+    monkeypatch.setattr("loramem.models.base_model.find_base_model", fail(EXHAUSTED[0]))
     assert run(["calibrate", "--model", "loramem-tiny", "--kind", "phonebook"]) == 1
     assert capsys.readouterr().err.startswith("Error: Out of memory (CUDA out of memory.")
 

@@ -10,9 +10,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedModel, Qwen3Config
 
-from loramem.batches import Batch, answer_logits, group_by_length, make_batch, pad_left, per_position, token_losses
-from loramem.prompts import EncodedRecord
-from loramem.records import Record
+from loramem.models.batches import (
+    Batch,
+    answer_logits,
+    group_by_length,
+    make_batch,
+    pad_left,
+    per_position,
+    token_losses,
+)
+from loramem.records.prompts import EncodedRecord
+from loramem.records.record import Record
 
 
 def encoded(prompt: Sequence[int], answer: Sequence[int]) -> EncodedRecord:

@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from loramem import MemoryStore, Record, WriterSettings
-from loramem.placement import Placement
+from loramem.models.placement import Placement
 from loramem.suites import runner
 
 from .benchmarks import density, write_grid

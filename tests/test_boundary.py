@@ -13,9 +13,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import loramem.boundary
-from loramem.boundary import Outcome, SuccessBoundary, fit, reliability
+import loramem.planning.success
 from loramem.errors import BoundaryError, LoramemError
+from loramem.planning.success import SuccessBoundary, fit, reliability
+from loramem.records.outcome import Outcome
 
 PER_RANK = 500
 
@@ -57,7 +58,7 @@ lengths = st.integers(1, 100_000)
 
 
 def test_the_example_runs() -> None:
-    assert doctest.testmod(loramem.boundary).failed == 0
+    assert doctest.testmod(loramem.planning.success).failed == 0
 
 
 # --- asking
@@ -369,7 +370,7 @@ def test_cross_validation_needs_something_to_leave_out() -> None:
 
 def test_a_fitted_boundary_is_asked_without_numpy_scipy_or_torch() -> None:
     code = (
-        "import sys\nfrom loramem.boundary import SuccessBoundary\n"
+        "import sys\nfrom loramem.planning.success import SuccessBoundary\n"
         "boundary = SuccessBoundary.from_json(sys.argv[1])\n"
         "boundary.probability(4000, 2000.0, 1000), boundary.rank_for_success(1000, 2000.0, 500), boundary.to_json()\n"
         "assert not {'numpy', 'scipy', 'torch'} & set(sys.modules)"

@@ -9,16 +9,16 @@ import pytest
 import torch
 from loramem_cli import main
 
-from loramem import calibrate
-from loramem import runs as runs_module
-from loramem.base_model import BaseModel, load_base_model
-from loramem.calibrate import Request, spread
-from loramem.calibrations import cached
 from loramem.errors import InputError
-from loramem.placement import Placement
-from loramem.records import Record
-from loramem.runs import Run, append_run, read_runs
-from loramem.writer import NetworkSchedule
+from loramem.models.base_model import BaseModel, load_base_model
+from loramem.models.placement import Placement
+from loramem.planning import calibrate
+from loramem.planning import runs as runs_module
+from loramem.planning.calibrate import Request, spread
+from loramem.planning.calibration import cached
+from loramem.planning.runs import Run, append_run, read_runs
+from loramem.records.record import Record
+from loramem.training.trainer import NetworkSchedule
 
 
 @pytest.fixture

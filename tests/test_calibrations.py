@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from loramem import base_path, boundary, calibrations
-from loramem.boundary import Outcome
-from loramem.calibrations import (
+from loramem import base_path
+from loramem.errors import InputError
+from loramem.planning import calibration, success
+from loramem.planning.calibration import (
     Calibration,
     KindSamples,
     Sample,
@@ -23,11 +24,11 @@ from loramem.calibrations import (
     plan_length,
     summarise,
 )
-from loramem.capacity import GOALS, Basis
-from loramem.errors import InputError
-from loramem.runs import Run
+from loramem.planning.plan import GOALS, Basis
+from loramem.planning.runs import Run
+from loramem.records.outcome import Outcome
 
-WEIGHTS, SHIPPED = "0123456789ab", calibrations.SHIPPED
+WEIGHTS, SHIPPED = "0123456789ab", calibration.SHIPPED
 PLACE, ELSEWHERE = (("down_proj", "up_proj"), (4, 5)), (("o_proj",), (4,))
 BARE = Calibration("tiny", WEIGHTS, 1024, *PLACE, parameters_per_rank=500)
 RUN = Run(
@@ -104,7 +105,7 @@ KNOWN = summarise(BARE, [*of_law(), *writes()])
 def nothing_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither a cache nor what ships with loramem-tiny."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(calibrations, "SHIPPED", tmp_path / "shipped.json")
+    monkeypatch.setattr(calibration, "SHIPPED", tmp_path / "shipped.json")
 
 
 # --- runs to knowledge
@@ -121,7 +122,7 @@ def test_writes_give_the_boundary_and_the_pace_of_their_placement() -> None:
     placed = KNOWN.placed(PLACE)
     assert placed is not None and placed.boundary is not None and placed.pace is not None
     assert placed.parameters_per_rank == 500
-    assert placed.boundary == boundary.fit(placed.outcomes)
+    assert placed.boundary == success.fit(placed.outcomes)
     assert len(placed.outcomes) == 8  # the law's runs were not certified
     assert placed.boundary.certified == placed.pace.outcomes == 5
     assert placed.pace.exponent == pytest.approx(0.5, abs=0.02)
@@ -290,7 +291,7 @@ def test_a_planned_length_costs_what_its_kind_does() -> None:
 def test_asking_what_is_known_needs_neither_torch_nor_scipy() -> None:
     KNOWN.save(cached(WEIGHTS))
     code = (
-        "import sys\nfrom loramem.calibrations import basis, load, plan_length\n"
+        "import sys\nfrom loramem.planning.calibration import basis, load, plan_length\n"
         f"known = load({WEIGHTS!r})\n"
         "plan_length(known.samples('random'), basis(known, known.place, 500, 'random'), 5000, 20)\n"
         "assert not {'numpy', 'scipy', 'torch'} & set(sys.modules)"
@@ -302,7 +303,7 @@ def test_asking_what_is_known_needs_neither_torch_nor_scipy() -> None:
 
 
 def test_what_ships_is_of_the_base_model_that_ships() -> None:
-    from loramem.fingerprint import fingerprint
+    from loramem.models.fingerprint import fingerprint
 
     assert json.loads(SHIPPED.read_text())["base_weights"] == fingerprint(base_path()).weights[:12]
 
@@ -328,14 +329,14 @@ def test_nothing_is_known_of_a_base_model_that_was_never_calibrated() -> None:
 
 def test_the_users_own_calibration_is_preferred_to_the_shipped_one() -> None:
     shipped = replace(KNOWN, conditions={"runs": 1})
-    shipped.save(calibrations.SHIPPED)
+    shipped.save(calibration.SHIPPED)
     assert load(WEIGHTS) == load() == shipped
     KNOWN.save(cached(WEIGHTS))
     assert load(WEIGHTS) == load() == KNOWN
 
 
 def test_the_shipped_calibration_is_of_one_base_model_alone() -> None:
-    KNOWN.save(calibrations.SHIPPED)
+    KNOWN.save(calibration.SHIPPED)
     assert load("ba9876543210") is None
     replace(KNOWN, base_weights="ba9876543210").save(cached("ba9876543210"))
     found = load("ba9876543210")

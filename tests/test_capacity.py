@@ -9,8 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loramem.boundary import SuccessBoundary
-from loramem.capacity import (
+from loramem.errors import DoesNotFit
+from loramem.models.shard_sizes import FILL, Size, cut
+from loramem.planning.law import MemoryLaw
+from loramem.planning.law_fit import SATURATED
+from loramem.planning.plan import (
     GOALS,
     MAX_RANK,
     Basis,
@@ -21,11 +24,8 @@ from loramem.capacity import (
     plan_groups,
     plan_write,
 )
-from loramem.errors import DoesNotFit
-from loramem.law import MemoryLaw
-from loramem.law_fit import SATURATED
-from loramem.pace import Pace
-from loramem.shard_sizes import FILL, Size, cut
+from loramem.planning.success import SuccessBoundary
+from loramem.planning.visits import Pace
 
 PARAMETERS = 1000  # per rank
 BASIS = Basis(PARAMETERS, matrices=8)

@@ -11,16 +11,18 @@ from pathlib import Path
 import pytest
 from loramem_cli.main import run
 
-from loramem import MemoryStore, calibrations, capacity, timings
-from loramem.boundary import Outcome, SuccessBoundary
-from loramem.calibrations import Calibration, KindSamples, PlacedBoundary, PlacedLaw, Sample, cached
-from loramem.law import MemoryLaw
-from loramem.pace import Pace
+from loramem import MemoryStore
+from loramem.planning import calibration, plan, timings
+from loramem.planning.calibration import Calibration, KindSamples, PlacedBoundary, PlacedLaw, Sample, cached
+from loramem.planning.law import MemoryLaw
+from loramem.planning.success import SuccessBoundary
+from loramem.planning.visits import Pace
+from loramem.records.outcome import Outcome
 
 from .conftest import numbers
 
 WEIGHTS = "0123456789ab"
-SHIPPED = calibrations.SHIPPED
+SHIPPED = calibration.SHIPPED
 MODULES, LAYERS = ("down_proj",), (5,)
 # ΔL = 30 · √r / √ℓ + 1, ± 2.015 · 0.1 for 90 %.
 LAW = MemoryLaw(
@@ -74,8 +76,8 @@ def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def calibrated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The synthetic calibration ships, and a token takes 50 ms here."""
-    monkeypatch.setattr(calibrations, "SHIPPED", tmp_path / "shipped.json")
-    known().save(calibrations.SHIPPED)
+    monkeypatch.setattr(calibration, "SHIPPED", tmp_path / "shipped.json")
+    known().save(calibration.SHIPPED)
     timings.note_time(WEIGHTS, "cpu", training_s=5.0, tokens_visited=100)
 
 
@@ -210,11 +212,11 @@ def test_a_known_base_model_is_planned_for_without_torch(tmp_path: Path) -> None
 def test_a_calibrated_folder_is_planned_for_without_loading_it(
     base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from loramem.fingerprint import fingerprint
+    from loramem.models.fingerprint import fingerprint
 
     weights = fingerprint(base).weights[:12]
     known(base.name, weights).save(cached(weights))
-    monkeypatch.setattr("loramem.base_model.load_base_model", no_base_model)
+    monkeypatch.setattr("loramem.models.base_model.load_base_model", no_base_model)
     assert run(["capacity", "--length", "400", "--model", str(base), "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert (plan["base_model"], plan["calibrated"]) == (base.name, True)
@@ -229,10 +231,10 @@ def test_a_length_is_planned_for_the_base_model_of_the_store_and_with_what_its_w
     place = tuple(manifest.placement["modules"]), tuple(manifest.placement["layers"])
     weights = manifest.fingerprint["weights"][:12]
     known(base.name, weights, *place).save(cached(weights))
-    monkeypatch.setattr("loramem.base_model.load_base_model", no_base_model)
+    monkeypatch.setattr("loramem.models.base_model.load_base_model", no_base_model)
     asked: list[object] = []
-    whole = calibrations.basis
-    monkeypatch.setattr(calibrations, "basis", lambda *args: asked.append(args[4]) or whole(*args))
+    whole = calibration.basis
+    monkeypatch.setattr(calibration, "basis", lambda *args: asked.append(args[4]) or whole(*args))
     arguments = ["--model", str(base.resolve())] if named else []
     assert run(["capacity", "--length", "400", "--store", str(store), "--json", *arguments]) == 0
     assert json.loads(capsys.readouterr().out)["base_model"] == base.name
@@ -378,7 +380,7 @@ def test_what_does_not_fit_exits_5_with_the_rank_that_would_do(
 def test_a_file_that_does_not_fit_exits_5_too(
     base: Path, source: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(capacity, "MOST_BITS", 1e-6)
+    monkeypatch.setattr(plan, "MOST_BITS", 1e-6)
     assert run(["capacity", source, "--model", str(base)]) == 5
     assert len(capsys.readouterr().err.splitlines()) == 1
     assert run(["write", source, "--model", str(base), "--store", "m"]) == 5

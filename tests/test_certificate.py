@@ -11,19 +11,21 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from loramem import MemoryStore, certificate, transaction
-from loramem.adapters import AdaptedModel
-from loramem.base_model import BaseModel, load_base_model
-from loramem.batches import shuffled
-from loramem.certificate import ALONE, Proof, examine, least_certain, prove, prove_alone
+from loramem import MemoryStore
 from loramem.errors import RecallError
-from loramem.feature_writer import train_on_features
-from loramem.features import PASS_RECORDS, PASS_TOKENS, Ending, collect
-from loramem.placement import Placement
-from loramem.prompts import EncodedRecord, encode_records
-from loramem.recall import SHARED_PREFIX_TOKENS, answer_probabilities
-from loramem.records import as_records
-from loramem.settings import WriterSettings
+from loramem.models import certificate
+from loramem.models.adapters import AdaptedModel
+from loramem.models.base_model import BaseModel, load_base_model
+from loramem.models.batches import shuffled
+from loramem.models.certificate import ALONE, Proof, examine, least_certain, prove, prove_alone
+from loramem.models.decoding import SHARED_PREFIX_TOKENS, answer_probabilities
+from loramem.models.features import PASS_RECORDS, PASS_TOKENS, Ending, collect
+from loramem.models.placement import Placement
+from loramem.records.prompts import EncodedRecord, encode_records
+from loramem.records.record import as_records
+from loramem.store import write
+from loramem.training.feature_writer import train_on_features
+from loramem.training.settings import WriterSettings
 
 from .conftest import numbers
 from .test_batches import encoded, of_length
@@ -208,8 +210,8 @@ def test_the_least_certain_decodings_of_a_write_over_all_dtypes_are_repeated_alo
         alone.extend((record.record.key, dtypes["base"]) for record in records)
         prove_alone(model, records, adapter, dtypes)
 
-    monkeypatch.setattr("loramem.shards.prove", proving)
-    monkeypatch.setattr(transaction, "prove_alone", proving_alone)
+    monkeypatch.setattr("loramem.training.shards.prove", proving)
+    monkeypatch.setattr(write, "prove_alone", proving_alone)
     with MemoryStore(tmp_path / "m", str(base)) as store:
         store.write(numbers(12, 2))
     assert len(proofs) == 24

@@ -12,10 +12,10 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from loramem import MemoryStore
-from loramem.chat import CHANGED, DATED, LONG, OTHER, REFUSED, TAKEN, Chat
 from loramem.errors import IntegrityError, PromptCollision, RefusedRepository
-from loramem.prompts import EncodedRecord, PromptTemplate, encode_records
-from loramem.records import Record
+from loramem.records.chat import CHANGED, DATED, LONG, OTHER, REFUSED, TAKEN, Chat
+from loramem.records.prompts import EncodedRecord, PromptTemplate, encode_records
+from loramem.records.record import Record
 
 from .conftest import SPECIALS
 from .hub_server import HubServer
@@ -307,7 +307,7 @@ def test_a_published_store_is_recalled_with_its_keys_and_without(
 def test_a_forged_prompt_is_refused(
     store: MemoryStore, base: Path, hub: HubServer, tmp_path: Path, ids: list[int] | None
 ) -> None:
-    from loramem.tables import prompt_digest
+    from loramem.index.rows import prompt_digest
 
     store.push("me/told", include_keys=True)
     files = {path: content for path, content in hub.files("me/told").items() if path != ".gitattributes"}

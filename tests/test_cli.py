@@ -328,7 +328,7 @@ def test_an_interrupt_exits_130(written: Path, base: Path, tmp_path: Path, monke
 
     place = str(tmp_path / "m")
     with monkeypatch.context() as patched:
-        patched.setattr("loramem.shards.train_shard", interrupt)
+        patched.setattr("loramem.training.shards.train_shard", interrupt)
         assert run(["write", str(written / "records.jsonl"), "--store", place, "--model", str(base)]) == 130
     assert run(["write", str(written / "records.jsonl"), "--store", place]) == 1  # unfinished
     assert run(["write", "--resume", "--store", place]) == 0
@@ -366,6 +366,6 @@ def test_a_store_that_cannot_be_made_is_one_line(base: Path, tmp_path: Path, cap
 def test_the_grace_of_gc_is_the_library_s() -> None:
     from loramem_cli.gc import command
 
-    from loramem.staging import GRACE_S
+    from loramem.store.staging import GRACE_S
 
     assert [option.default for option in command.params if option.name == "grace_s"] == [GRACE_S]

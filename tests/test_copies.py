@@ -147,7 +147,7 @@ def test_what_a_killed_export_left_is_removed(store: MemoryStore, tmp_path: Path
 
 
 def test_what_is_erased_during_a_backup_is_not_in_it(store: MemoryStore, tmp_path: Path, monkeypatch) -> None:
-    from loramem import bundle
+    from loramem.store import copies
 
     copied, before = [], {adapter.id for adapter in store.adapters()}
 
@@ -160,8 +160,8 @@ def test_what_is_erased_during_a_backup_is_not_in_it(store: MemoryStore, tmp_pat
                 other.erase(list(SECOND), "team")
                 other.write({"new": "1"})
 
-    copy_synced = bundle.copy_synced
-    monkeypatch.setattr(bundle, "copy_synced", copy)
+    copy_synced = copies.copy_synced
+    monkeypatch.setattr(copies, "copy_synced", copy)
     store.backup(tmp_path / "copy")
     with MemoryStore(tmp_path / "copy", create=False) as backup:
         assert values(backup) == {"new": "1"}
@@ -179,7 +179,7 @@ def test_a_cut_export_and_a_full_disk_are_told_apart(store: MemoryStore, tmp_pat
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("loramem.bundle.write_synced", full)
+    monkeypatch.setattr("loramem.store.copies.write_synced", full)
     with pytest.raises(OSError, match="No space"):
         MemoryStore.import_bundle(tmp_path / "whole.tar", tmp_path / "imported")
     assert not [entry for entry in tmp_path.iterdir() if "imported" in entry.name]
@@ -266,7 +266,7 @@ def test_lost_records_are_named_and_only_dropped_on_request(path: Path) -> None:
 HOLDER = """
 import sys
 from pathlib import Path
-from loramem.locks import write_lock
+from loramem.index.lock import write_lock
 
 with write_lock(Path(sys.argv[1])):
     print("held", flush=True)
@@ -333,7 +333,7 @@ def test_a_database_that_cannot_be_read_now_is_not_called_damaged(path: Path, mo
         error.sqlite_errorcode = getattr(sqlite3, f"SQLITE_{code}")
         raise error
 
-    monkeypatch.setattr("loramem.sealed_database.connect", fail)
+    monkeypatch.setattr("loramem.index.sealed_database.connect", fail)
     with pytest.raises(kind, match="said by SQLite"):
         MemoryStore(path, create=False)
 
@@ -342,7 +342,7 @@ def test_an_older_format_is_brought_up_to_date_by_one_process_alone(tmp_path: Pa
     from .test_changes import copy_of_format_1
 
     path = copy_of_format_1(tmp_path / "memory")
-    monkeypatch.setattr("loramem.sealed_database.BUSY_S", 0.1)
+    monkeypatch.setattr("loramem.index.sealed_database.BUSY_S", 0.1)
     with holder(path) as process:
         with pytest.raises(StoreLocked):
             MemoryStore(path, create=False)

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from loramem import MemoryStore, Record, WriterSettings, files
+from loramem import MemoryStore, Record, WriterSettings
+from loramem._util import files
 from loramem.errors import StoreLocked, UnfinishedWrite, WriteError
-from loramem.records import as_records
+from loramem.records.record import as_records
 
 from .conftest import numbers
 
@@ -96,13 +97,13 @@ def test_a_resumed_write_keeps_its_plan_and_gc_what_it_had_proved(base: Path, tm
 
     with MemoryStore(tmp_path / "memory", str(base)) as store:
         with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-            patched.setattr("loramem.transaction.commit_write", interrupt)
+            patched.setattr("loramem.store.write.commit_write", interrupt)
             store.write([Record(key, value, space) for space in "xy" for key, value in LATER.items()])
         assert len(list((store.path / "adapters").iterdir())) == 2
         store.gc(grace_s=0)
         with monkeypatch.context() as patched:
-            patched.setattr("loramem.transaction.Transaction.plan", again)  # it may come to something else by now
-            patched.setattr("loramem.shards.train_shard", again)
+            patched.setattr("loramem.store.write.Transaction.plan", again)  # it may come to something else by now
+            patched.setattr("loramem.training.shards.train_shard", again)
             assert store.resume().written == 10
         assert store.verify().ok
 

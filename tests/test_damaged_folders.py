@@ -17,8 +17,8 @@ from loramem_cli.main import run
 from transformers import AutoModelForCausalLM
 
 from loramem import MemoryStore
-from loramem.base_model import BaseModel, load_base_model
 from loramem.errors import BaseModelError, LoramemError
+from loramem.models.base_model import BaseModel, load_base_model
 
 from .conftest import build_base
 

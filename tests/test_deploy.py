@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from loramem import MemoryStore, base_path
-from loramem.adapter_header import read_header
-from loramem.deploy import pad
 from loramem.errors import AdapterError, IntegrityError, NotServable, StoreError
+from loramem.models.adapter_header import read_header
+from loramem.serving.deploy import pad
 
 from .conftest import numbers
 from .test_integrity import execute, flip_bit, reseal
@@ -233,7 +233,7 @@ def test_damage_is_not_deployed(store: MemoryStore, tmp_path: Path) -> None:
 
 
 def test_weights_beyond_float16_are_refused(store: MemoryStore, tmp_path: Path) -> None:
-    from loramem import deploy
+    from loramem.serving import deploy
 
     config, tensors = deploy._committed(store.path, store.adapters()[0])
     huge = {name: tensor * 1e6 for name, tensor in tensors.items()}

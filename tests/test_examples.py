@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-import loramem.store
+import loramem.api.store
 from loramem import MemoryStore, base_path
 
 from .conftest import ROOT
@@ -67,7 +67,7 @@ def test_peft_alone_recalls_what_was_deployed_one_by_one_and_in_a_mixed_batch(
 
 
 def test_the_phone_book_is_what_its_script_writes(tmp_path: Path) -> None:
-    shown = run("-m", "loramem.generators", "phonebook", "100", cwd=tmp_path)
+    shown = run("-m", "loramem.planning.samples", "phonebook", "100", cwd=tmp_path)
     assert shown == (ROOT / "examples" / "phonebook.jsonl").read_text()
 
 
@@ -79,4 +79,4 @@ def test_the_python_blocks_of_the_readme_run(tmp_path: Path) -> None:
 
 
 def test_docstring_examples_run() -> None:
-    assert doctest.testmod(loramem.store).failed == 0
+    assert doctest.testmod(loramem.api.store).failed == 0

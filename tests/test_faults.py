@@ -256,7 +256,8 @@ def test_contending_processes_lose_and_duplicate_nothing(
 
 CREATOR = """
 import sys
-from loramem import MemoryStore, base_model
+from loramem import MemoryStore
+from loramem.models import base_model
 
 base_model.load_base_model(sys.argv[2])
 print("ready", flush=True)
@@ -286,7 +287,7 @@ def test_processes_that_create_one_store_at_once_share_it(base: Path, tmp_path: 
 
 
 def test_a_store_that_another_process_made_meanwhile_is_opened(base: Path, tmp_path: Path, monkeypatch) -> None:
-    from loramem import base_model
+    from loramem.models import base_model
 
     load, path = base_model.load_base_model, tmp_path / "memory"
 

@@ -5,12 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from loramem import MemoryStore, features, shard_training
-from loramem.base_model import load_base_model
-from loramem.feature_cache import FeatureCache
-from loramem.features import collect
-from loramem.prompts import EncodedRecord, encode_records
-from loramem.records import as_records
+from loramem import MemoryStore
+from loramem.models import features
+from loramem.models.base_model import load_base_model
+from loramem.models.feature_cache import FeatureCache
+from loramem.models.features import collect
+from loramem.records.prompts import EncodedRecord, encode_records
+from loramem.records.record import as_records
+from loramem.training import shard_training
 
 from .conftest import numbers
 

@@ -11,19 +11,19 @@ from torch import Tensor, nn
 from transformers import GPTJConfig, PhiConfig
 from transformers.models.auto import AutoModelForCausalLM
 
-from loramem import feature_writer, rivals
-from loramem.adapters import AdaptedModel, serialize
-from loramem.base_model import BaseModel, load_base_model
 from loramem.errors import TrainingDiverged
-from loramem.feature_writer import train_on_features
-from loramem.features import Ending, Features, _sizes, collect
-from loramem.objectives import SlidingState
-from loramem.placement import Placement
-from loramem.prompts import EncodedRecord, encode_records
-from loramem.recall import answer_probabilities
-from loramem.records import as_records
-from loramem.settings import OBJECTIVES, WriterSettings
-from loramem.writer import Training, WriteProgress
+from loramem.models.adapters import AdaptedModel, serialize
+from loramem.models.base_model import BaseModel, load_base_model
+from loramem.models.decoding import answer_probabilities
+from loramem.models.features import Ending, Features, _sizes, collect
+from loramem.models.placement import Placement
+from loramem.records.prompts import EncodedRecord, encode_records
+from loramem.records.record import as_records
+from loramem.training import feature_writer, rivals
+from loramem.training.feature_writer import train_on_features
+from loramem.training.objectives import SlidingState
+from loramem.training.settings import OBJECTIVES, WriterSettings
+from loramem.training.trainer import Training, WriteProgress
 
 from .conftest import CONTEXT, VOCABULARY, WIDTH, numbers, save_tokenizer
 

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
-from loramem.batches import answer_logits, make_batch
-from loramem.features import Ending, collect
-from loramem.layers import LastLayer, decoder_layers, linears
-from loramem.placement import Placement
-from loramem.recall import SHARED_PREFIX_TOKENS, forced_batch
+from loramem.models.batches import answer_logits, make_batch
+from loramem.models.decoding import SHARED_PREFIX_TOKENS, forced_batch
+from loramem.models.features import Ending, collect
+from loramem.models.layers import LastLayer, decoder_layers, linears
+from loramem.models.placement import Placement
 
 from .test_batches import encoded
 from .test_trunk import ARCHITECTURES, RECORDS, TOLERANCE, build, difference, shared_model

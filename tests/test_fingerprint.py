@@ -11,12 +11,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from loramem import base_path
-from loramem import fingerprint as module
-from loramem.adapters import AdaptedModel, Placement
-from loramem.base_model import load_base_model
 from loramem.errors import BaseModelNotFound, UnsupportedBaseModel
-from loramem.fingerprint import Fingerprint, fingerprint, former_digests
-from loramem.parameters import parameters_sha256
+from loramem.models import fingerprint as module
+from loramem.models.adapters import AdaptedModel, Placement
+from loramem.models.base_model import load_base_model
+from loramem.models.fingerprint import Fingerprint, fingerprint, former_digests
+from loramem.models.parameters import parameters_sha256
 
 PARTS = ("tensors", "config", "tokenizer")
 

@@ -8,15 +8,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from loramem import WriterSettings, writer
-from loramem.adapters import AdaptedModel
-from loramem.base_model import BaseModel, load_base_model
-from loramem.batches import answer_logits
-from loramem.initialization import DAMPING, OVERSAMPLING, Moments, aligned_rows, collect_moments
-from loramem.placement import Placement
-from loramem.prompts import encode_records
-from loramem.records import as_records
-from loramem.trunk import Trunk
+from loramem import WriterSettings
+from loramem.models.adapters import AdaptedModel
+from loramem.models.base_model import BaseModel, load_base_model
+from loramem.models.batches import answer_logits
+from loramem.models.placement import Placement
+from loramem.models.trunk import Trunk
+from loramem.records.prompts import encode_records
+from loramem.records.record import as_records
+from loramem.training import trainer
+from loramem.training.initialization import DAMPING, OVERSAMPLING, Moments, aligned_rows, collect_moments
 
 from .conftest import numbers
 
@@ -36,7 +37,7 @@ def moments_of(outputs: int, inputs: int, count: int = 200) -> Moments:
 
 
 def dense_rows(moments: Moments, rank: int) -> Tensor:
-    """The docstring of `loramem.initialization` in float64: C = L Lᵀ, M L⁻ᵀ = U S Vᵀ, A = Vᵣᵀ L⁻¹."""
+    """The docstring of `loramem.training.initialization` in float64: C = L Lᵀ, M L⁻ᵀ = U S Vᵀ, A = Vᵣᵀ L⁻¹."""
     covariance = moments.inputs.double() / moments.count
     damping = DAMPING * covariance.diagonal().mean()
     inverse = torch.linalg.inv(torch.linalg.cholesky(covariance + damping * torch.eye(len(covariance))))
@@ -228,14 +229,14 @@ def loaded(base: Path) -> BaseModel:
     return load_base_model(str(base))
 
 
-def fresh_run(loaded: BaseModel, **settings: Any) -> writer._Run:
+def fresh_run(loaded: BaseModel, **settings: Any) -> trainer._Run:
     """What `train_adapter` has before its first step."""
     records = encode_records(as_records(numbers(6)), loaded.tokenizer, loaded.template, loaded.max_tokens)
     placement, chosen = Placement.default(loaded.model), WriterSettings(**settings)
     adapted = AdaptedModel(loaded)
     adapted.create("new", RANK, placement, chosen.seed)
     trunk = Trunk(loaded.model, records, min(placement.layers))
-    return writer._Run(adapted, "new", trunk, RANK, chosen, writer.NetworkSchedule(), None, 0.0)
+    return trainer._Run(adapted, "new", trunk, RANK, chosen, trainer.NetworkSchedule(), None, 0.0)
 
 
 def random_rows(loaded: BaseModel) -> list[Tensor]:
@@ -245,7 +246,7 @@ def random_rows(loaded: BaseModel) -> list[Tensor]:
     return [tensor.clone() for name, tensor in adapted.weights("new").items() if ".lora_A." in name]
 
 
-def matrices(run: writer._Run, kind: str) -> list[Tensor]:
+def matrices(run: trainer._Run, kind: str) -> list[Tensor]:
     found = [tensor.clone() for name, tensor in run.adapted.weights("new").items() if f".lora_{kind}." in name]
     assert len(found) == 14  # seven linear modules in two layers
     return found
@@ -289,7 +290,7 @@ def test_the_start_depends_on_the_seed_alone(loaded: BaseModel, base: Path) -> N
 def test_a_base_without_a_finite_gradient_starts_from_random_directions(
     loaded: BaseModel, base: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.WARNING, logger="loramem.writer")
+    caplog.set_level(logging.WARNING, logger="loramem.training.trainer")
     before = random_rows(load_base_model(str(base)))
     whole = Trunk.logits
     monkeypatch.setattr(Trunk, "logits", lambda *args: whole(*args) * float("nan"))

@@ -11,8 +11,8 @@ import pytest
 
 from loramem import MemoryStore
 from loramem.errors import EmptyField, InputError, InvalidField
-from loramem.input_files import read_records
-from loramem.records import METADATA_DEPTH, Record, as_records, journalled
+from loramem.records.input_files import read_records
+from loramem.records.record import METADATA_DEPTH, Record, as_records, journalled
 
 
 def read(text: str | bytes, format: str | None = None, **given: str) -> list[Record]:

@@ -12,8 +12,8 @@ from loramem_cli.main import run
 
 from loramem import MemoryStore
 from loramem.errors import LoramemError
-from loramem.input_files import read_records
-from loramem.records import Record
+from loramem.records.input_files import read_records
+from loramem.records.record import Record
 
 ROWS = [("key 0", "0417#"), ("caf\u00e9; \u2603", "a,b\tc;d"), ('"quoted"', "two\r\nlines \U0001f600"), ("k", "\u2028")]
 

@@ -10,7 +10,7 @@ import pytest
 
 from loramem import MemoryStore
 from loramem.errors import IntegrityError, LoramemError, OtherBaseModel, RecallError
-from loramem.index import Index
+from loramem.index.index import Index
 
 from .conftest import numbers
 

@@ -14,10 +14,12 @@ from typing import Any
 
 import pytest
 
-from loramem import MemoryStore, shard_sizes, shards
+from loramem import MemoryStore
 from loramem.errors import StubbornRecords, WorkerLost
-from loramem.jobs import process_pool
-from loramem.shards import ShardJob
+from loramem.models import shard_sizes
+from loramem.training import shards
+from loramem.training.executors import process_pool
+from loramem.training.shards import ShardJob
 
 from .conftest import numbers
 
@@ -80,7 +82,7 @@ def test_spawned_processes_write_shards(base: Path, tmp_path: Path) -> None:
 
 PARENT = """
 import os, time
-from loramem.jobs import process_pool
+from loramem.training.executors import process_pool
 
 if __name__ == "__main__":
     with process_pool(1) as pool:
@@ -118,7 +120,8 @@ def test_staging_is_empty_after_a_write(base: Path, tmp_path: Path) -> None:
 
 WRITER = """
 import json, os, signal, sys
-from loramem import MemoryStore, shard_sizes
+from loramem import MemoryStore
+from loramem.models import shard_sizes
 
 shard_sizes.Size.shard_tokens = lambda *_: 15
 
@@ -223,9 +226,9 @@ def test_a_lost_worker_leaves_a_write_that_goes_on(base: Path, tmp_path: Path) -
 
 
 def test_the_same_records_and_settings_are_the_same_job(base: Path, tmp_path: Path) -> None:
-    from loramem.base_model import load_base_model
-    from loramem.prompts import encode_records
-    from loramem.records import as_records
+    from loramem.models.base_model import load_base_model
+    from loramem.records.prompts import encode_records
+    from loramem.records.record import as_records
 
     loaded = load_base_model(str(base))
     entries = tuple(encode_records(as_records(RECORDS), loaded.tokenizer, loaded.template, loaded.max_tokens))

@@ -5,8 +5,8 @@ import random
 import pytest
 
 from loramem.errors import DegeneratePoints
-from loramem.joint_law import fit_joint
-from loramem.law import Point
+from loramem.planning.joint_law import fit_joint
+from loramem.planning.law import Point
 
 OFFSETS = {"text": -0.2, "random": 3.5, "mixed": 1.0}
 GRID = [(rank, length) for rank in (1, 2, 3, 5) for length in (500, 900, 2000)]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from loramem import MemoryStore
-from loramem.events import NAMES
+from loramem._util.events import NAMES
 
 from .conftest import ROOT, numbers
 
@@ -22,7 +22,7 @@ for event in sys.argv[3:]:
     path = shutil.copytree(sys.argv[1], os.path.join(sys.argv[2], event))
     if os.fork() == 0:
         try:
-            events = logging.getLogger("loramem.events")
+            events = logging.getLogger("loramem._util.events")
             events.setLevel(logging.INFO)
             events.addHandler(KillAt(event, 1))
             store = MemoryStore(path, create=False)

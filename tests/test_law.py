@@ -14,10 +14,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import loramem.law
+import loramem.planning.law
 from loramem.errors import DegeneratePoints, LawError, LoramemError, OutOfReach
-from loramem.law import MemoryLaw, Point
-from loramem.law_fit import SATURATED, fit, held_out, means_agreement
+from loramem.planning.law import MemoryLaw, Point
+from loramem.planning.law_fit import SATURATED, fit, held_out, means_agreement
 
 RANKS, LENGTHS = (1, 2, 4, 8, 16), (100, 200, 400, 800, 1600, 3200)
 BASE = 50.0  # nats per token: far above any ΔL here, so that no point is saturated
@@ -61,7 +61,7 @@ numbers = st.floats(1, 1e4)
 
 
 def test_the_example_runs() -> None:
-    assert doctest.testmod(loramem.law).failed == 0
+    assert doctest.testmod(loramem.planning.law).failed == 0
 
 
 # --- asking
@@ -211,7 +211,7 @@ def test_the_order_of_the_points_does_not_matter() -> None:
     [(0.9, 1, 6.3138), (0.9, 5, 2.0150), (0.95, 10, 2.2281), (0.99, 2, 9.9248), (0.5, 3, 0.7649), (0.95, 60, 2.0003)],
 )
 def test_student_s_quantiles_are_those_of_the_tables(confidence: float, freedom: int, quantile: float) -> None:
-    assert loramem.law._student_t(confidence, freedom) == pytest.approx(quantile, abs=6e-5)
+    assert loramem.planning.law._student_t(confidence, freedom) == pytest.approx(quantile, abs=6e-5)
 
 
 def test_a_90_percent_interval_holds_about_90_percent_of_new_runs() -> None:
@@ -442,7 +442,7 @@ def test_means_that_do_not_differ_have_nothing_to_explain() -> None:
 
 def test_a_fitted_law_is_asked_without_numpy_scipy_or_torch() -> None:
     code = (
-        "import sys\nfrom loramem.law import MemoryLaw\n"
+        "import sys\nfrom loramem.planning.law import MemoryLaw\n"
         "law = MemoryLaw.from_json(sys.argv[1])\n"
         "law.predict(4, 400), law.rank_for(3.0, 400), law.length_for(3.0, 4), law.predict_interval(4, 400)\n"
         "law.extrapolates(4, 400), law.to_json()\n"

@@ -8,7 +8,7 @@ import pytest
 from loramem_cli import main
 
 from loramem import MemoryStore
-from loramem.runs import Run, append_run
+from loramem.planning.runs import Run, append_run
 
 RUN = Run(
     kind="random",

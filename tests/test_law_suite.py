@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from scipy.stats import t as student_t
 
-from loramem import calibrate
 from loramem.errors import InputError
-from loramem.law_tables import FittedRuns, fit_groups, joint_rows
-from loramem.runs import Run, append_run, read_runs, shipped_file
+from loramem.planning import calibrate
+from loramem.planning.law_tables import FittedRuns, fit_groups, joint_rows
+from loramem.planning.runs import Run, append_run, read_runs, shipped_file
 from loramem.suites import memory_law
 from loramem.suites.figures import HeatMap, Plot
 from loramem.suites.runner import Request

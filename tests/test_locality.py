@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from loramem import MemoryStore
-from loramem.adapters import AdaptedModel
 from loramem.errors import InputError
+from loramem.models.adapters import AdaptedModel
 from loramem.suites import figures, locality
 from loramem.suites.divergence import Passage, effect, identical, predictions, windows
 from loramem.suites.runner import Request
@@ -55,7 +55,7 @@ def test_windows_cut_a_text_and_begin_as_the_tokenizer_would() -> None:
 
 
 def test_what_is_predicted_is_each_scored_token_from_those_before_it(base: Path) -> None:
-    from loramem.base_model import load_base_model
+    from loramem.models.base_model import load_base_model
 
     model = load_base_model(str(base), device="cpu").model
     ids = tuple(range(4, 14))
@@ -93,7 +93,7 @@ def test_a_file_takes_the_place_of_both_texts(base: Path, tmp_path: Path) -> Non
 
 
 def test_a_text_shorter_than_a_window_is_refused(base: Path, tmp_path: Path) -> None:
-    from loramem.base_model import load_base_model
+    from loramem.models.base_model import load_base_model
 
     path = tmp_path / "short.txt"
     path.write_text("a few words")

@@ -12,17 +12,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from loramem import Record, base_path, writer
-from loramem.base_model import load_base_model
+from loramem import Record, base_path
 from loramem.embedded.corpus import is_held_out
 from loramem.errors import InputError, TooLong
-from loramem.long_text import noise_places, text_ids, with_noise
-from loramem.prompts import EncodedRecord
+from loramem.models.base_model import load_base_model
+from loramem.planning.long_text import noise_places, text_ids, with_noise
+from loramem.records.prompts import EncodedRecord
 from loramem.suites import figures, long_context, positions
 from loramem.suites.long_context import Cell, documentation
 from loramem.suites.positions import Forced, scores
 from loramem.suites.runner import Request
-from loramem.writer import NetworkSchedule, train_adapter
+from loramem.training import trainer
+from loramem.training.trainer import NetworkSchedule, train_adapter
 
 from .conftest import SHARED
 
@@ -330,7 +331,7 @@ def test_a_cut_is_one_of_the_writer_s_patience_too(base: Path, monkeypatch: pyte
         patience.append(schedule.patience_passes)
         return train_adapter(model, name, records, rank, placement, settings, *more, schedule=schedule)
 
-    monkeypatch.setattr(writer, "train_adapter", watched)
+    monkeypatch.setattr(trainer, "train_adapter", watched)
     for cut in (1, 10):
         long_context.run(Cell("topics", "0", 0.0, 12, 16, "loramem", "branch", None, 0, cut, str(base), "cpu", None))
     assert patience == [NetworkSchedule.patience_passes, NetworkSchedule.patience_passes // 10]

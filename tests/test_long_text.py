@@ -5,7 +5,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 import loramem
 from loramem.errors import InputError
-from loramem.long_text import long_text
+from loramem.planning.long_text import long_text
 
 
 @pytest.fixture(scope="module")

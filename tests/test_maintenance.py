@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from loramem import KeyNotFound, MemoryStore, Record
-from loramem.commits import commit_publication
 from loramem.errors import StoreChanged, StoreError, StoreLocked, StubbornRecords, TrainingDiverged
-from loramem.index import Index
+from loramem.index.commits import commit_publication
+from loramem.index.index import Index
 
 from .conftest import numbers
 
@@ -127,12 +127,12 @@ def test_namespaces_and_ways_of_writing_are_compacted_apart(store: MemoryStore) 
 
 
 def test_a_record_that_cannot_be_certified_again_leaves_everything_as_it_was(store: MemoryStore, monkeypatch) -> None:
-    from loramem import transaction
+    from loramem.store import write
 
     def in_vain(jobs, *_: object) -> list[object]:
-        return [transaction.ShardResult((), tuple(range(len(job.records)))) for job in jobs]
+        return [write.ShardResult((), tuple(range(len(job.records)))) for job in jobs]
 
-    monkeypatch.setattr("loramem.transaction.run_jobs", in_vain)
+    monkeypatch.setattr("loramem.store.write.run_jobs", in_vain)
     before = contents(store.path)
     with pytest.raises(StubbornRecords):
         store.compact()
@@ -238,7 +238,7 @@ def test_a_renamed_record_is_erased_by_the_key_it_has_now(store: MemoryStore) ->
 
 def test_a_clock_that_was_ahead_keeps_no_adapter_from_being_erased(store: MemoryStore, monkeypatch) -> None:
     with monkeypatch.context() as patched:
-        patched.setattr("loramem.commits.now", lambda: "2999-01-01T00:00:00+00:00")
+        patched.setattr("loramem.index.commits.now", lambda: "2999-01-01T00:00:00+00:00")
         store.update("secret", "98765432")
     store.erase("secret")
     assert store.stats().retired_adapters == 0
@@ -282,7 +282,7 @@ def test_a_failed_write_leaves_no_value_in_a_store_without_values(
     with MemoryStore(tmp_path / "memory", str(base), keep_values=False) as store:
         store.write({"a": "1"})
         with closing(sqlite3.connect(store.path / "index.db")) as reader, monkeypatch.context() as patched:
-            patched.setattr("loramem.transaction.run_jobs", diverge)
+            patched.setattr("loramem.store.write.run_jobs", diverge)
             if reading:
                 reader.execute("begin")
                 reader.execute("select count(*) from records").fetchone()
@@ -309,9 +309,9 @@ def test_an_erasure_that_a_reader_is_in_the_way_of_is_finished_by_gc(store: Memo
 @pytest.mark.parametrize(
     ("meanwhile", "quick", "checked"),
     [
-        ("loramem.checks.file_problems", True, 7),
-        ("loramem.checks.file_problems", False, 7),
-        ("loramem.verification.fingerprint", False, 4),  # the others were moved, and are not counted
+        ("loramem.store.integrity.file_problems", True, 7),
+        ("loramem.store.integrity.file_problems", False, 7),
+        ("loramem.store.verify.fingerprint", False, 4),  # the others were moved, and are not counted
     ],
 )
 def test_a_check_takes_nothing_for_damaged_that_is_erased_meanwhile(
@@ -356,7 +356,7 @@ def test_what_could_not_be_cleared_is_cleared_by_the_next_change(store: MemorySt
         raise error
 
     with monkeypatch.context() as patched:
-        patched.setattr("loramem.index.Index.vacuum", full)
+        patched.setattr("loramem.index.index.Index.vacuum", full)
         for _ in range(2):
             with pytest.raises(StoreError, match="disk is full"):
                 store.erase("secret")

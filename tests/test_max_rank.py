@@ -9,8 +9,8 @@ import pytest
 from loramem_cli.main import cli, run
 
 from loramem import MemoryStore, WriterSettings
-from loramem.capacity import RankLimits
-from loramem.settings import MAX_RANK
+from loramem.planning.plan import RankLimits
+from loramem.training.settings import MAX_RANK
 
 HIGH = WriterSettings(max_rank=256)
 WRITES: dict[str, Callable[[MemoryStore, WriterSettings | None], object]] = {

@@ -13,9 +13,9 @@ from loramem_cli.main import run
 from transformers import AutoModelForCausalLM
 
 from loramem import MemoryStore, base_path
-from loramem.base_model import load_base_model
 from loramem.errors import BaseModelNotFound, OtherBaseModel
-from loramem.shards import _adapted_model
+from loramem.models.base_model import load_base_model
+from loramem.training.shards import _adapted_model
 
 from .conftest import numbers
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from loramem_cli.main import run
 
-import loramem.namespace
+import loramem.api.namespace
 from loramem import KeyNotFound, MemoryStore, Namespace, Record
 from loramem.errors import InvalidField
 
@@ -104,4 +104,4 @@ def test_an_import_counts_all_namespaces(written: Path, tmp_path: Path, capsys) 
 
 
 def test_the_example_runs() -> None:
-    assert doctest.testmod(loramem.namespace).failed == 0
+    assert doctest.testmod(loramem.api.namespace).failed == 0

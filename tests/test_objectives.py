@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from loramem.objectives import (
+from loramem.training.objectives import (
     SlidingState,
     exposed_records,
     exposure,

@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 from loramem_cli.main import run
 
-from loramem import MemoryStore, Record, WriterSettings, shard_sizes, shard_training, shards
+from loramem import MemoryStore, Record, WriterSettings
 from loramem.errors import StubbornRecords
-from loramem.feature_writer import train_on_features
-from loramem.placement import Placement
-from loramem.shard_training import train_shard
-from loramem.writer import Training
+from loramem.models import shard_sizes
+from loramem.models.placement import Placement
+from loramem.training import shard_training, shards
+from loramem.training.feature_writer import train_on_features
+from loramem.training.shard_training import train_shard
+from loramem.training.trainer import Training
 
 from .conftest import numbers
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from loramem.optimizer import A_SHARE, MORE_RANK, make_optimizer, set_rate
+from loramem.training.optimizers import A_SHARE, MORE_RANK, make_optimizer, set_rate
 
 
 def matrices(rank: int, size: float = 1.0) -> tuple[nn.Parameter, nn.Parameter]:

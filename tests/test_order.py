@@ -9,10 +9,10 @@ import pytest
 from loramem_cli.main import run
 
 from loramem import MemoryStore
-from loramem.commits import commit_records
-from loramem.records import Record
-from loramem.reports import Recall
-from loramem.tables import StoredRecord, stored_record
+from loramem.index.commits import commit_records
+from loramem.index.rows import StoredRecord, stored_record
+from loramem.records.record import Record
+from loramem.results import Recall
 
 FIRST, SECOND = {"a": "1", "b": "2", "long": "345678"}, {"c": "3", "d": "4"}
 ALL = {**FIRST, **SECOND}
@@ -84,8 +84,8 @@ ADAPTERS, EACH, BATCH, WINDOW = 6, 50, 16, 64
 @pytest.fixture
 def many(store: MemoryStore, monkeypatch: pytest.MonkeyPatch) -> MemoryStore:
     """Rows of several adapters in a namespace of their own, with answers of many lengths; no adapter holds them."""
-    monkeypatch.setattr("loramem.reader.DECODE_RECORDS", BATCH)
-    monkeypatch.setattr("loramem.spool.WINDOW_RECORDS", WINDOW)
+    monkeypatch.setattr("loramem.store.read.DECODE_RECORDS", BATCH)
+    monkeypatch.setattr("loramem.index.snapshot.WINDOW_RECORDS", WINDOW)
     rows = [
         stored_record(
             Record(f"{n}", "0", "many"), [n], n * 7 % 13, f"{n // EACH * 5 % ADAPTERS:032}", 0.9, keep_value=True
@@ -122,8 +122,8 @@ def test_in_the_order_written_it_takes_hardly_more_batches_and_nothing_waits_lon
 @pytest.mark.parametrize("limit", ["records", "tokens"])
 def test_in_any_order_no_more_than_a_window_waits(many: MemoryStore, limit: str, monkeypatch) -> None:
     if limit == "tokens":
-        monkeypatch.setattr("loramem.spool.WINDOW_RECORDS", 10**6)
-        monkeypatch.setattr("loramem.spool.WINDOW_TOKENS", WINDOW * 6)
+        monkeypatch.setattr("loramem.index.snapshot.WINDOW_RECORDS", 10**6)
+        monkeypatch.setattr("loramem.index.snapshot.WINDOW_TOKENS", WINDOW * 6)
     keys = random.Random(0).choices(list(many.keys("many")), k=500)
     came, _, waited = read(many, keys)
     assert came == keys

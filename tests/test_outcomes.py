@@ -5,13 +5,16 @@ from pathlib import Path
 
 import pytest
 
-from loramem import MemoryStore, WriterSettings, capacity, shard_sizes, shard_training, shards, timings
-from loramem.boundary import Outcome
-from loramem.capacity import RankLimits
+from loramem import MemoryStore, WriterSettings
 from loramem.errors import DoesNotFit, StubbornRecords
-from loramem.feature_writer import train_on_features
-from loramem.shard_training import ShardTraining, train_shard
-from loramem.writer import Training
+from loramem.models import shard_sizes
+from loramem.planning import plan, timings
+from loramem.planning.plan import RankLimits
+from loramem.records.outcome import Outcome
+from loramem.training import shard_training, shards
+from loramem.training.feature_writer import train_on_features
+from loramem.training.shard_training import ShardTraining, train_shard
+from loramem.training.trainer import Training
 
 from .conftest import numbers
 
@@ -151,7 +154,7 @@ def test_records_that_needed_an_adapter_of_their_own_were_not_certified_together
 def test_what_does_not_fit_is_refused_before_the_journal(base: Path, tmp_path: Path, monkeypatch) -> None:
     with MemoryStore(tmp_path / "memory", str(base)) as store:
         with monkeypatch.context() as patched:
-            patched.setattr(capacity, "MOST_BITS", 1e-6)
+            patched.setattr(plan, "MOST_BITS", 1e-6)
             for write in (store.write, store.plan):
                 with pytest.raises(DoesNotFit, match="do not fit into one adapter of rank 128"):
                     write({"a": "9100672710"})

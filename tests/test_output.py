@@ -13,9 +13,9 @@ import pytest
 from loramem_cli.main import run
 
 from loramem import MemoryStore
-from loramem.commits import commit_records
 from loramem.errors import InvalidField, StoreError
-from loramem.index import Index
+from loramem.index.commits import commit_records
+from loramem.index.index import Index
 
 from .hub_server import HubServer
 

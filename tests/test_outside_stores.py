@@ -8,10 +8,10 @@ import pytest
 from loramem_cli.main import run
 
 from loramem import MemoryStore
+from loramem._util.files import OF_A_STORE, beside, outside_stores
 from loramem.errors import StoreError
-from loramem.files import OF_A_STORE, beside, outside_stores
-from loramem.index import NAME as INDEX
-from loramem.manifest import NAME as MANIFEST
+from loramem.index.index import NAME as INDEX
+from loramem.store.manifest import NAME as MANIFEST
 from loramem.suites import reporter
 from loramem.suites.report import build
 

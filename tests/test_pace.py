@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import loramem.pace
-from loramem.boundary import Outcome
-from loramem.pace import Pace, fit
+import loramem.planning.visits
+from loramem.planning.visits import Pace, fit
+from loramem.records.outcome import Outcome
 
 
 def outcome(parameters: float, visits: float | None, certified: bool = True, cost_bits: float = 1000.0) -> Outcome:
@@ -18,7 +18,7 @@ def outcome(parameters: float, visits: float | None, certified: bool = True, cos
 
 
 def test_the_example_runs() -> None:
-    assert doctest.testmod(loramem.pace).failed == 0
+    assert doctest.testmod(loramem.planning.visits).failed == 0
 
 
 def test_visits_by_hand() -> None:

@@ -14,115 +14,20 @@ from loramem import errors
 
 from .conftest import ROOT
 
-LAYERS = (
-    ("loramem.suites.reporter",),
-    ("loramem.suites.page",),
-    ("loramem.suites.report",),
-    ("loramem.suites.write_scaling",),
-    (
-        "loramem.suites.write_speed",
-        "loramem.suites.recall_speed",
-        "loramem.suites.store_life",
-        "loramem.suites.large_base",
-        "loramem.suites.scenarios",
-        "loramem.suites.memory_law",
-        "loramem.suites.locality",
-        "loramem.suites.phonebook",
-        "loramem.suites.long_context",
-        "loramem.suites.linear_rule",
-        "loramem.suites.phase",
-    ),
-    ("loramem.suites.phonebook_results", "loramem.suites.phase_report", "loramem.suites.methods"),
-    ("loramem.suites.baselines", "loramem.suites.paper_recipe"),
-    ("loramem.suites.published",),
-    ("loramem.suites.placements",),
-    (
-        "loramem.suites.paper_unit",
-        "loramem.suites.paper_schedule",
-        "loramem.suites.positions",
-        "loramem.suites.scoring",
-        "loramem.suites.timing",
-        "loramem.suites.divergence",
-    ),
-    ("loramem.suites.runner",),
-    ("loramem.suites.figures",),
-    ("loramem.suites",),
-    ("loramem.embedded.build", "loramem.calibrate"),
-    ("loramem",),
-    ("loramem.store",),
-    ("loramem.memory", "loramem.creation", "loramem.namespace"),
-    ("loramem.hub.push", "loramem.hub.pull"),
-    ("loramem.hub.admission", "loramem.hub.card", "loramem.hub.client"),
-    ("loramem.hub.publication",),
-    ("loramem.hub",),
-    ("loramem.deploy",),
-    ("loramem.serving",),
-    ("loramem.summary", "loramem.verification", "loramem.recheck", "loramem.repair"),
-    ("loramem.maintenance", "loramem.bundle", "loramem.verified"),
-    ("loramem.engine",),
-    ("loramem.transaction", "loramem.reader"),
-    ("loramem.jobs", "loramem.checks"),
-    ("loramem.manifest",),
-    ("loramem.shards",),
-    ("loramem.shard_training",),
-    ("loramem.feature_writer", "loramem.certificate"),
-    ("loramem.writer",),
-    ("loramem.adapters",),
-    ("loramem.feature_cache",),
-    ("loramem.features",),
-    ("loramem.recall", "loramem.trunk"),
-    (
-        "loramem.base_fit",
-        "loramem.base_model",
-        "loramem.objectives",
-        "loramem.initialization",
-        "loramem.optimizer",
-        "loramem.whitening",
-        "loramem.rivals",
-        "loramem.calibrations",
-        "loramem.plots",
-        "loramem.law_tables",
-    ),
-    ("loramem.architecture",),
-    ("loramem.batches", "loramem.placement"),
-    ("loramem.module_names",),
-    ("loramem.layers",),
-    ("loramem.runs", "loramem.joint_law", "loramem.capacity"),
-    ("loramem.law_fit", "loramem.generators", "loramem.long_text", "loramem.staging"),
-    ("loramem.commits",),
-    ("loramem.pretrained",),
-    ("loramem.prompts", "loramem.index", "loramem.pace", "loramem.parameters", "loramem.spool"),
-    ("loramem.sealed_database",),
-    ("loramem.locks", "loramem.database"),
-    ("loramem.migrations",),
-    ("loramem.tables", "loramem.seals"),
-    ("loramem.serving_guide",),
-    ("loramem.boundary", "loramem.law", "loramem.targets"),
-    ("loramem.adapter_tensors",),
-    (
-        "loramem.adapter_config",
-        "loramem.adapter_header",
-        "loramem.chat",
-        "loramem.embedded.corpus",
-        "loramem.events",
-        "loramem.fingerprint",
-        "loramem.files",
-        "loramem.model_files",
-        "loramem.out_of_memory",
-        "loramem.pricing",
-        "loramem.processes",
-        "loramem.reports",
-        "loramem.shard_sizes",
-        "loramem.timings",
-        "loramem.unreachable",
-        "loramem.whole_model",
-    ),
-    ("loramem.settings",),
-    ("loramem.embedded",),
-    ("loramem.input_files",),
-    ("loramem.records",),
-    ("loramem.errors",),
+PACKAGES = (
+    ("suites",),
+    ("api",),
+    ("hub",),
+    ("serving",),
+    ("store",),
+    ("planning",),
+    ("training",),
+    ("index", "models"),
+    ("records",),
+    ("_util", "embedded", "results"),
+    ("errors",),
 )
+"""Packages and top-level modules of loramem; each imports from its own row only itself, beyond that what is below."""
 
 
 def test_the_public_names_are_these() -> None:
@@ -184,29 +89,32 @@ def test_importing_and_help_do_not_import_torch(code: str) -> None:
 
 def test_reading_the_index_does_not_import_torch(tmp_path: Path) -> None:
     code = (
-        "import sys\nfrom pathlib import Path\nfrom loramem.index import Index\n"
+        "import sys\nfrom pathlib import Path\nfrom loramem.index.index import Index\n"
         f"index = Index(Path({str(tmp_path / 'index.db')!r}))\nindex.migrate()\nindex.count()\n"
-        "import loramem.store\nassert 'torch' not in sys.modules"
+        "import loramem.api.store\nassert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_imports_go_one_way() -> None:
-    level = {module: height for height, modules in enumerate(LAYERS) for module in modules}
-    found = {
-        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
-        for path in (ROOT / "loramem").rglob("*.py")
+    level = {name: height for height, row in enumerate(PACKAGES) for name in row}
+    library = ROOT / "loramem"
+    assert {path.stem for path in library.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()} == {
+        *level,
+        "__init__",
     }
-    assert found == set(level)
-    for module in found - {"loramem"}:
-        path = ROOT / Path(*module.split("."))
-        source = (path / "__init__.py" if path.is_dir() else path.with_suffix(".py")).read_text()
-        for node in ast.walk(ast.parse(source)):
-            if not isinstance(node, ast.ImportFrom) or not (node.module or "").startswith("loramem"):
-                continue
-            targets = {f"{node.module}.{alias.name}" for alias in node.names} & set(level) or {node.module}
-            for target in targets:
-                assert level[target] > level[module], f"{module} imports {target}"
+    for name in set(level) - {"embedded"}:  # which is data beside the programs that made it
+        sources = [library / f"{name}.py"] if (library / f"{name}.py").exists() else (library / name).rglob("*.py")
+        for path in sources:
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("loramem."):
+                    imported = (node.module or "").split(".")[1]
+                    assert imported == name or level[imported] > level[name], f"{path.name} imports {node.module}"
+
+
+def test_every_package_says_what_lives_there() -> None:
+    for path in (ROOT / "loramem").rglob("__init__.py"):
+        assert ast.get_docstring(ast.parse(path.read_text())), path
 
 
 def test_no_print_in_the_library() -> None:

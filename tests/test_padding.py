@@ -7,10 +7,10 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from loramem import MemoryStore
-from loramem.architecture import check_architecture
 from loramem.errors import UnsupportedBaseModel
-from loramem.layers import decoder_layers
-from loramem.recall import greedy_decode, shared_prefix
+from loramem.models.architecture import check_architecture
+from loramem.models.decoding import greedy_decode, shared_prefix
+from loramem.models.layers import decoder_layers
 
 from .architectures import build_tiny, tiny_config
 

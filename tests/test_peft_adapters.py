@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
-from loramem.adapter_config import RANGES, TASKS, refusals
+from loramem.models.adapter_config import RANGES, TASKS, refusals
 
 from .peft_adapters import CASES, IDS, QV, Saved, adapted, base_model, save_config, saved_adapter, words
 

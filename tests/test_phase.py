@@ -7,17 +7,17 @@ from pathlib import Path
 import numpy
 import pytest
 
-from loramem import calibrate
-from loramem.adapters import AdaptedModel
-from loramem.base_model import load_base_model
 from loramem.errors import InputError, NotRoundTrip, TooLong
-from loramem.generators import generate
-from loramem.prompts import EncodedRecord, encode_records
+from loramem.models.adapters import AdaptedModel
+from loramem.models.base_model import load_base_model
+from loramem.planning import calibrate
+from loramem.planning.samples import generate
+from loramem.records.prompts import EncodedRecord, encode_records
 from loramem.suites import phase, phase_report
 from loramem.suites.phase import Cell
 from loramem.suites.phase_report import Reading
 from loramem.suites.runner import Request
-from loramem.writer import WriteProgress
+from loramem.training.trainer import WriteProgress
 
 END = 9
 

@@ -11,11 +11,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loramem.base_model import BaseModel, load_base_model
 from loramem.embedded import base_path
 from loramem.errors import InputError, UnsupportedBaseModel
-from loramem.generators import generate
-from loramem.placement import Placement
+from loramem.models.base_model import BaseModel, load_base_model
+from loramem.models.placement import Placement
+from loramem.planning.samples import generate
 from loramem.suites import figures, phonebook, phonebook_results, placements, scoring
 from loramem.suites.paper_unit import PaperUnit
 from loramem.suites.phonebook import Cell

@@ -11,11 +11,11 @@ from peft.utils import get_peft_model_state_dict
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from loramem.adapters import AdaptedModel, serialize
-from loramem.base_model import load_base_model
 from loramem.errors import UnsupportedBaseModel
-from loramem.module_names import adapted_paths
-from loramem.placement import Placement, tensor_shapes
+from loramem.models.adapters import AdaptedModel, serialize
+from loramem.models.base_model import load_base_model
+from loramem.models.module_names import adapted_paths
+from loramem.models.placement import Placement, tensor_shapes
 
 from .architectures import build_tiny, tiny_config
 

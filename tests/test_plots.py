@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from loramem.errors import LawError, LoramemError
-from loramem.law import MemoryLaw, Point
-from loramem.law_fit import fit
-from loramem.plots import (
+from loramem.planning.law import MemoryLaw, Point
+from loramem.planning.law_fit import fit
+from loramem.planning.plots import (
     Grid,
     Prediction,
     boundary,
@@ -137,9 +137,9 @@ def test_the_boundary_runs_between_cells_on_either_side_and_not_beside_missing_o
 
 
 def test_every_calibration_run_has_what_is_drawn() -> None:
-    import loramem.calibrate
+    import loramem.planning.calibrate
 
-    assert {field.name for field in fields(Run)} <= {field.name for field in fields(loramem.calibrate.Run)}
+    assert {field.name for field in fields(Run)} <= {field.name for field in fields(loramem.planning.calibrate.Run)}
 
 
 # --- how
@@ -309,14 +309,15 @@ def test_what_makes_no_figure_is_refused_and_leaves_no_file(tmp_path: Path) -> N
 
 
 def test_importing_costs_nothing() -> None:
-    code = "import sys, loramem.plots\nassert not {'matplotlib', 'numpy', 'scipy', 'torch'} & set(sys.modules)"
+    code = "import sys, loramem.planning.plots\nassert not {'matplotlib', 'numpy', 'scipy', 'torch'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @needs_matplotlib
 def test_drawing_needs_neither_torch_nor_pyplot(tmp_path: Path) -> None:
     code = (
-        "import sys\nfrom pathlib import Path\nfrom loramem.law import MemoryLaw\nfrom loramem.plots import draw_plan\n"
+        "import sys\nfrom pathlib import Path\nfrom loramem.planning.law import MemoryLaw\n"
+        "from loramem.planning.plots import draw_plan\n"
         "draw_plan(MemoryLaw.from_json(sys.argv[1]), 8.0, 400, {'law': 4}, 'a plan', Path(sys.argv[2]))\n"
         "assert not {'torch', 'matplotlib.pyplot'} & set(sys.modules)"
     )

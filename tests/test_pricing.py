@@ -8,8 +8,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-import loramem.pricing
-from loramem.pricing import SHARE, costs_bits
+import loramem.planning.cost
+from loramem.planning.cost import SHARE, costs_bits
 
 
 def drawn(values: int, tokens: int, vocabulary: int, seed: int = 0) -> list[list[int]]:
@@ -22,7 +22,7 @@ def flat(values: list[list[int]], prob: float) -> list[list[float]]:
 
 
 def test_the_example_runs() -> None:
-    assert doctest.testmod(loramem.pricing).failed == 0
+    assert doctest.testmod(loramem.planning.cost).failed == 0
 
 
 def test_nothing_costs_nothing() -> None:

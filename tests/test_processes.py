@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from loramem import jobs, processes
-from loramem.processes import usable_cores
+from loramem.training import executors, processes
+from loramem.training.processes import usable_cores
 
 from .conftest import ROOT
 
@@ -78,9 +78,9 @@ def test_workers_share_these_cores(
 
         def __exit__(self, *_: object) -> None: ...
 
-    monkeypatch.setattr(jobs, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(executors, "ProcessPoolExecutor", Pool)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads_here)
-    with jobs.process_pool(workers):
+    with executors.process_pool(workers):
         assert pools == [(threads,)]
 
 

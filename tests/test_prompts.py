@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from loramem.embedded import base_path
 from loramem.errors import NotRoundTrip, PromptCollision, SpecialTokenInText, TooLong, UnsupportedBaseModel
-from loramem.prompts import (
+from loramem.records.prompts import (
     EncodedRecord,
     PromptTemplate,
     decode_answer,
@@ -22,7 +22,7 @@ from loramem.prompts import (
     encode_records,
     special_texts,
 )
-from loramem.records import Record
+from loramem.records.record import Record
 
 CHAT = (
     "{% for m in messages %}<start>{{ m.role }}\n{{ m.content }}<end>\n{% endfor %}"

@@ -10,20 +10,20 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from loramem import Record
-from loramem.base_model import BaseModel, load_base_model
-from loramem.batches import per_position, token_losses
 from loramem.errors import InputError
-from loramem.layers import decoder_layers
-from loramem.objectives import SlidingState, memft_ot, memft_sw, weighted_mean
-from loramem.prompts import EncodedRecord, encode_records
-from loramem.recall import answer_probabilities
+from loramem.models.base_model import BaseModel, load_base_model
+from loramem.models.batches import per_position, token_losses
+from loramem.models.decoding import answer_probabilities
+from loramem.models.layers import decoder_layers
+from loramem.models.trunk import Trunk
+from loramem.records.prompts import EncodedRecord, encode_records
 from loramem.suites import paper_unit, published
 from loramem.suites.paper_recipe import IGNORED, _padded_right
 from loramem.suites.paper_schedule import _PHONEBOOK, Schedule, whole_batches
 from loramem.suites.paper_unit import PaperUnit, attached
 from loramem.suites.published import PUBLISHED, Trained, add_gradient, forward, token_weights, train_published
 from loramem.suites.timing import count_exact
-from loramem.trunk import Trunk
+from loramem.training.objectives import SlidingState, memft_ot, memft_sw, weighted_mean
 
 from .conftest import numbers
 

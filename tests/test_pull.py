@@ -15,7 +15,6 @@ from loramem_cli.main import run
 from safetensors.numpy import load, save
 
 from loramem import MemoryStore
-from loramem.adapters import adapter_id_of
 from loramem.errors import (
     BaseModelNotFound,
     HubAccess,
@@ -25,9 +24,10 @@ from loramem.errors import (
     OtherBaseModel,
     RefusedRepository,
 )
-from loramem.fingerprint import fingerprint, former_digests
 from loramem.hub.publication import read_publication
-from loramem.tables import digest_of
+from loramem.index.rows import digest_of
+from loramem.models.adapters import adapter_id_of
+from loramem.models.fingerprint import fingerprint, former_digests
 
 from .conftest import numbers
 from .hub_faults import header, other_bytes, rewritten, slow, status, truncated

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from loramem_cli.main import run
 
-from loramem import MemoryStore, shard_training
+from loramem import MemoryStore
 from loramem.errors import (
     DeletedInWeights,
     HubAccess,
@@ -26,10 +26,11 @@ from loramem.errors import (
     StoreError,
     StoreReadOnly,
 )
-from loramem.generators import generate
-from loramem.placement import Placement
-from loramem.reports import PushPlan
-from loramem.writer import Training
+from loramem.models.placement import Placement
+from loramem.planning.samples import generate
+from loramem.results import PushPlan
+from loramem.training import shard_training
+from loramem.training.trainer import Training
 
 from .conftest import numbers
 from .hub_faults import Fault, dropped, status

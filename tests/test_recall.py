@@ -7,9 +7,9 @@ import torch
 from transformers import GenerationConfig, GPT2Config, LlamaConfig, MistralConfig, PreTrainedModel, Qwen3Config
 from transformers.models.auto import AutoModelForCausalLM
 
-from loramem import reader
-from loramem.reader import decode_batches
-from loramem.recall import SHARED_PREFIX_TOKENS, greedy_decode, shared_prefix
+from loramem.models.decoding import SHARED_PREFIX_TOKENS, greedy_decode, shared_prefix
+from loramem.store import read
+from loramem.store.read import decode_batches
 
 SHAPE = {
     "vocab_size": 64,
@@ -107,9 +107,9 @@ def test_every_record_is_in_one_batch_of_its_adapter_and_each_adapter_comes_once
 
 
 def test_a_batch_is_cut_at_its_most_records_and_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reader, "DECODE_RECORDS", 4)
+    monkeypatch.setattr(read, "DECODE_RECORDS", 4)
     assert [len(batch) for batch in decode_batches([stored("a", "k", 1)] * 9)] == [4, 4, 1]
-    monkeypatch.setattr(reader, "DECODE_TOKENS", 22)
+    monkeypatch.setattr(read, "DECODE_TOKENS", 22)
     assert [len(batch) for batch in decode_batches([stored("a", "k", 10)] * 5)] == [2, 2, 1]
     assert [len(batch) for batch in decode_batches([stored("a", "k", 1000)] * 2)] == [1, 1]
     assert list(decode_batches([])) == []

@@ -10,11 +10,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from loramem import MemoryStore
 from loramem.errors import IntegrityError
-from loramem.prompts import encode_record
-from loramem.recall import answer_probabilities
-from loramem.recheck import recheck
-from loramem.records import Record
-from loramem.tables import digest_of
+from loramem.index.rows import digest_of
+from loramem.models.decoding import answer_probabilities
+from loramem.records.prompts import encode_record
+from loramem.records.record import Record
+from loramem.store.certificates import recheck
 
 from .conftest import numbers
 from .test_integrity import execute, flip_bit, reseal

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loramem.errors import ConflictingRecord, EmptyField, InputError, InvalidField, LoramemError
-from loramem.input_files import read_records
-from loramem.records import Record, as_records, deduplicate
+from loramem.records.input_files import read_records
+from loramem.records.record import Record, as_records, deduplicate
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20)
 ROW = {"key": "b", "value": "c"}

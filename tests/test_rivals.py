@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import loramem.rivals as rivals_module
-from loramem.rivals import LEAST_REST, Rivals
+import loramem.training.rivals as rivals_module
+from loramem.training.rivals import LEAST_REST, Rivals
 
 TARGETS = torch.tensor([3, 9, 3, 30])
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from loramem.embedded import base_path
-from loramem.prompts import PromptTemplate, encode_records
-from loramem.records import Record
+from loramem.records.prompts import PromptTemplate, encode_records
+from loramem.records.record import Record
 from loramem.suites import scenarios
 from loramem.suites.runner import Request
 

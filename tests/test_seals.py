@@ -14,12 +14,12 @@ import pytest
 from sqlite_utils import Database
 
 from loramem import MemoryStore, Record
-from loramem.commits import commit_deletion, commit_publication, end_write
 from loramem.errors import IntegrityError, StoreError, StoreFormatError
-from loramem.index import Index
-from loramem.migrations import MIGRATIONS, reseal
-from loramem.seals import SEALED, Sealed, is_sealed
-from loramem.tables import DISCARDED
+from loramem.index.commits import commit_deletion, commit_publication, end_write
+from loramem.index.index import Index
+from loramem.index.migrations import MIGRATIONS, reseal
+from loramem.index.rows import DISCARDED
+from loramem.index.seals import SEALED, Sealed, is_sealed
 
 from .conftest import ROOT
 from .damage import damage_row, reported

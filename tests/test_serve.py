@@ -9,15 +9,16 @@ from typing import Any
 import pytest
 from transformers import PreTrainedModel
 
-from loramem import MemoryStore, shards
-from loramem.certificate import Proof, prove
+from loramem import MemoryStore
 from loramem.errors import RecallError, StubbornRecords
-from loramem.features import Ending
-from loramem.manifest import SERVE, Manifest
-from loramem.placement import Placement
-from loramem.prompts import EncodedRecord
-from loramem.settings import WriterSettings
-from loramem.shard_training import ShardTraining
+from loramem.models.certificate import Proof, prove
+from loramem.models.features import Ending
+from loramem.models.placement import Placement
+from loramem.records.prompts import EncodedRecord
+from loramem.store.manifest import SERVE, Manifest
+from loramem.training import shards
+from loramem.training.settings import WriterSettings
+from loramem.training.shard_training import ShardTraining
 
 from .conftest import ROOT, numbers
 

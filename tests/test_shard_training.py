@@ -9,18 +9,19 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from loramem import MemoryStore, WriterSettings, shard_training, shards
-from loramem.adapters import AdaptedModel
-from loramem.base_model import BaseModel, load_base_model
-from loramem.certificate import Proof, prove
+from loramem import MemoryStore, WriterSettings
 from loramem.errors import RecallError, UnsupportedBaseModel
-from loramem.features import Features
-from loramem.placement import Placement
-from loramem.prompts import EncodedRecord, encode_records
-from loramem.recall import answer_probabilities
-from loramem.records import as_records
-from loramem.shard_training import ShardTraining, features_of, train_shard, with_other_batches
-from loramem.writer import Training
+from loramem.models.adapters import AdaptedModel
+from loramem.models.base_model import BaseModel, load_base_model
+from loramem.models.certificate import Proof, prove
+from loramem.models.decoding import answer_probabilities
+from loramem.models.features import Features
+from loramem.models.placement import Placement
+from loramem.records.prompts import EncodedRecord, encode_records
+from loramem.records.record import as_records
+from loramem.training import shard_training, shards
+from loramem.training.shard_training import ShardTraining, features_of, train_shard, with_other_batches
+from loramem.training.trainer import Training
 
 from .architectures import build_tiny
 from .conftest import numbers

@@ -14,9 +14,9 @@ from loramem_cli.main import run
 from peft import LoraConfig
 
 from loramem import Record
-from loramem.base_model import BaseModel, load_base_model
-from loramem.layers import decoder_layers
-from loramem.prompts import EncodedRecord, encode_records
+from loramem.models.base_model import BaseModel, load_base_model
+from loramem.models.layers import decoder_layers
+from loramem.records.prompts import EncodedRecord, encode_records
 from loramem.suites import baselines, large_base, recall_speed, report, runner, write_scaling, write_speed
 from loramem.suites import paper_recipe as paper
 from loramem.suites.baselines import same_placement, trainer_loop

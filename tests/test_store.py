@@ -11,11 +11,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from loramem import KeyNotFound, MemoryStore, Record
-from loramem.capacity import RankLimits
+from loramem._util.events import NAMES
 from loramem.errors import ConflictingRecord, LoramemError, RecordError, StoreFormatError, StoreNotFound
-from loramem.events import NAMES
-from loramem.index import Index
-from loramem.tables import record_row, stored_record
+from loramem.index.index import Index
+from loramem.index.rows import record_row, stored_record
+from loramem.planning.plan import RankLimits
 
 from .conftest import numbers
 from .test_integrity import flip_bit
@@ -277,7 +277,7 @@ def test_events_are_told_and_no_log_record_holds_a_key_or_a_value(base: Path, tm
         for look in (lambda: store.recall("agent"), lambda: MemoryStore(store.path).recall("third agent")):
             with pytest.raises(LoramemError):
                 look()
-    assert {record.event for record in caplog.records if record.name == "loramem.events"} == set(NAMES)
+    assert {record.event for record in caplog.records if record.name == "loramem._util.events"} == set(NAMES)
     committed = [record.facts for record in caplog.records if getattr(record, "event", "") == "committed"]
     assert committed[0] == {"adapters": 1, "records": 2}
     told = "\n".join(f"{record.getMessage()} {vars(record)}" for record in caplog.records)

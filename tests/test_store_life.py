@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from loramem import MemoryStore, Record
-from loramem.prompts import EncodedRecord
+from loramem.records.prompts import EncodedRecord
 from loramem.suites import store_life
 
 
@@ -47,7 +47,7 @@ def test_every_erased_value_has_fresh_ones_of_its_own_beside_it(
     with MemoryStore(tmp_path / "memory", str(base)) as store:
         store.write(records)
         store.delete(["key 1", "key 3"])
-        monkeypatch.setattr("loramem.recall.answer_probabilities", equal)
+        monkeypatch.setattr("loramem.models.decoding.answer_probabilities", equal)
         monkeypatch.setattr(store_life, "FRESH", 2)
         assert store_life._ranks(store, records, {"key 1": "1", "key 3": "3"}, ["90", "91", "92", "93"]) == [1, 1]
     assert asked == [["1", "90", "91"], ["3", "92", "93"]]

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 from loramem import KeyNotFound, MemoryStore
-from loramem.commits import commit_records
 from loramem.errors import StoreError
-from loramem.records import Record
-from loramem.reports import Recall
-from loramem.spool import Spool
-from loramem.tables import StoredRecord, stored_record
+from loramem.index.commits import commit_records
+from loramem.index.rows import StoredRecord, stored_record
+from loramem.index.snapshot import Spool
+from loramem.records.record import Record
+from loramem.results import Recall
 
 from .conftest import numbers
 
@@ -86,7 +86,7 @@ class Counting:
 def test_no_more_rows_than_a_batch_are_held_at_once(
     store: MemoryStore, read: Callable[[MemoryStore], int], monkeypatch
 ) -> None:
-    monkeypatch.setattr("loramem.reader.DECODE_RECORDS", BATCH)
+    monkeypatch.setattr("loramem.store.read.DECODE_RECORDS", BATCH)
     fill(store)
     reader = Counting()
     store._engine.reader = reader  # type: ignore[assignment]

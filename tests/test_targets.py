@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from loramem.adapter_header import AdapterHeader, TensorHeader, read_header
-from loramem.adapter_tensors import disagreements
-from loramem.adapters import portable_config
 from loramem.errors import UnreadableAdapter
-from loramem.placement import Placement
-from loramem.targets import TARGETS, VLLM_RANKS, Server, findings, findings_together, max_rank_option
+from loramem.models.adapter_header import AdapterHeader, TensorHeader, read_header
+from loramem.models.adapter_tensors import disagreements
+from loramem.models.adapters import portable_config
+from loramem.models.placement import Placement
+from loramem.serving.rules import TARGETS, VLLM_RANKS, Server, findings, findings_together, max_rank_option
 
 ATTENTION, MLP = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
 LAYERS = (4, 5)

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from loramem import timings
-from loramem.timings import KEPT, default_file, note_time, seconds_per_visit
+from loramem.planning import timings
+from loramem.planning.timings import KEPT, default_file, note_time, seconds_per_visit
 
 WEIGHTS = "0123456789ab"
 

@@ -25,11 +25,11 @@ from transformers import (
     Qwen3Config,
 )
 
-from loramem import trunk as trunk_module
-from loramem.batches import answer_logits, group_by_length, make_batch, token_losses
-from loramem.layers import decoder_layers, linear_modules, position_wise_blocks
-from loramem.prompts import EncodedRecord
-from loramem.trunk import SPLIT_TOLERANCE, Trunk, splits_exactly
+from loramem.models import trunk as trunk_module
+from loramem.models.batches import answer_logits, group_by_length, make_batch, token_losses
+from loramem.models.layers import decoder_layers, linear_modules, position_wise_blocks
+from loramem.models.trunk import SPLIT_TOLERANCE, Trunk, splits_exactly
+from loramem.records.prompts import EncodedRecord
 
 from .test_batches import SPREAD, encoded, full_logits
 
@@ -278,7 +278,7 @@ def test_an_adapter_from_the_first_layer_on_needs_no_cache_and_no_check(
 def test_a_small_budget_changes_no_logits(
     model: PreTrainedModel, cache_bytes: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.INFO, logger="loramem.trunk")
+    caplog.set_level(logging.INFO, logger="loramem.models.trunk")
     ample = Trunk(model, RECORDS, 1)
     assert not caplog.records
     tight = Trunk(model, RECORDS, 1, cache_bytes=cache_bytes)

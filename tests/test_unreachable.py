@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from loramem import unreachable
-from loramem.unreachable import unreachable_tokens
+from loramem.models import unreachable
+from loramem.models.unreachable import unreachable_tokens
 
 
 def found(rows: Tensor, bias: Tensor | None = None) -> list[int]:

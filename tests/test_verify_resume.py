@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from loramem_cli.main import run
 
-from loramem import MemoryStore, verified
-from loramem.reports import VerifyReport
+from loramem import MemoryStore
+from loramem.results import VerifyReport
+from loramem.store import verified
 
 from .conftest import numbers
 from .test_integrity import execute, flip_bit, reseal

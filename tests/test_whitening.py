@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from loramem.whitening import BETAS, DAMPING, Site, WhitenedAdam, random_rows, whitening_factor
+from loramem.training.whitening import BETAS, DAMPING, Site, WhitenedAdam, random_rows, whitening_factor
 
 RANK, INPUTS, OUTPUTS = 3, 5, 4
 

@@ -9,21 +9,22 @@ from typing import Any
 import pytest
 import torch
 
-from loramem import MemoryStore, WriterSettings, shard_training, shards, writer
-from loramem.adapters import AdaptedModel
-from loramem.base_model import BaseModel, load_base_model
-from loramem.batches import Batch, answer_logits, make_batch, token_losses
+from loramem import MemoryStore, WriterSettings
 from loramem.errors import TrainingDiverged
-from loramem.features import Ending
-from loramem.layers import decoder_layers
-from loramem.placement import Placement
-from loramem.prompts import encode_records
-from loramem.recall import answer_probabilities
-from loramem.records import as_records
-from loramem.settings import OBJECTIVES
-from loramem.shard_training import ShardTraining, train_shard
-from loramem.trunk import Trunk
-from loramem.writer import NetworkSchedule
+from loramem.models.adapters import AdaptedModel
+from loramem.models.base_model import BaseModel, load_base_model
+from loramem.models.batches import Batch, answer_logits, make_batch, token_losses
+from loramem.models.decoding import answer_probabilities
+from loramem.models.features import Ending
+from loramem.models.layers import decoder_layers
+from loramem.models.placement import Placement
+from loramem.models.trunk import Trunk
+from loramem.records.prompts import encode_records
+from loramem.records.record import as_records
+from loramem.training import shard_training, shards, trainer
+from loramem.training.settings import OBJECTIVES
+from loramem.training.shard_training import ShardTraining, train_shard
+from loramem.training.trainer import NetworkSchedule
 
 from .conftest import numbers
 
@@ -42,7 +43,7 @@ def test_every_objective_certifies_every_token(loaded: BaseModel, objective: str
     records = encode(loaded, numbers(6))
     adapted = AdaptedModel(loaded)
     settings = WriterSettings(objective=objective)
-    training = writer.train_adapter(adapted, "new", records, 4, Placement.default(loaded.model), settings)
+    training = trainer.train_adapter(adapted, "new", records, 4, Placement.default(loaded.model), settings)
     assert training.stubborn == ()
     for _, probs in answer_probabilities(loaded.model, records):
         assert float(probs.min()) >= settings.certify_threshold
@@ -51,7 +52,9 @@ def test_every_objective_certifies_every_token(loaded: BaseModel, objective: str
 def test_a_long_record_is_written_with_the_sliding_window(loaded: BaseModel) -> None:
     records = encode(loaded, {"long": "".join(numbers(20, 3).values())})
     settings = WriterSettings(long_tokens=40)
-    training = writer.train_adapter(AdaptedModel(loaded), "new", records, 16, Placement.default(loaded.model), settings)
+    training = trainer.train_adapter(
+        AdaptedModel(loaded), "new", records, 16, Placement.default(loaded.model), settings
+    )
     assert training.stubborn == ()
 
 
@@ -62,8 +65,8 @@ MEASURED = 3  # passes of twelve records in fours that say where training starts
 @pytest.fixture
 def in_fours(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small batches, and products as exact on every processor."""
-    monkeypatch.setattr(writer, "BATCH_RECORDS", 4)
-    monkeypatch.setattr(writer, "autocast_dtype", lambda *_: None)
+    monkeypatch.setattr(trainer, "BATCH_RECORDS", 4)
+    monkeypatch.setattr(trainer, "autocast_dtype", lambda *_: None)
 
 
 @pytest.fixture
@@ -89,7 +92,7 @@ def test_learned_records_leave_the_training_batches_and_are_looked_at_again(
 ) -> None:
     records = encode(loaded, numbers(12))
     settings = WriterSettings(objective=objective)
-    training = writer.train_adapter(AdaptedModel(loaded), "new", records, 4, Placement.default(loaded.model), settings)
+    training = trainer.train_adapter(AdaptedModel(loaded), "new", records, 4, Placement.default(loaded.model), settings)
     visits, left, looked_at = Counter[int](), set[int](), set[int]()
     for trained, lowest in passes[MEASURED:]:
         if trained:
@@ -110,7 +113,7 @@ def test_learned_records_leave_the_training_batches_and_are_looked_at_again(
 def test_plain_cross_entropy_trains_on_every_record_in_every_pass(loaded: BaseModel, passes: list[Pass]) -> None:
     records = encode(loaded, numbers(12))
     settings = WriterSettings(objective="sft")
-    training = writer.train_adapter(AdaptedModel(loaded), "new", records, 4, Placement.default(loaded.model), settings)
+    training = trainer.train_adapter(AdaptedModel(loaded), "new", records, 4, Placement.default(loaded.model), settings)
     trained = [lowest for with_gradient, lowest in passes[MEASURED:] if with_gradient]
     assert [len(lowest) for lowest in trained] == [4] * training.steps
     for first in range(0, len(trained), 3):
@@ -124,15 +127,15 @@ def fresh_run(
     records: dict[str, str],
     schedule: NetworkSchedule | None = None,
     **settings: object,
-) -> writer._Run:
+) -> trainer._Run:
     adapted, placement = AdaptedModel(loaded), Placement.default(loaded.model)
     adapted.create("new", 4, placement, seed=0)
     trunk = Trunk(loaded.model, encode(loaded, records), min(placement.layers))
     chosen = WriterSettings(**settings)  # type: ignore[arg-type]
-    return writer._Run(adapted, "new", trunk, 4, chosen, schedule or NetworkSchedule(), None, 0.0)
+    return trainer._Run(adapted, "new", trunk, 4, chosen, schedule or NetworkSchedule(), None, 0.0)
 
 
-def hold_for_learned(run: writer._Run, indices: list[int]) -> None:
+def hold_for_learned(run: trainer._Run, indices: list[int]) -> None:
     run.lowest[indices], run.open_tokens[indices] = 1.0, 0
 
 
@@ -140,7 +143,7 @@ def hold_for_learned(run: writer._Run, indices: list[int]) -> None:
 def test_records_wrongly_held_for_learned_come_back(
     loaded: BaseModel, passes: list[Pass], held: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(writer, "BATCH_RECORDS", 2)
+    monkeypatch.setattr(trainer, "BATCH_RECORDS", 2)
     run = fresh_run(loaded, numbers(6))
     passes.clear()
     hold_for_learned(run, held)
@@ -272,7 +275,7 @@ def test_nan_once_goes_back_to_the_last_good_state(loaded: BaseModel, monkeypatc
     whole = Trunk.logits
     monkeypatch.setattr(Trunk, "logits", sometimes)
     records = encode(loaded, numbers(6))
-    training = writer.train_adapter(
+    training = trainer.train_adapter(
         AdaptedModel(loaded), "new", records, 4, Placement.default(loaded.model), WriterSettings()
     )
     assert training.stubborn == ()
@@ -317,7 +320,7 @@ def test_the_same_seed_gives_the_same_bytes(base: Path, tmp_path: Path) -> None:
 
 
 def test_progress_reports_every_step(base: Path, tmp_path: Path) -> None:
-    told: list[writer.WriteProgress] = []
+    told: list[trainer.WriteProgress] = []
     with MemoryStore(tmp_path / "memory", str(base)) as store:
         report = store.write(numbers(4), progress=told.append)
     assert [progress.step for progress in told] == list(range(1, report.steps + 1))
@@ -353,7 +356,7 @@ def test_the_rate_is_halved_for_good_while_nothing_improves(loaded: BaseModel) -
     run = fresh_run(loaded, numbers(6))
     run.note_progress()  # the first look is progress
     before = run.rate_factor()
-    run.step += max(writer.DECAY_PASSES * run.steps_per_pass, writer.DECAY_STEPS)
+    run.step += max(trainer.DECAY_PASSES * run.steps_per_pass, trainer.DECAY_STEPS)
     run.note_progress()
     assert run.rate_factor() == before / 2
     run.open_tokens[0] = 0
@@ -370,11 +373,11 @@ def test_a_rate_at_which_the_last_half_of_the_tokens_hovers_is_halved(
     """Hovering: the open tokens' loss falls, but by less than a tenth in the passes after which a rate is halved."""
     run = fresh_run(loaded, numbers(10))
     run.open_tokens = (run.tokens * open_share).round().long()
-    assert (run.unordered < writer.SETTLING * int(run.tokens.sum())) is (open_share < 0.5)
+    assert (run.unordered < trainer.SETTLING * int(run.tokens.sum())) is (open_share < 0.5)
     run.open_losses = torch.ones(10)
     run.note_progress()
     run.open_losses *= falls_to
-    run.step += max(writer.DECAY_PASSES * run.steps_per_pass, writer.DECAY_STEPS)
+    run.step += max(trainer.DECAY_PASSES * run.steps_per_pass, trainer.DECAY_STEPS)
     run.note_progress()
     assert run.decay == (1 / 2 if halved else 1)
     assert run.best_step == run.step  # the write is not given up, and its rank does not grow
@@ -386,7 +389,7 @@ def test_plain_cross_entropy_does_not_hover(loaded: BaseModel) -> None:
     run.losses = torch.ones(10)
     run.note_progress()
     run.losses *= 0.95
-    run.step += max(writer.DECAY_PASSES * run.steps_per_pass, writer.DECAY_STEPS)
+    run.step += max(trainer.DECAY_PASSES * run.steps_per_pass, trainer.DECAY_STEPS)
     run.note_progress()
     assert run.decay == 1
 
@@ -394,11 +397,11 @@ def test_plain_cross_entropy_does_not_hover(loaded: BaseModel) -> None:
 def test_a_rate_that_wrecks_the_weights_is_lowered(
     loaded: BaseModel, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(writer, "WRECKED_STEPS", 2)  # without it the falling rate rescues so small a write
-    monkeypatch.setattr(writer, "WRECKED_PASSES", 0)
+    monkeypatch.setattr(trainer, "WRECKED_STEPS", 2)  # without it the falling rate rescues so small a write
+    monkeypatch.setattr(trainer, "WRECKED_PASSES", 0)
     records, placement, wild = encode(loaded, numbers(12)), Placement.default(loaded.model), NetworkSchedule(9.0)
-    with caplog.at_level("INFO", logger="loramem.writer"):
-        writer.train_adapter(
+    with caplog.at_level("INFO", logger="loramem.training.trainer"):
+        trainer.train_adapter(
             AdaptedModel(loaded), "new", records, 4, placement, WriterSettings(max_rank=4), schedule=wild
         )
     rates = [record.args[-1] for record in caplog.records if "starting again" in record.msg]

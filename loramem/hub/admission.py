@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from loramem.adapter_header import CONFIG, SAVED, WEIGHTS
-from loramem.adapters import adapter_id_of, portable_config
 from loramem.hub.publication import Publication, PublishedAdapter
-from loramem.module_names import is_named
-from loramem.placement import Placement
+from loramem.models.adapter_header import CONFIG, SAVED, WEIGHTS
+from loramem.models.adapters import adapter_id_of, portable_config
+from loramem.models.module_names import is_named
+from loramem.models.placement import Placement
 
 Shapes = Mapping[str, tuple[int, int]]
 

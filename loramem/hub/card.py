@@ -4,7 +4,7 @@ from huggingface_hub import ModelCardData
 
 from loramem import embedded
 from loramem.hub.publication import Publication, PublishedAdapter
-from loramem.reports import ChatKeys
+from loramem.results import ChatKeys
 
 TAGS = ["lora", "loramem", "memory"]
 

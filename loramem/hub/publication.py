@@ -23,9 +23,9 @@ from pydantic import (
     model_validator,
 )
 
-from loramem.manifest import Manifest
-from loramem.settings import RETIRED, WriterSettings
-from loramem.tables import StoredAdapter, StoredRecord, hidden_names, prompt_digest
+from loramem.index.rows import StoredAdapter, StoredRecord, hidden_names, prompt_digest
+from loramem.store.manifest import Manifest
+from loramem.training.settings import RETIRED, WriterSettings
 
 FORMAT, NEEDS = 1, "0.1.0"
 NAME, RECORDS, CARD, ADAPTERS = "loramem.json", "records.jsonl", "README.md", "adapters"
@@ -59,7 +59,7 @@ class PublishedBase(_Strict):
     id: ModelId
     revision: Annotated[str, StringConstraints(pattern="^[0-9a-f]{40}$")] | None
     fingerprint: dict[str, Hex64]
-    """Fields of `loramem.fingerprint.Fingerprint`; those of older stores have no tensors and parameters."""
+    """Fields of `loramem.models.fingerprint.Fingerprint`; those of older stores have no tensors and parameters."""
     dtype: Annotated[str, StringConstraints(pattern="^(float32|bfloat16|float16)$")]
 
     @field_validator("fingerprint")
@@ -72,7 +72,7 @@ class PublishedBase(_Strict):
 
 
 class PublishedPrompt(_Strict):
-    """Fields of `loramem.prompts.PromptTemplate`."""
+    """Fields of `loramem.records.prompts.PromptTemplate`."""
 
     prefix_ids: list[Count]
     suffix_ids: list[Count]
@@ -81,7 +81,7 @@ class PublishedPrompt(_Strict):
 
 
 class PublishedPlacement(_Strict):
-    """Fields of `loramem.placement.Placement`."""
+    """Fields of `loramem.models.placement.Placement`."""
 
     modules: list[Annotated[str, StringConstraints(pattern=r"^\w+(\.\w+)*$")]] = Field(min_length=1)
     layers: list[Count] = Field(min_length=1)
@@ -120,7 +120,7 @@ class PublishedTraining(BaseModel):
 
     cost_bits: Count
     settings: dict[str, Any]
-    """Fields of `loramem.settings.WriterSettings`."""
+    """Fields of `loramem.training.settings.WriterSettings`."""
     request: PublishedRequest = PublishedRequest(goal="fast", rank=None)
 
     @field_validator("settings")
@@ -155,7 +155,7 @@ class PublishedAdapter(_Strict):
 
 
 class PublishedAsking(_Strict):
-    """How a record is asked for: `loramem.chat.Chat.kept`."""
+    """How a record is asked for: `loramem.records.chat.Chat.kept`."""
 
     chat: bool
     """Whether the key as a chat's user message comes to the ids that were trained."""

@@ -11,12 +11,10 @@ from typing import Any
 
 from huggingface_hub.hf_api import RepoFile
 
-from loramem.adapter_header import WEIGHTS
-from loramem.commits import commit_publication, commit_records, seal_index
-from loramem.engine import Engine, ModelRequest
+from loramem._util.events import tell
+from loramem._util.files import PRIVATE_FILE, beside, make_directory, publish_new
+from loramem._util.layout import ADAPTERS as STORED
 from loramem.errors import NotAPublication, RecordError, RefusedRepository
-from loramem.events import tell
-from loramem.files import PRIVATE_FILE, beside, make_directory, publish_new
 from loramem.hub.client import Hub
 from loramem.hub.publication import (
     ADAPTER_FILE,
@@ -28,12 +26,14 @@ from loramem.hub.publication import (
     read_lines,
     read_publication,
 )
-from loramem.index import NAME as INDEX
-from loramem.index import Index
-from loramem.manifest import Manifest
-from loramem.records import Record
-from loramem.staging import ADAPTERS as STORED
-from loramem.tables import StoredAdapter, StoredRecord, prompt_digest
+from loramem.index.commits import commit_publication, commit_records, seal_index
+from loramem.index.index import NAME as INDEX
+from loramem.index.index import Index
+from loramem.index.rows import StoredAdapter, StoredRecord, prompt_digest
+from loramem.models.adapter_header import WEIGHTS
+from loramem.records.record import Record
+from loramem.store.manifest import Manifest
+from loramem.store.session import Engine, ModelRequest
 
 MAX_DESCRIPTION_BYTES, MAX_RECORDS_BYTES, MAX_TEXT_BYTES = 64 * 2**20, 2**30, 2**20
 """Of loramem.json, of records.jsonl, and of config and card of an adapter: far more than one would share."""
@@ -136,7 +136,7 @@ def pull(
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Make a store at ``target`` of a published one; see `MemoryStore.pull`, whose arguments and errors these are."""
-    from loramem.base_model import location_of
+    from loramem.models.base_model import location_of
 
     with beside(target) as partial:
         fetched = Fetched(Hub(repo), partial / "download", revision, max_bytes)
@@ -203,9 +203,9 @@ def _told(line: PublishedRecord) -> bool:
 def _admit(fetched: Fetched, engine: Engine, verify: bool, progress: Callable[[int, int], None] | None) -> None:
     """Check every adapter, and with ``verify`` what it says and answers on the base model here."""
     from loramem.hub.admission import inspect_adapter, placement_of
-    from loramem.placement import tensor_shapes
-    from loramem.prompts import decode_answer
-    from loramem.recheck import recheck
+    from loramem.models.placement import tensor_shapes
+    from loramem.records.prompts import decode_answer
+    from loramem.store.certificates import recheck
 
     for adapter in fetched.publication.adapters:
         where = f"{ADAPTERS}/{adapter.id}"

@@ -11,20 +11,20 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 from huggingface_hub.hf_api import ModelInfo, RepoFile
 from pydantic import ValidationError
 
-from loramem.checks import problems
-from loramem.commits import commit_publication
+from loramem._util.events import tell
+from loramem._util.layout import ADAPTERS as STORED
 from loramem.errors import DeletedInWeights, HubConflict, IntegrityError, PublicRepository, StoreError
-from loramem.events import tell
 from loramem.hub import publication
 from loramem.hub.card import model_card
 from loramem.hub.client import Hub
 from loramem.hub.publication import ADAPTER_FILE, ADAPTERS, CARD, RECORDS, Publication, first_fault, publish
-from loramem.index import Index
-from loramem.manifest import Manifest
-from loramem.records import has_lone_surrogate
-from loramem.reports import PushPlan, PushReport
-from loramem.serving import chat_keys
-from loramem.staging import ADAPTERS as STORED
+from loramem.index.commits import commit_publication
+from loramem.index.index import Index
+from loramem.records.record import has_lone_surrogate
+from loramem.results import PushPlan, PushReport
+from loramem.serving.check import chat_keys
+from loramem.store.integrity import problems
+from loramem.store.manifest import Manifest
 
 _NEUTRAL = {".gitattributes", ".gitignore", CARD, "LICENSE"}
 """Files that a repository may hold before a store is first pushed to it."""

@@ -20,10 +20,10 @@ from transformers import (
     TrainingArguments,
 )
 
-from loramem.adapters import ALPHA_PER_RANK
-from loramem.base_model import BaseModel
-from loramem.placement import Placement
-from loramem.prompts import EncodedRecord
+from loramem.models.adapters import ALPHA_PER_RANK
+from loramem.models.base_model import BaseModel
+from loramem.models.placement import Placement
+from loramem.records.prompts import EncodedRecord
 from loramem.suites.timing import all_exact, clock, count_exact, teacher_forced
 
 IGNORED = -100  # the label of positions that carry no loss, transformers' convention

@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from statistics import median
 from typing import TYPE_CHECKING, Any, Literal
 
-from loramem.plots import render
+from loramem.planning.plots import render
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist

@@ -14,19 +14,19 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from loramem import embedded
-from loramem.generators import generate
+from loramem.planning.samples import generate
 from loramem.suites.figures import Plot
 from loramem.suites.runner import Known, Request, Result, Table, public_name
 
 if TYPE_CHECKING:
     import torch
 
-    from loramem.adapters import AdaptedModel
-    from loramem.base_model import BaseModel
-    from loramem.placement import Placement
-    from loramem.prompts import EncodedRecord
-    from loramem.settings import WriterSettings
-    from loramem.writer import WriteProgress
+    from loramem.models.adapters import AdaptedModel
+    from loramem.models.base_model import BaseModel
+    from loramem.models.placement import Placement
+    from loramem.records.prompts import EncodedRecord
+    from loramem.training.settings import WriterSettings
+    from loramem.training.trainer import WriteProgress
 
 OPTIONS = ("records", "model")
 SHAPE = {  # the published configuration of Qwen3-8B
@@ -93,16 +93,16 @@ def run(cell: Cell) -> Result:
     """Collect features, train and prove in phases of their own; then all of it as a write does; the base apart."""
     import torch
 
-    from loramem.adapters import AdaptedModel, serialize
-    from loramem.base_model import load_base_model
-    from loramem.certificate import examine
-    from loramem.feature_writer import TRAIN_ROWS, train_on_features
-    from loramem.features import PASS_RECORDS, PASS_TOKENS, collect
-    from loramem.files import write_directory
-    from loramem.placement import Placement
-    from loramem.prompts import encode_records
-    from loramem.settings import WriterSettings
+    from loramem._util.files import write_directory
+    from loramem.models.adapters import AdaptedModel, serialize
+    from loramem.models.base_model import load_base_model
+    from loramem.models.certificate import examine
+    from loramem.models.features import PASS_RECORDS, PASS_TOKENS, collect
+    from loramem.models.placement import Placement
+    from loramem.records.prompts import encode_records
     from loramem.suites.timing import conditions, warm_up
+    from loramem.training.feature_writer import TRAIN_ROWS, train_on_features
+    from loramem.training.settings import WriterSettings
 
     if cell.model == embedded.NAME:
         base = random_base(SMALL_SHAPE if cell.quick else SHAPE, cell.device)
@@ -192,7 +192,7 @@ def _write_shard(
 ) -> Result:
     """How many records a write puts into adapters, and what it says where it gives up."""
     from loramem.errors import RecallError, StubbornRecords
-    from loramem.shards import ShardJob, write_shard
+    from loramem.training.shards import ShardJob, write_shard
 
     base = adapted.base
     job = ShardJob(
@@ -228,7 +228,7 @@ def random_base(shape: Mapping[str, Any], device: str) -> "BaseModel":
     from transformers import GenerationConfig, Qwen3Config
     from transformers.models.auto import AutoModelForCausalLM
 
-    from loramem.base_model import load_base_model
+    from loramem.models.base_model import load_base_model
 
     tiny = load_base_model(device=device)
     config = Qwen3Config(**shape, max_position_embeddings=2048, eos_token_id=tiny.template.end_id)

@@ -13,15 +13,15 @@ from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any
 
 from loramem.errors import InputError
-from loramem.records import Record
+from loramem.records.record import Record
 from loramem.suites.figures import Axis, Plot, Point, Series
 from loramem.suites.methods import OWN, labels, unit_of
 from loramem.suites.paper_schedule import Schedule
 from loramem.suites.runner import METHODS, Known, Request, Result, Table, public_name
 
 if TYPE_CHECKING:
-    from loramem.base_model import BaseModel
-    from loramem.prompts import EncodedRecord
+    from loramem.models.base_model import BaseModel
+    from loramem.records.prompts import EncodedRecord
 
 OPTIONS = ("records", "ranks", "methods", "model", "paper", "unit", "layer")
 RANKS, QUICK_RANKS, SEEDS = (1, 2, 4, 8, 16), (1, 8), 5
@@ -100,8 +100,8 @@ def pairs(trained: int, unseen: int, seed: int) -> tuple[list[Record], list[Reco
 
 def run(cell: Cell) -> Result:
     """Train on some pairs, decode these and others."""
-    from loramem.base_model import load_base_model
-    from loramem.prompts import encode_records
+    from loramem.models.base_model import load_base_model
+    from loramem.records.prompts import encode_records
     from loramem.suites.methods import trained_adapter
     from loramem.suites.timing import conditions, warm_up
 
@@ -129,9 +129,9 @@ def run(cell: Cell) -> Result:
 
 
 def _answers(base: "BaseModel", records: Sequence["EncodedRecord"]) -> Result:
-    from loramem.batches import group_by_length
-    from loramem.prompts import decode_answer
-    from loramem.recall import DECODE_RECORDS, DECODE_TOKENS, decode_records
+    from loramem.models.batches import group_by_length
+    from loramem.models.decoding import DECODE_RECORDS, DECODE_TOKENS, decode_records
+    from loramem.records.prompts import decode_answer
 
     batches = group_by_length(records, range(len(records)), DECODE_RECORDS, DECODE_TOKENS)
     decoded = dict(decode_records(base.model, records, batches))

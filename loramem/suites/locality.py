@@ -20,7 +20,7 @@ from loramem.suites.runner import Known, Request, Result, Table, public_name
 
 if TYPE_CHECKING:
     from loramem import MemoryStore, Record
-    from loramem.base_model import BaseModel
+    from loramem.models.base_model import BaseModel
     from loramem.suites.divergence import Effect, Passage
 
 OPTIONS = ("records", "ranks", "model", "data")
@@ -39,7 +39,7 @@ class Cell:
     """One store, written at one rank, and what its adapters do to neutral text."""
 
     kind: str
-    """Of records: see `loramem.generators.generate`."""
+    """Of records: see `loramem.planning.samples.generate`."""
     records: int
     rank: int
     tokens: int
@@ -76,7 +76,7 @@ def cells(request: Request, _: Known) -> Iterator[Cell]:
 def run(cell: Cell) -> Result:
     """Have neutral text predicted by the bare base; write, recall every record; then again, routed and unrouted."""
     from loramem import MemoryStore
-    from loramem.generators import generate
+    from loramem.planning.samples import generate
     from loramem.suites.divergence import effect, identical, predictions
     from loramem.suites.timing import clock, conditions, warm_up
 
@@ -124,7 +124,7 @@ def run(cell: Cell) -> Result:
 
 def _write(store: "MemoryStore", records: Sequence["Record"], cell: Cell) -> list[str]:
     """Write at the cell's rank and no higher; returns the keys that could not be certified."""
-    from loramem.settings import WriterSettings
+    from loramem.training.settings import WriterSettings
 
     settings = WriterSettings(seed=cell.seed, max_rank=cell.rank)
     try:
@@ -186,7 +186,7 @@ def neutral_documents(data: Path | None, seed: int) -> dict[str, list[str]]:
 
 def questions(base: "BaseModel", strangers: Sequence["Record"]) -> list["Passage"]:
     """The store's prompt for keys that it does not hold, each with the first token of the value it could have had."""
-    from loramem.prompts import encode_records
+    from loramem.records.prompts import encode_records
     from loramem.suites.divergence import Passage
 
     encoded = encode_records(strangers, base.tokenizer, base.template, base.max_tokens, base.unreachable)

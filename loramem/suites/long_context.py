@@ -16,15 +16,15 @@ from typing import TYPE_CHECKING, Any
 
 from loramem.embedded.corpus import is_held_out
 from loramem.errors import InputError
-from loramem.input_files import read_records
-from loramem.records import Record
+from loramem.records.input_files import read_records
+from loramem.records.record import Record
 from loramem.suites.figures import Axis, HeatMap, Plot, Point, Series
 from loramem.suites.methods import OWN, labels, unit_of
 from loramem.suites.runner import METHODS, Known, Request, Result, Table, public_name
 
 if TYPE_CHECKING:
-    from loramem.base_model import BaseModel
-    from loramem.prompts import EncodedRecord
+    from loramem.models.base_model import BaseModel
+    from loramem.records.prompts import EncodedRecord
 
 OPTIONS = ("lengths", "ranks", "methods", "model", "paper", "data", "unit", "layer")
 LENGTHS, QUICK_LENGTHS = (50, 200), (20, 50)
@@ -129,8 +129,8 @@ def _ranks(request: Request, noise: float | None) -> tuple[int, ...]:
 def _lengths(request: Request) -> tuple[int, ...]:
     if not request.paper:
         return QUICK_LENGTHS if request.quick else LENGTHS
-    from loramem.base_model import find_base_model
-    from loramem.pretrained import context_tokens, read_config
+    from loramem.models.base_model import find_base_model
+    from loramem.models.pretrained import context_tokens, read_config
 
     limit = context_tokens(read_config(find_base_model(request.model)[0], request.model)) - PROMPT_TOKENS
     return tuple(length for length in PAPER_LENGTHS if length <= limit)
@@ -195,7 +195,7 @@ def documentation(first: int = 0) -> str:
 
 def run(cell: Cell) -> Result:
     """Train one adapter on the text, and ask for it."""
-    from loramem.base_model import load_base_model
+    from loramem.models.base_model import load_base_model
     from loramem.suites.methods import trained_adapter
     from loramem.suites.paper_schedule import Schedule
     from loramem.suites.positions import finite, free_running, scores, teacher_forced
@@ -237,8 +237,8 @@ def encoded(cell: Cell, base: "BaseModel") -> "EncodedRecord":
         InputError: The text is shorter.
         RecordError: The base model cannot express it, or it does not fit the context.
     """
-    from loramem.long_text import text_ids, with_noise
-    from loramem.prompts import encode_records, special_ids
+    from loramem.planning.long_text import text_ids, with_noise
+    from loramem.records.prompts import encode_records, special_ids
 
     key, text = read_source(cell.path, cell.seed)
     ids = text_ids(base.tokenizer, text, cell.length)

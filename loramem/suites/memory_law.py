@@ -1,8 +1,8 @@
 """The Parametric Memory Law, fitted to converged runs of four kinds of data beside the constants that were published.
 
 ΔL(r, ℓ) = C · r^α · ℓ^(−β) + b (arXiv 2605.30260, figure 2): phone books, and one long text with no, 40 % or only
-random tokens. A run is one of `loramem.calibrate`; one that ships with the package, made by the same base, dtype,
-device, threads and torch, is read and not made again.
+random tokens. A run is one of `loramem.planning.calibrate`; one that ships with the package, made by the same base,
+dtype, device, threads and torch, is read and not made again.
 """
 
 import re
@@ -13,8 +13,8 @@ from statistics import median
 from typing import Any
 
 from loramem.errors import InputError
-from loramem.law_tables import LAW_COLUMNS, FittedRuns, fit_groups, joint_rows
-from loramem.runs import KINDS, MIXTURES, Run, by_kind, place_name, read_runs, shipped_file
+from loramem.planning.law_tables import LAW_COLUMNS, FittedRuns, fit_groups, joint_rows
+from loramem.planning.runs import KINDS, MIXTURES, Run, by_kind, place_name, read_runs, shipped_file
 from loramem.suites.figures import Axis, HeatMap, Plot, Point, Series, point
 from loramem.suites.runner import Known, Request, Result, Table, public_name
 
@@ -46,7 +46,7 @@ class Cell:
     """One adapter, trained with plain cross-entropy until it no longer improves."""
 
     kind: str
-    """Of `loramem.runs.KINDS`."""
+    """Of `loramem.planning.runs.KINDS`."""
     length: int
     """Answer tokens, about."""
     rank: int
@@ -95,11 +95,11 @@ def lengths(kind: str, request: Request) -> tuple[int, ...]:
 
 def run(cell: Cell) -> Result:
     """Make the run, unless it ships."""
-    from loramem import calibrate
-    from loramem.adapters import AdaptedModel
-    from loramem.base_model import load_base_model
-    from loramem.layers import decoder_layers
-    from loramem.placement import Placement
+    from loramem.models.adapters import AdaptedModel
+    from loramem.models.base_model import load_base_model
+    from loramem.models.layers import decoder_layers
+    from loramem.models.placement import Placement
+    from loramem.planning import calibrate
     from loramem.suites.paper_unit import paper_layer
     from loramem.suites.timing import conditions
 

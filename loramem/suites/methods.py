@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from loramem.suites.runner import UNITS, Request
 
 if TYPE_CHECKING:
-    from loramem.base_model import BaseModel
-    from loramem.prompts import EncodedRecord
+    from loramem.models.base_model import BaseModel
+    from loramem.records.prompts import EncodedRecord
     from loramem.suites.paper_schedule import Schedule
 
 OWN = "loramem"
@@ -85,13 +85,13 @@ def trained_adapter(
         layer: Of the unit; None at the paper's depth.
         cut: The writer's patience is divided by it, as a shortened schedule's epochs are.
     """
-    from loramem.adapters import AdaptedModel
-    from loramem.layers import decoder_layers, linear_modules
-    from loramem.settings import WriterSettings
+    from loramem.models.adapters import AdaptedModel
+    from loramem.models.layers import decoder_layers, linear_modules
     from loramem.suites.paper_unit import PaperUnit
     from loramem.suites.placements import describe, equal_placement
     from loramem.suites.published import moments, train_published
-    from loramem.writer import NetworkSchedule, WriteProgress, train_adapter
+    from loramem.training.settings import WriterSettings
+    from loramem.training.trainer import NetworkSchedule, WriteProgress, train_adapter
 
     if method != OWN:
         trained = train_published(base, records, method, rank, schedule, seed=seed, unit=unit, layer=layer)

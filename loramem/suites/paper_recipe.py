@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from loramem.base_model import BaseModel
-from loramem.objectives import memft_ot
-from loramem.prompts import EncodedRecord
+from loramem.models.base_model import BaseModel
+from loramem.records.prompts import EncodedRecord
 from loramem.suites.paper_schedule import Schedule
 from loramem.suites.paper_unit import PaperUnit, attached
 from loramem.suites.published import add_gradient, make_optimizer, seeded, take_step
 from loramem.suites.timing import clock, count_exact, lowest_probability
+from loramem.training.objectives import memft_ot
 
 IGNORED = -100  # the label of positions that carry no loss
 

@@ -59,7 +59,7 @@ class Schedule:
         Raises:
             ValueError: Batches do not divide the records, so that some would never be trained on.
         """
-        from loramem.objectives import exposed_records, exposure
+        from loramem.training.objectives import exposed_records, exposure
 
         if records % self.batch_records:
             raise ValueError(f"Batches of {self.batch_records} do not divide {records} records.")

@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from loramem.errors import InputError, UnsupportedBaseModel
-from loramem.layers import decoder_layers, features, linears
+from loramem.models.layers import decoder_layers, features, linears
 
 DROPOUT = 0.1
 

@@ -18,9 +18,9 @@ from loramem.suites.runner import Known, Request, Result, public_name
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from loramem.adapters import AdaptedModel
-    from loramem.prompts import EncodedRecord
-    from loramem.writer import WriteProgress
+    from loramem.models.adapters import AdaptedModel
+    from loramem.records.prompts import EncodedRecord
+    from loramem.training.trainer import WriteProgress
 
 __all__ = ["Cell", "cells", "plots", "run", "table"]
 
@@ -85,8 +85,8 @@ def cells(request: Request, _: Known) -> Iterator[Cell]:
 
 def run(cell: Cell) -> Result:
     """Train, take the adapter as it was at some stages, and set what it decodes against its p."""
-    from loramem.adapters import AdaptedModel
-    from loramem.base_model import load_base_model
+    from loramem.models.adapters import AdaptedModel
+    from loramem.models.base_model import load_base_model
     from loramem.suites.timing import clock, conditions
 
     adapted = AdaptedModel(load_base_model(cell.model, device=cell.device))
@@ -103,7 +103,7 @@ def long_records(cell: Cell, adapted: "AdaptedModel") -> Result:
         InputError: There is no text of this length.
         TooLong: It does not fit the base model's context.
     """
-    from loramem.calibrate import encode_sample
+    from loramem.planning.calibrate import encode_sample
 
     at_stage: list[Reading] = []
     at_end: list[Reading] = []
@@ -143,8 +143,8 @@ def long_records(cell: Cell, adapted: "AdaptedModel") -> Result:
 
 def book(cell: Cell, adapted: "AdaptedModel") -> Result:
     """Many records in one adapter, read at several stages of one training."""
-    from loramem.generators import generate
-    from loramem.prompts import encode_records
+    from loramem.planning.samples import generate
+    from loramem.records.prompts import encode_records
 
     base = adapted.base
     generated = generate(cell.kind, cell.size, cell.seed)
@@ -191,9 +191,9 @@ def train(
     Returns:
         What was kept, in order, and last the end of training, which the adapter is left at.
     """
-    from loramem.placement import Placement
-    from loramem.settings import WriterSettings
-    from loramem.writer import NetworkSchedule, train_adapter
+    from loramem.models.placement import Placement
+    from loramem.training.settings import WriterSettings
+    from loramem.training.trainer import NetworkSchedule, train_adapter
 
     stages: list[Stage] = []
     step = 0
@@ -242,15 +242,15 @@ def at_shares(shares: Sequence[float]) -> Callable[["WriteProgress"], bool]:
 
 def take(adapted: "AdaptedModel", stage: Stage) -> None:
     """Give the active adapter the weights of a stage."""
-    from loramem.adapters import load_weights
+    from loramem.models.adapters import load_weights
 
     load_weights(adapted.weights(NAME), stage.weights)
 
 
 def read(adapted: "AdaptedModel", records: Sequence["EncodedRecord"]) -> list[Reading]:
     """Every record under teacher forcing and as it is decoded, from the adapter as it is."""
-    from loramem.batches import group_by_length
-    from loramem.recall import DECODE_RECORDS, DECODE_TOKENS, answer_probabilities, decode_records
+    from loramem.models.batches import group_by_length
+    from loramem.models.decoding import DECODE_RECORDS, DECODE_TOKENS, answer_probabilities, decode_records
 
     probs = dict(answer_probabilities(adapted.model, records))
     batches = group_by_length(records, range(len(records)), DECODE_RECORDS, DECODE_TOKENS)

@@ -14,16 +14,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loramem.errors import InputError
-from loramem.generators import generate
-from loramem.input_files import read_records
-from loramem.records import Record
+from loramem.planning.samples import generate
+from loramem.records.input_files import read_records
+from loramem.records.record import Record
 from loramem.suites.methods import OWN
 from loramem.suites.phonebook_results import plots, table
 from loramem.suites.runner import METHODS, UNITS, Known, Request, Result, public_name
 
 if TYPE_CHECKING:
-    from loramem.base_model import BaseModel
-    from loramem.prompts import EncodedRecord
+    from loramem.models.base_model import BaseModel
+    from loramem.records.prompts import EncodedRecord
 
 __all__ = ["Cell", "cells", "plots", "run", "table"]
 
@@ -120,7 +120,7 @@ def run(cell: Cell) -> Result:
     Raises:
         InputError: The file is shorter than the cell's length.
     """
-    from loramem.base_model import load_base_model
+    from loramem.models.base_model import load_base_model
     from loramem.suites.methods import trained_adapter
     from loramem.suites.paper_schedule import Schedule
     from loramem.suites.scoring import mean_loss, score
@@ -166,7 +166,7 @@ def encoded_records(base: "BaseModel", cell: Cell) -> list["EncodedRecord"]:
     Raises:
         InputError: The file is shorter.
     """
-    from loramem.prompts import encode_records
+    from loramem.records.prompts import encode_records
     from loramem.suites.paper_schedule import whole_batches
 
     def encode(records: Sequence[Record]) -> list["EncodedRecord"]:

@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 from transformers import PreTrainedModel
 
 from loramem.errors import UnsupportedBaseModel
-from loramem.layers import decoder_layers, linear_modules
-from loramem.placement import Placement
+from loramem.models.layers import decoder_layers, linear_modules
+from loramem.models.placement import Placement
 from loramem.suites.paper_unit import paper_layer
 
 TOLERANCE = 0.1

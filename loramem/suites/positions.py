@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loramem.base_model import BaseModel
-from loramem.batches import answer_logits, make_batch, token_losses
-from loramem.prompts import EncodedRecord
-from loramem.recall import decode_records
+from loramem.models.base_model import BaseModel
+from loramem.models.batches import answer_logits, make_batch, token_losses
+from loramem.models.decoding import decode_records
+from loramem.records.prompts import EncodedRecord
 
 LEARNED = 0.5  # the paper's threshold: a token of at most this probability is stubborn
 

@@ -1,7 +1,8 @@
 """The three published methods (arXiv 2605.30260) on this package's engine: unit, losses and schedules as published.
 
-What is left out changes no result: the layers below the unit are run once (`loramem.trunk`), only supervised positions
-are unembedded, and nothing is run twice or only to be logged. `loramem.suites.paper_recipe` keeps the second forward.
+What is left out changes no result: the layers below the unit are run once (`loramem.models.trunk`), only supervised
+positions are unembedded, and nothing is run twice or only to be logged. `loramem.suites.paper_recipe` keeps the second
+forward.
 
 What differs: the prompt is our template's in place of the paper's system message; the end token is supervised as well,
 and only that of what follows an answer; unit, losses and optimiser are float32, where the published code has bfloat16.
@@ -15,14 +16,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from loramem.base_model import BaseModel
-from loramem.batches import Batch, per_position, token_losses
-from loramem.objectives import SlidingState, memft_ot, memft_sw, sft, stubborn, weighted_mean
-from loramem.prompts import EncodedRecord
+from loramem.models.base_model import BaseModel
+from loramem.models.batches import Batch, per_position, token_losses
+from loramem.models.trunk import Trunk
+from loramem.records.prompts import EncodedRecord
 from loramem.suites.paper_schedule import Schedule
 from loramem.suites.paper_unit import PaperUnit, attached
 from loramem.suites.timing import clock
-from loramem.trunk import Trunk
+from loramem.training.objectives import SlidingState, memft_ot, memft_sw, sft, stubborn, weighted_mean
 
 PUBLISHED = ("sft", "memft-ot", "memft-sw")
 MAX_GRAD_NORM = 1.0  # of A and B jointly

@@ -13,13 +13,13 @@ from statistics import median, quantiles
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from loramem.generators import generate
+from loramem.planning.samples import generate
 from loramem.suites.figures import Axis, Plot, Series, point
 from loramem.suites.runner import Known, Request, Result, Table, public_name
 
 if TYPE_CHECKING:
     from loramem import MemoryStore
-    from loramem.tables import StoredRecord
+    from loramem.index.rows import StoredRecord
 
 OPTIONS = ("records", "model", "store", "every_record")
 SAMPLE, QUICK_SAMPLE = 100, 5
@@ -118,8 +118,8 @@ def _recall_one_by_one(store: "MemoryStore", records: Sequence["StoredRecord"]) 
 
 def _generate_one_by_one(store: "MemoryStore", records: Sequence["StoredRecord"]) -> tuple[list[float], int]:
     """Seconds of one greedy ``generate`` per record, batch of one, adapter active already; and how many were exact."""
-    from loramem.prompts import decode_answer
-    from loramem.recall import greedy_decode
+    from loramem.models.decoding import greedy_decode
+    from loramem.records.prompts import decode_answer
     from loramem.suites.timing import clock
 
     seconds, exact = [], 0

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from loramem.errors import InputError
-from loramem.plots import MISSING
+from loramem.planning.plots import MISSING
 from loramem.suites.figures import HeatMap, Plot
 from loramem.suites.runner import SUITES, Result, Suite, Table, load_suite
 

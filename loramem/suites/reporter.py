@@ -3,8 +3,8 @@
 import json
 from pathlib import Path
 
+from loramem._util.files import outside_stores, write_synced
 from loramem.errors import InputError
-from loramem.files import outside_stores, write_synced
 from loramem.suites import figures
 from loramem.suites.page import page
 from loramem.suites.report import Report, build, markdown, parse

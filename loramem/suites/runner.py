@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 from loramem import embedded
-from loramem.processes import end_with_parent, usable_cores
 from loramem.suites.figures import HeatMap, Plot
+from loramem.training.processes import end_with_parent, usable_cores
 
 SUITES = {
     "write-speed": "loramem.suites.write_speed",
@@ -248,8 +248,8 @@ class Results:
 
 def machine(request: Request) -> dict[str, Any]:
     """The conditions that make two measurements comparable: processor, threads, versions, the base's weights."""
-    from loramem.base_model import find_base_model
-    from loramem.fingerprint import fingerprint
+    from loramem.models.base_model import find_base_model
+    from loramem.models.fingerprint import fingerprint
 
     folder, identity, _ = find_base_model(request.model)
     return {

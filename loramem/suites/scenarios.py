@@ -18,15 +18,15 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from loramem.errors import KeyNotFound, RecordError, StubbornRecords
-from loramem.input_files import read_records
-from loramem.records import Record
+from loramem.records.input_files import read_records
+from loramem.records.record import Record
 from loramem.suites.figures import Axis, Plot, Series, point
 from loramem.suites.runner import Known, Request, Result, Table, public_name
 
 if TYPE_CHECKING:
     from loramem import MemoryStore
-    from loramem.prompts import PromptTemplate
-    from loramem.tables import StoredRecord
+    from loramem.index.rows import StoredRecord
+    from loramem.records.prompts import PromptTemplate
 
 OPTIONS = ("records", "model")
 DATA = Path(__file__).with_name("scenarios_data")
@@ -106,7 +106,7 @@ def run(cell: Cell) -> Result:
 
 def _write(store: "MemoryStore", records: Sequence[Record], cell: Cell) -> tuple[dict[str, str], list[str]]:
     """Write what the base model can express; returns what it cannot, with the reason, and what was not certified."""
-    from loramem.settings import WriterSettings
+    from loramem.training.settings import WriterSettings
 
     refused: dict[str, str] = {}
     while True:
@@ -124,8 +124,8 @@ def _write(store: "MemoryStore", records: Sequence[Record], cell: Cell) -> tuple
 
 def _ask(store: "MemoryStore", values: Mapping[str, str], seed: int) -> Result:
     """What comes back for the stored keys and for near misses: routed, by the adapter alone, by the base alone."""
-    from loramem.prompts import PromptTemplate
-    from loramem.reader import decode_batches
+    from loramem.records.prompts import PromptTemplate
+    from loramem.store.read import decode_batches
 
     template, stored = PromptTemplate(**store.manifest.prompt), list(store.records(None))
     tokenizer = store.base.tokenizer
@@ -164,8 +164,8 @@ def _decode(
     store: "MemoryStore", template: "PromptTemplate", batch: Sequence["StoredRecord"], asked: Mapping[str, str]
 ) -> dict[str, str]:
     """What the model as it stands answers when asked for another key in place of each of a batch; unchecked."""
-    from loramem.prompts import decode_answer
-    from loramem.recall import greedy_decode
+    from loramem.models.decoding import greedy_decode
+    from loramem.records.prompts import decode_answer
 
     tokenizer = store.base.tokenizer
     prompts = [

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 import torch
 
-from loramem.base_model import BaseModel
-from loramem.batches import group_by_length
-from loramem.prompts import EncodedRecord
-from loramem.recall import DECODE_RECORDS, DECODE_TOKENS, answer_probabilities, decode_records
+from loramem.models.base_model import BaseModel
+from loramem.models.batches import group_by_length
+from loramem.models.decoding import DECODE_RECORDS, DECODE_TOKENS, answer_probabilities, decode_records
+from loramem.records.prompts import EncodedRecord
 
 
 @dataclass(frozen=True)

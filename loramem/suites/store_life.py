@@ -14,9 +14,9 @@ from statistics import median
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from loramem.files import size_bytes
-from loramem.generators import generate
-from loramem.records import Record
+from loramem._util.files import size_bytes
+from loramem.planning.samples import generate
+from loramem.records.record import Record
 from loramem.suites.figures import Axis, Plot, Series, point
 from loramem.suites.runner import Known, Request, Result, Table, peak_memory_mb, public_name
 
@@ -156,8 +156,8 @@ def _ranks(
     of its own: an adapter likes some values better than others whatever the key, so that places among the same ones
     would hang together, and no test of uniformity would hold.
     """
-    from loramem.prompts import encode_record
-    from loramem.recall import answer_probabilities
+    from loramem.models.decoding import answer_probabilities
+    from loramem.records.prompts import encode_record
 
     held, keys = {record.key: record.adapter for record in store.records()}, [record.key for record in records]
     ranks = []

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loramem.base_model import BaseModel
-from loramem.batches import group_by_length
-from loramem.prompts import EncodedRecord
-from loramem.recall import DECODE_TOKENS, answer_probabilities, decode_records, greedy_decode
+from loramem.models.base_model import BaseModel
+from loramem.models.batches import group_by_length
+from loramem.models.decoding import DECODE_TOKENS, answer_probabilities, decode_records, greedy_decode
+from loramem.records.prompts import EncodedRecord
 
 LOOK_RECORDS = 64  # small enough that a first look at a model that knows little is soon over
 

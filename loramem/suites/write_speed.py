@@ -17,7 +17,7 @@ from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from loramem.generators import generate
+from loramem.planning.samples import generate
 from loramem.suites.figures import Axis, Plot, Series, point
 from loramem.suites.runner import Known, Request, Result, Table, public_name
 
@@ -177,14 +177,14 @@ def _write(cell: Cell) -> Result:
 
 
 def _baseline(cell: Cell) -> Result:
-    from loramem.base_model import load_base_model
-    from loramem.placement import Placement
-    from loramem.prompts import encode_records
+    from loramem.models.base_model import load_base_model
+    from loramem.models.placement import Placement
+    from loramem.records.prompts import encode_records
     from loramem.suites import baselines
     from loramem.suites.paper_recipe import paper_recipe
     from loramem.suites.runner import peak_memory_mb
     from loramem.suites.timing import conditions, warm_up
-    from loramem.writer import autocast_dtype
+    from loramem.training.trainer import autocast_dtype
 
     base = load_base_model(cell.model, device=cell.device)
     records = encode_records(

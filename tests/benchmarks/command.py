@@ -10,8 +10,8 @@ from loramem_cli import options
 from loramem_cli.output import note, print_markdown
 
 from loramem import embedded
-from loramem.processes import usable_cores
 from loramem.suites.runner import Request, Result, load_suite, measured, run_suite
+from loramem.training.processes import usable_cores
 
 RESULTS = Path("docs/results")
 RANDOM = "random-llama"

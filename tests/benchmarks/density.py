@@ -11,7 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from loramem.generators import generate
+from loramem.planning.samples import generate
 from loramem.suites.runner import Known, Request, Result, Table, public_name
 from loramem.suites.write_speed import SOURCE_BITS
 
@@ -59,7 +59,7 @@ def cells(request: Request, _: Known) -> Iterator[Cell]:
 def run(cell: Cell) -> Result:
     """Write for few parameters, and decode from the store opened anew."""
     from loramem import MemoryStore, WriterSettings
-    from loramem.settings import MAX_RANK
+    from loramem.training.settings import MAX_RANK
 
     from .whole_write import held, timed_write
 

@@ -18,10 +18,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from loramem import MemoryStore, Record, WriterSettings
-from loramem.commits import commit_records, commit_write, seal_index
-from loramem.index import NAME, Index
-from loramem.manifest import Manifest
-from loramem.tables import StoredAdapter, StoredRecord, now, stored_record
+from loramem.index.commits import commit_records, commit_write, seal_index
+from loramem.index.index import NAME, Index
+from loramem.index.rows import StoredAdapter, StoredRecord, now, stored_record
+from loramem.store.manifest import Manifest
 
 ROOT = Path(__file__).parents[2]
 ROWS = (1_000, 10_000, 100_000, 1_000_000)

@@ -1,4 +1,4 @@
-"""What a record costs by how many share its adapter: the measurement behind `loramem.shard_sizes.FILL`.
+"""What a record costs by how many share its adapter: the measurement behind `loramem.models.shard_sizes.FILL`.
 
     OMP_NUM_THREADS=1 python tests/benchmarks/shard_size.py [MODEL] --records 400 --fill 1.5,3,4.6 [--one-adapter]
 
@@ -12,8 +12,9 @@ import time
 
 import torch
 
-from loramem import MemoryStore, shard_sizes
-from loramem.generators import generate
+from loramem import MemoryStore
+from loramem.models import shard_sizes
+from loramem.planning.samples import generate
 
 COLUMNS = (
     *("records", "seed", "fill", "adapters", "rank", "modules", "parameters", "steps"),

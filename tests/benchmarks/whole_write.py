@@ -9,15 +9,16 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from loramem import MemoryStore, Record, WriterSettings, shards
-from loramem.commits import seal_index
+from loramem import MemoryStore, Record, WriterSettings
 from loramem.errors import RecallError, RecordError, WriteError
-from loramem.placement import Placement
-from loramem.reports import WriteReport
-from loramem.shard_training import ShardTraining
+from loramem.index.commits import seal_index
+from loramem.models.placement import Placement
+from loramem.results import WriteReport
 from loramem.suites.runner import Result
 from loramem.suites.timing import clock, conditions, warm_up
-from loramem.writer import WriteProgress
+from loramem.training import shards
+from loramem.training.shard_training import ShardTraining
+from loramem.training.trainer import WriteProgress
 
 
 class _Stopped(Exception):

@@ -13,14 +13,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from loramem.generators import KINDS, generate
-from loramem.input_files import read_records
-from loramem.records import Record
+from loramem.planning.samples import KINDS, generate
+from loramem.records.input_files import read_records
+from loramem.records.record import Record
 from loramem.suites import scenarios
 from loramem.suites.runner import Known, Request, Result, Table, public_name
 
 if TYPE_CHECKING:
-    from loramem.base_model import BaseModel
+    from loramem.models.base_model import BaseModel
 
 OPTIONS = ("records", "model")
 VALUES = Path(__file__).parents[2] / "examples" / "values.jsonl"
@@ -72,7 +72,7 @@ def cells(request: Request, known: Known) -> Iterator[Cell]:
 def records_of(cell: Cell, base: "BaseModel") -> list[Record]:
     """What a cell writes."""
     if cell.data == "text":
-        from loramem.long_text import long_text
+        from loramem.planning.long_text import long_text
 
         assert cell.records
         tokens = min(cell.records, base.max_tokens - FRAME_TOKENS)

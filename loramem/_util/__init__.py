@@ -1,0 +1,1 @@
+"""Files, events and memory: what every package may use."""

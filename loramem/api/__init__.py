@@ -1,0 +1,1 @@
+"""The public class: a store of facts in adapters, opened, read and written."""

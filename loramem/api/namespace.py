@@ -1,0 +1,137 @@
+"""One namespace of a store as a store of its own: the same methods, the namespace filled in."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any, Protocol
+
+from loramem.errors import InvalidField
+from loramem.index.rows import StoredRecord
+from loramem.planning.plan import Plan
+from loramem.records.record import Record, RecordLike, as_records
+from loramem.results import EraseReport, Explanation, Recall, Version, WriteReport
+
+
+class Namespace:
+    """What `MemoryStore.namespace` gives: its records counted, listed, read and changed as a store's own are.
+
+    Every method is the store's of that name, with the same further arguments and errors. Nothing is kept here: the
+    view sees what the store holds, as long as the store is open.
+
+    Example:
+        >>> import tempfile
+        >>> from loramem import MemoryStore
+        >>> with MemoryStore(tempfile.mkdtemp() + "/memory") as store:
+        ...     team = store.namespace("team")
+        ...     report = team.write({"door:": "0417"})
+        ...     team.recall("door:"), len(team), list(team), len(store)
+        ('0417', 1, ['door:'], 0)
+    """
+
+    def __init__(self, store: "_Store", name: str) -> None:
+        Record("?", "?", name)  # raises if no record can be there
+        self.name, self._store = name, store
+
+    def __repr__(self) -> str:
+        return f"<namespace {self.name!r} of {self._store!r}>"
+
+    def __len__(self) -> int:
+        return self._store._count(self.name)
+
+    def __iter__(self) -> Iterator[str]:
+        return self.keys()
+
+    def __contains__(self, key: object) -> bool:
+        return self._store._holds(key, self.name)
+
+    def keys(self) -> Iterator[str]:
+        """In the order they were written."""
+        return self._store.keys(self.name)
+
+    def records(self, adapter: str | None = None, **options: Any) -> Iterator[StoredRecord]:
+        """Index rows, without decoding anything."""
+        return self._store._records(self.name, adapter, **options)
+
+    def history(self, key: str) -> list[Version]:
+        """What the key held and holds."""
+        return self._store.history(key, self.name)
+
+    def recall(self, key: str) -> str:
+        """Decode a value from the weights."""
+        return self._store.recall(key, self.name)
+
+    def recall_many(self, keys: Iterable[str] | None = None, *, ordered: bool = True) -> Iterator[Recall]:
+        """Decode many values; all if ``keys`` is None."""
+        return self._store.recall_many(keys, self.name, ordered=ordered)
+
+    def explain(self, key: str) -> Explanation:
+        """Probability of every answer token and the end token."""
+        return self._store.explain(key, self.name)
+
+    def load(self, key: str) -> tuple[Any, list[int]]:
+        """The base model with the adapter of ``key`` active, and the prompt's ids."""
+        return self._store.load(key, self.name)
+
+    def plan(self, records: Mapping[str, str] | Iterable[RecordLike], **options: Any) -> Plan:
+        """What `write` would do with these records.
+
+        Raises:
+            InvalidField: A record names another namespace; otherwise as the store's.
+        """
+        return self._store.plan(self._own(records), namespace=self.name, **options)
+
+    def write(self, records: Mapping[str, str] | Iterable[RecordLike], **options: Any) -> WriteReport:
+        """Write records here, also a `Record` that names no namespace.
+
+        Raises:
+            InvalidField: A record names another namespace; otherwise as the store's.
+        """
+        return self._store.write(self._own(records), namespace=self.name, **options)
+
+    def update(self, key: str, value: str | None = None, **options: Any) -> WriteReport:
+        """Give a record another value, other metadata, or both."""
+        return self._store.update(key, value, namespace=self.name, **options)
+
+    def rename(self, key: str, new_key: str, **options: Any) -> WriteReport:
+        """Write a record's value under another key and end the old one."""
+        return self._store.rename(key, new_key, namespace=self.name, **options)
+
+    def delete(self, keys: str | Iterable[str]) -> int:
+        """Stop recalling one record or several."""
+        return self._store.delete(keys, self.name)
+
+    def erase(self, keys: str | Iterable[str], **options: Any) -> EraseReport:
+        """Delete records for real."""
+        return self._store.erase(keys, self.name, **options)
+
+    def _own(self, records: Mapping[str, str] | Iterable[RecordLike]) -> list[Record]:
+        own = []
+        for record in as_records(records, self.name):
+            if record.namespace not in ("", self.name):
+                raise InvalidField(
+                    f"The record {record.key!r} is for namespace {record.namespace!r}, not {self.name!r}: write it to "
+                    "the store itself.",
+                    key=record.key,
+                    line=record.line,
+                )
+            own.append(replace(record, namespace=self.name))
+        return own
+
+
+class _Store(Protocol):
+    """Of `MemoryStore`, which makes these views and so cannot be imported here, what they call."""
+
+    def _count(self, namespace: str) -> int: ...
+    def _holds(self, key: object, namespace: str) -> bool: ...
+    def keys(self, namespace: str) -> Iterator[str]: ...
+    def _records(self, *args: Any, **kwargs: Any) -> Iterator[StoredRecord]: ...
+    def history(self, key: str, namespace: str) -> list[Version]: ...
+    def recall(self, key: str, namespace: str) -> str: ...
+    def recall_many(self, *args: Any, **kwargs: Any) -> Iterator[Recall]: ...
+    def explain(self, key: str, namespace: str) -> Explanation: ...
+    def load(self, key: str, namespace: str) -> tuple[Any, list[int]]: ...
+    def plan(self, *args: Any, **kwargs: Any) -> Plan: ...
+    def write(self, *args: Any, **kwargs: Any) -> WriteReport: ...
+    def update(self, *args: Any, **kwargs: Any) -> WriteReport: ...
+    def rename(self, *args: Any, **kwargs: Any) -> WriteReport: ...
+    def delete(self, keys: str | Iterable[str], namespace: str) -> int: ...
+    def erase(self, *args: Any, **kwargs: Any) -> EraseReport: ...

@@ -1,0 +1,486 @@
+"""The reading half of a store: what it holds, values from the weights, checks. It takes no lock and changes nothing.
+
+Torch is imported only once the base model is needed.
+"""
+
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+from loramem._util.out_of_memory import memory_errors
+from loramem.errors import KeyNotFound, StoreChanged, StoreReadOnly
+from loramem.index.connection import sqlite_errors
+from loramem.index.index import NAME as INDEX
+from loramem.index.index import Index
+from loramem.index.rows import PendingWrite, StoredAdapter, StoredRecord, hidden_names
+from loramem.index.snapshot import Spool
+from loramem.planning.plan import ANY_RANK, Basis, Plan, RankLimits, check_request
+from loramem.records.outcome import Outcome
+from loramem.records.record import RecordLike, as_records
+from loramem.results import (
+    DeployReport,
+    Explanation,
+    PushPlan,
+    PushReport,
+    Recall,
+    ServingReport,
+    Stats,
+    VerifyReport,
+    Version,
+)
+from loramem.serving.check import check_store
+from loramem.serving.rules import TARGETS
+from loramem.store import copies
+from loramem.store.manifest import NAME as MANIFEST
+from loramem.store.manifest import Manifest, read_manifest
+from loramem.store.session import Engine, ModelRequest
+from loramem.store.stats import history, quick_check, stats
+
+if TYPE_CHECKING:
+    from loramem.models.base_model import BaseModel
+
+
+OnConflict = Literal["error", "skip", "replace"]
+
+
+class Memory:
+    """A store that exists, to be read; `MemoryStore` adds what changes it."""
+
+    def __init__(self, path: Path, request: ModelRequest) -> None:
+        self.path = path
+        self._lock = threading.RLock()
+        Manifest.from_bytes((path / MANIFEST).read_bytes(), path)  # a newer format is refused, its index left alone
+        self._index = Index.open(path / INDEX)
+        try:
+            with sqlite_errors(self._index.path):
+                self.manifest = read_manifest(path, self._index)
+        except BaseException:
+            self._index.close()
+            raise
+        self._index.key_salt = self.manifest.key_salt
+        self._engine = Engine(path, self._index, self.manifest, request)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the index; the store object is not used afterwards."""
+        with self._lock:
+            self._index.close()
+
+    @property
+    def base(self) -> "BaseModel":
+        """The base model, loaded on first use and checked against the store's fingerprint.
+
+        Its ``model`` answers as if there were no store, except after `load`.
+
+        Raises:
+            OtherBaseModel: Another model, or the same with other weights, configuration or tokenizer.
+            BaseModelNotFound: It cannot be loaded.
+        """
+        with self._lock:
+            return self._engine.base
+
+    # What is in the store
+
+    # Of the default namespace, as all that is not told another one: `stats` counts the whole store.
+
+    def __len__(self) -> int:
+        return self._count("")
+
+    def __iter__(self) -> Iterator[str]:
+        return self.keys()
+
+    def __contains__(self, key: object) -> bool:
+        return self._holds(key, "")
+
+    def keys(self, namespace: str = "") -> Iterator[str]:
+        """Keys of a namespace in the order they were written; none where only digests of them were pulled."""
+        with self._turn():
+            return iter(list(self._index.keys(namespace)))
+
+    def namespaces(self) -> list[str]:
+        """Those that hold records, sorted; "" is the default one."""
+        with self._turn():
+            return self._index.namespaces()
+
+    def records(
+        self,
+        namespace: str | None = "",
+        adapter: str | None = None,
+        *,
+        since: datetime | None = None,
+        until: datetime | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> Iterator[StoredRecord]:
+        """Index rows, without decoding anything, adapter by adapter.
+
+        Args:
+            namespace: None for those of all namespaces. An adapter's are those of its own one where none is named.
+            since: Written at this time or later; a time without a zone is local.
+            until: Written before this time.
+            metadata: Names and values that a record's metadata must have; values that are not strings as JSON text.
+        """
+        space = namespace if namespace or adapter is None else None
+        return self._records(space, adapter, since=since, until=until, metadata=metadata)
+
+    def adapters(self) -> list[StoredAdapter]:
+        """Committed adapters that hold live records, oldest first."""
+        with self._turn():
+            return list(self._index.adapters())
+
+    def history(self, key: str, namespace: str = "") -> list[Version]:
+        """What the key held and holds, oldest first, under the names it had; times and certificates, no values.
+
+        Raises:
+            KeyNotFound: There is no such record and never was, or it was erased.
+        """
+        with self._turn(), self._index.snapshot():
+            if found := history(self._index, namespace, key):
+                return found
+            raise self._unknown(key, namespace)
+
+    def pending(self) -> PendingWrite | None:
+        """The interrupted write that waits to be resumed or discarded, if any (or one that is running now)."""
+        with self._turn():
+            return self._index.pending_write()
+
+    def stats(self) -> Stats:
+        """Counts and sizes of what is committed, and whether compaction pays."""
+        with self._turn(), self._index.snapshot():
+            return stats(self.path, self._index, self.manifest)
+
+    # Plans
+
+    def plan(
+        self,
+        records: Mapping[str, str] | Iterable[RecordLike],
+        *,
+        namespace: str = "",
+        goal: str = "fast",
+        rank: int | None = None,
+        limits: RankLimits = ANY_RANK,
+        kind: str | None = None,
+        on_conflict: OnConflict = "error",
+        one_adapter: bool = False,
+    ) -> Plan:
+        """What `write` would do with these records, without training or changing anything.
+
+        Args:
+            limits: Ranks that adapters may have.
+            kind: Of data, whose memory law is asked; the calibrated one that costs most nearly as much if None.
+            one_adapter: As in `MemoryStore.write`.
+
+        Raises:
+            RecordError: A record cannot be written.
+            DoesNotFit: A value, or all with ``one_adapter``, is too much for the highest rank allowed.
+        """
+        check_request(goal, rank, limits)
+        with self._turn():
+            encoded, _ = self._engine.transaction.admit(as_records(records, namespace), on_conflict)
+            return self._engine.transaction.plan(encoded, goal, rank, limits, kind, one_adapter=one_adapter)
+
+    def basis(self, kind: str | None = None) -> Basis:
+        """What plans for this store rest on: success boundary, pace, and the law of a kind of data."""
+        with self._turn():
+            return self._engine.transaction.basis(None, 0, kind, self._index.outcomes())
+
+    def outcomes(self) -> list[Outcome]:
+        """What the writes to this store came to at their first rank, oldest first."""
+        with self._turn():
+            return self._index.outcomes()
+
+    # Reading
+
+    def recall(self, key: str, namespace: str = "") -> str:
+        """Decode a value from the weights and check it against the committed digest.
+
+        Raises:
+            KeyNotFound: No such record; carries close keys.
+            RecallError: The weights gave something else.
+            IntegrityError: The adapter's files are not what was committed.
+            OtherBaseModel: The base model is not the one the store was written with.
+        """
+        with self._turn():
+            record = self._find(key, namespace)
+            try:
+                return next(self._engine.reader.decode_current([record])).value
+            except StoreChanged:  # deleted or replaced since the line above: what it is now
+                return next(self._engine.reader.decode([self._find(key, namespace)])).value
+
+    def recall_many(
+        self, keys: Iterable[str] | None = None, namespace: str = "", *, ordered: bool = True
+    ) -> Iterator[Recall]:
+        """Decode many values, batched by adapter and length; all of the namespace if ``keys`` is None.
+
+        Yields in the order of ``keys``, a key given twice twice, or without them in the order of `keys`; all values are
+        of the one committed state at the first of them. Memory does not grow with the number of records: index rows
+        wait in a temporary file, without values, and at most 65,536 values, or a million tokens of them, in memory for
+        one that comes before them. Keys of many adapters in turn are decoded in as many small batches per 65,536.
+        Raises as `recall`, at the first record that fails.
+
+        Args:
+            ordered: False yields each value when it is decoded, in the order of batches, which are as few as can be.
+
+        Raises:
+            StoreChanged: A record was replaced or deleted while this went on, and its adapter removed.
+            StoreError: There is no room for the temporary file.
+        """
+        from loramem.store.read import in_order
+
+        numbered = self._recall_numbered(keys, namespace, windows=ordered)
+        return in_order(numbered) if ordered else (recall for _, recall in numbered)
+
+    def _recall_numbered(
+        self, keys: Iterable[str] | None, namespace: str, *, windows: bool
+    ) -> Iterator[tuple[int, Recall]]:
+        """Values as they are decoded, each with its place among those asked for."""
+        from loramem.store.read import numbered_batches
+
+        with Spool(windows=windows) as spool:
+            with self._turn(), self._index.snapshot():
+                if keys is None:
+                    spool.add(self._index.in_order(namespace))
+                else:
+                    spool.add(self._find(key, namespace) for key in keys)
+            for places, batch in numbered_batches(spool.numbered()):
+                with self._turn():
+                    decoded = list(self._engine.reader.decode_current(batch))
+                yield from zip(places, decoded, strict=True)
+
+    def explain(self, key: str, namespace: str = "") -> Explanation:
+        """Probability of every answer token and the end token, with the adapter and without it.
+
+        The value is decoded from the weights first, then scored under teacher forcing in a batch of one.
+        Raises as `recall`.
+        """
+        with self._turn():
+            record = self._find(key, namespace)
+            value = next(self._engine.reader.decode_current([record])).value
+            record = self._find(key, namespace)  # its adapter may have changed
+            return Explanation(key, value, record.adapter, self._engine.reader.token_probabilities(record, value))
+
+    def load(self, key: str, namespace: str = "") -> tuple[Any, list[int]]:
+        """The base model with the adapter of ``key`` active, and the prompt's ids, for your own ``generate``.
+
+        It stays active until the next call that decodes or writes; after any other the model is the plain base.
+        Raises as `recall`, except RecallError.
+        """
+        with self._turn():
+            record = self._find(key, namespace)
+            self._engine.reader.activate(record.adapter)
+            return self._engine.adapted.model, self._engine.reader.prompt_ids(record)
+
+    def verify(
+        self, *, quick: bool = False, resume: bool = False, progress: Callable[[int, int], None] | None = None
+    ) -> VerifyReport:
+        """Check every file and row against its sha256, then decode every record from its adapter.
+
+        The base model's weights are hashed again too. Damage does not raise: the report lists it. A store that was
+        pulled without its keys cannot be asked for its records: there it is as with ``quick``.
+
+        Args:
+            quick: Structure and hashes alone: nothing is decoded, the base model is not loaded.
+            resume: Leave out the adapters that an interrupted verify on this machine had decoded, if nothing has
+                changed since: no row, base model, device or library that decodes. All files are hashed in any case.
+            progress: Told how many records of how many are done, after every batch.
+
+        Raises:
+            OtherBaseModel: The base model given is not the store's at all.
+            ValueError: ``quick`` and ``resume``: a quick check decodes nothing that could be left out.
+        """
+        if quick and resume:
+            raise ValueError("A quick check decodes nothing: give quick or resume, not both.")
+        with self._turn():
+            if quick or self.manifest.key_salt is not None:
+                return quick_check(self.path, self._index)
+            from loramem.store.verify import full_check
+
+            return full_check(self._engine, progress, resume=resume)
+
+    def check(
+        self,
+        targets: Iterable[str] = TARGETS,
+        *,
+        max_rank: int | None = None,
+        base_name: str | None = None,
+        dtype: str | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> ServingReport:
+        """Whether servers would take the adapters as they are, with the reason and remedy for each that they would not.
+
+        Args:
+            targets: Of "peft", "vllm" and "sglang".
+            max_rank: The server's maximum, where it runs already.
+            base_name: The model name or path that it is started with.
+            dtype: Also decode every record with base model and adapters cast to "bfloat16" or "float16", as servers do.
+            progress: Told how many records of how many were decoded.
+
+        Raises:
+            IntegrityError: An adapter's files are not what was committed.
+            ValueError: No such target.
+        """
+        with self._turn():
+            return check_store(
+                self._engine, list(targets), max_rank=max_rank, base_name=base_name, dtype=dtype, progress=progress
+            )
+
+    def deploy(
+        self,
+        target: str,
+        folder: str | Path,
+        *,
+        base_name: str | None = None,
+        pad_rank: int | None = None,
+        dtype: str = "float32",
+        include_keys: bool = False,
+    ) -> DeployReport:
+        """Write a new folder of adapters that a server takes as it is, and how to start it; no keys, no values.
+
+        Args:
+            target: "peft", "vllm" or "sglang".
+            base_name: What the server is started with; vLLM compares it with what the adapters say.
+            pad_rank: One rank for all, padded with zeros, which keeps their function.
+            dtype: Of the weights in the files.
+            include_keys: Also write which adapter answers which key, with its prompt ids: this names the keys.
+
+        Raises:
+            NotServable: The server would refuse the adapters, or serve something else; nothing was written.
+            AdapterError: ``pad_rank`` is below the rank of an adapter.
+            StoreError: There is something at ``folder``, it lies in a store's folder, or the store is empty.
+            IntegrityError: An adapter's files are not what was committed.
+        """
+        from loramem.serving.deploy import Deployment, deploy
+
+        with self._turn():
+            return deploy(self._engine, Path(folder), Deployment(target, base_name, pad_rank, dtype, include_keys))
+
+    def backup(self, target: str | Path) -> int:
+        """Copy the store, while it may be written to, as it was committed at one moment; returns the bytes.
+
+        Raises:
+            StoreError: There is something at ``target``, or it lies in a store's folder.
+            IntegrityError: A file is not what was committed: damage is not copied.
+        """
+        with self._turn():
+            return copies.backup(self.path, self._index, Path(target))
+
+    def export(self, target: str | Path) -> int:
+        """Write the store to a new directory, or to one file if ``target`` ends in .tar; returns the bytes.
+
+        The base model's folder on this machine and unfinished writes are left out. Whoever has it can read the keys,
+        and the values with the base model at hand. Raises as `backup`.
+        """
+        with self._turn():
+            return copies.export(self.path, self._index, Path(target))
+
+    def push(
+        self,
+        repo: str,
+        *,
+        include_keys: bool = False,
+        include_values: bool = False,
+        public: bool = False,
+        replace: bool = False,
+        license: str = "other",
+        message: str | None = None,
+        confirm: Callable[[PushPlan], None] | None = None,
+    ) -> PushReport:
+        """Publish the live records on the Hub: their adapters, what was proved of them, and a card.
+
+        One commit on a pinned parent; only adapters that the repository does not have are uploaded. The token is the
+        one of the environment or of ``hf auth login``. Whoever may read the repository can extract the values, by
+        asking for keys.
+
+        Args:
+            repo: "me/facts". Made, private unless ``public``, if there is none.
+            include_keys: Publish keys and namespaces as text; salted digests of them otherwise, by which whoever knows
+                a key finds its record.
+            include_values: Publish values and metadata as text; salted digests of the values otherwise.
+            public: Allow a public repository.
+            replace: Build on what the repository holds even if this store does not know it.
+            license: Identifier for the card.
+            message: Of the commit.
+            confirm: Called with what would be sent, before anything is; what it raises ends the push.
+
+        Raises:
+            PublicRepository: It is public, and ``public`` is False.
+            HubConflict: Somebody else has committed to it; nothing was changed there.
+            HubOffline, HubAccess, HubError: The Hub cannot be asked, or says no.
+            IntegrityError: The store is damaged; nothing was sent.
+            DeletedInWeights: Adapters still hold records that were deleted or replaced: compact first.
+            StoreReadOnly: The commit could not be noted.
+            StoreError: The store does not hold the keys or values that are to be published.
+            ValueError: Values without keys.
+        """
+        from loramem.hub.push import push
+
+        if self._index.read_only:
+            raise StoreReadOnly(f"{self.path} cannot be written, and a push is noted in it. Copy it.")
+        with self._turn():
+            return push(
+                self.path,
+                self._index,
+                self.manifest,
+                repo,
+                include_keys=include_keys,
+                include_values=include_values,
+                public=public,
+                replace=replace,
+                license=license,
+                message=message,
+                confirm=confirm,
+            )
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """One thread at a time, and what SQLite says of the index, or torch of memory, as errors of ours."""
+        with self._lock, sqlite_errors(self._index.path), memory_errors():
+            yield
+
+    def _count(self, namespace: str) -> int:
+        with self._turn():
+            return self._index.count(self._stored_name(namespace))
+
+    def _holds(self, key: object, namespace: str) -> bool:
+        with self._turn():
+            return isinstance(key, str) and self._index.find(namespace, key) is not None
+
+    def _records(
+        self,
+        namespace: str | None,
+        adapter: str | None,
+        *,
+        since: datetime | None = None,
+        until: datetime | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> Iterator[StoredRecord]:
+        with self._turn():
+            stored = None if namespace is None else self._stored_name(namespace)
+            chosen = self._index.records(stored, adapter, since=_utc(since), until=_utc(until), metadata=metadata)
+            return iter(list(chosen))
+
+    def _stored_name(self, namespace: str) -> str:
+        salt = self.manifest.key_salt
+        return namespace if salt is None else hidden_names(salt, namespace, "")[0]
+
+    def _find(self, key: str, namespace: str) -> StoredRecord:
+        record = self._index.find(namespace, key)
+        if record is None:
+            raise self._unknown(key, namespace)
+        return record
+
+    def _unknown(self, key: str, namespace: str) -> KeyNotFound:
+        successor = self._index.successor(namespace, key)
+        close = self._index.close_keys(namespace, key) if successor is None else ()
+        return KeyNotFound(key, namespace=namespace, close=close, successor=successor)
+
+
+def _utc(time_of_day: datetime | None) -> str | None:
+    return None if time_of_day is None else time_of_day.astimezone(UTC).isoformat(timespec="seconds")

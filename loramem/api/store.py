@@ -1,0 +1,534 @@
+"""MemoryStore: a folder of adapters and an index, written and read as one.
+
+This module is the order of things that change a store: what is checked before what, under which lock.
+`loramem.api.reading` reads it. Torch is imported only once the base model is needed.
+"""
+
+import logging
+import sqlite3
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loramem._util.events import tell
+from loramem._util.out_of_memory import memory_errors
+from loramem.api.namespace import Namespace
+from loramem.api.reading import Memory, OnConflict
+from loramem.errors import (
+    ConflictingRecord,
+    StoreError,
+    StoreNotFound,
+    StoreReadOnly,
+    UnfinishedWrite,
+    WriteError,
+)
+from loramem.index.commits import commit_deletion, commit_records, end_write
+from loramem.index.connection import sqlite_errors
+from loramem.index.lock import write_lock
+from loramem.index.rows import DISCARDED, RENAMED, PendingWrite
+from loramem.index.sealed_database import VACUUM_DUE
+from loramem.planning.plan import Plan, RankLimits, check_request
+from loramem.records.record import Record, RecordLike, as_records
+from loramem.results import (
+    CompactReport,
+    EraseReport,
+    GcReport,
+    RepairReport,
+    WriteReport,
+)
+from loramem.store import compact, copies
+from loramem.store.create import create_store
+from loramem.store.manifest import NAME as MANIFEST
+from loramem.store.repair import repair
+from loramem.store.session import ModelRequest
+from loramem.store.staging import GRACE_S, clean, collect
+from loramem.training.settings import WriterSettings
+
+if TYPE_CHECKING:
+    from concurrent.futures import Executor
+
+    from loramem.records.prompts import EncodedRecord
+    from loramem.training.trainer import ProgressCallback
+
+
+log = logging.getLogger(__name__)
+
+LOG_S = 1.0
+"""A reader that sees one state for longer may keep the log from being emptied; the next change tries again."""
+
+
+class MemoryStore(Memory):
+    """Key-value facts in LoRA adapters of one frozen base model.
+
+    Args:
+        path: Folder of the store; created with its parents if ``create``.
+        base_model: "loramem-tiny" (default), a Hub id or a local folder. Optional for an existing store, unless
+            its folder was moved; if given it must be the model the store was written with, under whatever name.
+        revision: Hub revision of the base model.
+        device: "auto", "cpu", "cuda"…
+        dtype: Of the base model: "float32", "bfloat16", "float16"; "auto" keeps the store's, or for a new store
+            float32 on CPU and bfloat16 on CUDA.
+        create: Make the store if there is none.
+        keep_values: Whether the index keeps values beside the adapters, to rewrite and repair them. If False it keeps
+            salted digests alone, and rewriting recalls the values from the weights. Decided when a store is made
+            (True unless said); of an existing one it must be what that store does.
+        serve: Dtypes, beside that of the base model, that the adapters will be served in: every write is trained and
+            proved in each. Decided when a store is made (bfloat16 unless said); of an existing one as that does.
+        wait_s: Seconds that a change waits for another process to end its own.
+
+    Raises:
+        StoreNotFound: No store there and ``create`` is False.
+        StoreFormatError: The folder is something else, or a newer format.
+        StoreReadOnly: It cannot be written, and was not closed where it could.
+        StoreError: ``keep_values`` or ``serve`` is not what the store does; or a new one would lie in another store's
+            folder.
+        IntegrityError: store.json or index.db is not what was committed.
+
+    A store is a context manager and may be shared between threads; calls that need the model take turns. Namespaces
+    are separate recall spaces: the same key may be in each. ``len``, iteration and ``in`` are about the default one,
+    like every method that is not told another; `namespace` gives a view of another. `stats`, `verify`, `compact` and
+    all that copies or checks take the whole store.
+
+    Example:
+        >>> import tempfile
+        >>> with MemoryStore(tempfile.mkdtemp() + "/memory") as store:
+        ...     report = store.write({"Jerry Becerra:": "9100672710"})
+        ...     store.recall("Jerry Becerra:")
+        '9100672710'
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        base_model: str | None = None,
+        *,
+        revision: str | None = None,
+        device: str = "auto",
+        dtype: str = "auto",
+        create: bool = True,
+        keep_values: bool | None = None,
+        serve: Sequence[str] | None = None,
+        wait_s: float = 0.0,
+    ) -> None:
+        self.wait_s = wait_s
+        path, request, base = Path(path), ModelRequest(base_model, revision, device, dtype), None
+        if not (path / MANIFEST).exists():
+            if not create:
+                raise StoreNotFound(f"There is no store at {path}. Write records first, or name it with --store.")
+            base = create_store(path, request, keep_values=keep_values is not False, serve=serve)
+        super().__init__(path, request)
+        if serve is not None and set(serve) - {self.manifest.dtype} != set(self.manifest.serve):
+            self.close()
+            raise StoreError(
+                f"{path} is written for {', '.join((self.manifest.dtype, *self.manifest.serve))}, which cannot be "
+                f"changed, not for {', '.join(serve) or 'one dtype alone'}. Write a new store."
+            )
+        if keep_values not in (None, self.manifest.keep_values):
+            self.close()
+            raise StoreError(
+                f"{path} was made with keep_values={self.manifest.keep_values}, which cannot be changed. Write a new "
+                "store."
+            )
+        if base is not None:
+            self._engine.base = base
+
+    def write(
+        self,
+        records: Mapping[str, str] | Iterable[RecordLike],
+        *,
+        namespace: str = "",
+        on_conflict: OnConflict = "error",
+        goal: str = "fast",
+        rank: int | None = None,
+        one_adapter: bool = False,
+        partial: bool = False,
+        settings: WriterSettings | None = None,
+        progress: "ProgressCallback | None" = None,
+        executor: "Executor | None" = None,
+    ) -> WriteReport:
+        """Write records into new adapters and commit them once every value was decoded back from disk.
+
+        Records that are in the store already with the same value are skipped, so writing twice is a no-op.
+
+        Args:
+            records: A mapping, pairs, dicts with "key" and "value", or `Record`s; without any, nothing is written.
+            namespace: For entries that do not name one, such as "team/project".
+            on_conflict: What becomes of a record whose key is there with another value: "error" refuses the write,
+                "skip" keeps the old value, "replace" ends it in the same commit that brings the new one.
+            goal: "fast" or "small".
+            rank: First rank, in place of the planned one; at most ``settings.max_rank``.
+            one_adapter: Put all records of a namespace into one adapter, whatever it takes, for a server of a single
+                LoRA. It may be slower by far: what the first placement does not hold is trained at one that holds more.
+                Records that the namespace had before stay where they are, until `compact` makes one adapter of all.
+            partial: Commit the certified records even if others could not be certified.
+            settings: How to train; measured defaults otherwise.
+            progress: Called after every training step; after every shard with an executor.
+            executor: Writes shards side by side; `loramem.training.executors.process_pool` makes one that shares out
+            the cores.
+
+        Raises:
+            RecordError: A record cannot be written (its subclass says why); nothing was changed.
+            UnfinishedWrite: An interrupted write must be resumed or discarded first.
+            DoesNotFit: A value, or all with ``one_adapter``, is too much for the highest rank; nothing was changed.
+            StoreLocked: Another process is writing.
+            StubbornRecords: Some records could not be certified and ``partial`` is False; nothing was committed.
+            TrainingDiverged: NaN or Inf; nothing was committed.
+            RecallError: A saved adapter did not decode what training had certified; nothing was committed.
+            OutOfMemory: A batch did not fit into memory; the write waits to be resumed or discarded.
+            ValueError: An unknown goal or conflict rule, or a rank above the highest allowed.
+        """
+        _check(goal, rank, settings)
+        _check_conflict(on_conflict)
+        with self._lock, self._writing():
+            encoded, skipped = self._engine.transaction.admit(as_records(records, namespace), on_conflict)
+            request = {"goal": goal, "rank": rank, "partial": partial, "settings": settings, "one_adapter": one_adapter}
+            return self._write(encoded, skipped, request, progress, executor)
+
+    def update(
+        self,
+        key: str,
+        value: str | None = None,
+        *,
+        namespace: str = "",
+        metadata: Mapping[str, Any] | None = None,
+        goal: str = "fast",
+        rank: int | None = None,
+        settings: WriterSettings | None = None,
+        progress: "ProgressCallback | None" = None,
+    ) -> WriteReport:
+        """Give a record another value, other metadata, or both; the old value is not recalled from the commit on.
+
+        Args:
+            value: None keeps it; then nothing is trained.
+            metadata: In place of all that the record had; None keeps it.
+
+        Raises:
+            KeyNotFound: There is no such record; otherwise as `write`.
+        """
+        _check(goal, rank, settings)
+        with self._lock, self._writing():
+            known = self._find(key, namespace)
+            kept = known.metadata if metadata is None else dict(metadata)
+            if value is None or known.holds(value):
+                Record(key, value or " ", namespace, kept)  # raises if the metadata cannot be kept
+                commit_records(self._index, [replace(known, metadata=kept)])
+                return WriteReport.nothing(1)
+            transaction = self._engine.transaction
+            encoded, _ = transaction.admit([Record(key, value, namespace, kept)], "replace")
+            request = {"goal": goal, "rank": rank, "partial": False, "settings": settings}
+            return self._write(encoded, 0, request, progress)
+
+    def rename(
+        self,
+        key: str,
+        new_key: str,
+        *,
+        namespace: str = "",
+        goal: str = "fast",
+        rank: int | None = None,
+        settings: WriterSettings | None = None,
+        progress: "ProgressCallback | None" = None,
+    ) -> WriteReport:
+        """Write a record's value under another key and end the old one, in one commit; metadata are kept.
+
+        Raises:
+            KeyNotFound: There is no such record.
+            ConflictingRecord: The new key is there already; otherwise as `write`.
+        """
+        _check(goal, rank, settings)
+        with self._lock, self._writing():
+            known = self._find(key, namespace)
+            if self._index.find(namespace, new_key) is not None:
+                raise ConflictingRecord(f"Key {new_key!r} is in the store already. Use another one.", key=new_key)
+            value = self._engine.reader.values([known])[namespace, key]
+            encoded, _ = self._engine.transaction.admit([Record(new_key, value, namespace, known.metadata)])
+            ended = [[namespace, key, RENAMED, new_key]]
+            request = {"goal": goal, "rank": rank, "partial": False, "settings": settings, "ended": ended}
+            return self._write(encoded, 0, request, progress)
+
+    def delete(self, keys: str | Iterable[str], namespace: str = "") -> int:
+        """Stop recalling one record or several, in one commit; returns how many.
+
+        Their adapters still hold the values until `compact`; `erase` clears every trace.
+
+        Raises:
+            KeyNotFound: One of the keys is unknown; nothing was deleted.
+            StoreLocked: Another process is writing.
+        """
+        with self._lock, self._writing():
+            found = [self._find(key, namespace) for key in dict.fromkeys(_several(keys))]
+            commit_deletion(self._index, [(record.namespace, record.key) for record in found])
+            tell("deleted", records=len(found))
+            return len(found)
+
+    def resume(self, progress: "ProgressCallback | None" = None, executor: "Executor | None" = None) -> WriteReport:
+        """Go on with the interrupted write, with the settings it was started with; finished shards are kept.
+
+        Raises:
+            WriteError: There is none; or as `write`.
+        """
+        with self._lock, self._writing(resuming=True):
+            pending = self._require_pending()
+            started, transaction, request = time.monotonic(), self._engine.transaction, pending.request
+            encoded = transaction.encode(pending.records)
+            limits = RankLimits(request["settings"]["max_rank"])
+            if "plan" in request:  # what a plan would come to now may differ, and nothing that was finished fit it
+                plan = Plan.of(request["plan"])
+            else:
+                keep = executor is None
+                plan = transaction.plan(encoded, request["goal"], request["rank"], limits, keep_features=keep)
+            return transaction.run(pending.id, encoded, plan, request, 0, progress, executor, started=started)
+
+    def discard(self) -> int:
+        """Forget the interrupted write; returns how many records it held.
+
+        Raises:
+            WriteError: There is none.
+        """
+        with self._lock, self._writing(resuming=True):
+            pending = self._require_pending()
+            end_write(self._index, pending.id, DISCARDED)
+            clean(self.path, self._index)
+            return len(pending.records)
+
+    # Maintenance
+
+    def compact(
+        self,
+        *,
+        which: compact.Which = "advised",
+        progress: "ProgressCallback | None" = None,
+        executor: "Executor | None" = None,
+    ) -> CompactReport:
+        """Rewrite shards from the frozen base, in one commit.
+
+        Each new adapter is byte for byte what writing its records alone would give, so nothing of what was deleted is
+        left in it. The old ones go with `gc`, after its grace.
+
+        Args:
+            which: "advised": the small and half-dead ones, where it pays; "dead": every one that holds a deleted or
+                replaced record; "all".
+
+        Raises:
+            StoreLocked: Another process is writing.
+            UnfinishedWrite: An interrupted write must be resumed or discarded first.
+            StubbornRecords: A record could not be certified again; nothing changed.
+            RecallError: A value that the index does not keep did not come back; nothing changed.
+        """
+        with self._lock, self._writing():
+            groups = compact.chosen_for(self._index, which)
+            return compact.compact(self._engine, groups, progress, executor)
+
+    def gc(self, grace_s: float = GRACE_S) -> GcReport:
+        """Remove the files of adapters that no live record needs.
+
+        Args:
+            grace_s: Keep those retired less than so many seconds ago, for readers that began before.
+
+        Raises:
+            StoreLocked: Another process is writing.
+        """
+        with self._lock, self._writing(resuming=True):
+            adapters, freed_bytes = collect(self.path, self._index, grace_s)
+            return GcReport(adapters, freed_bytes, len(self._index.retired()))
+
+    def erase(
+        self,
+        keys: str | Iterable[str],
+        namespace: str = "",
+        *,
+        progress: "ProgressCallback | None" = None,
+        executor: "Executor | None" = None,
+    ) -> EraseReport:
+        """Delete records for real: afterwards no file of the store holds their values, in this or an earlier version.
+
+        Records that shared an adapter with them are written anew from the frozen base; the new adapter is byte for
+        byte what writing them alone would have given. Backups, exports and what the disk keeps of unlinked files are
+        out of reach. A record that was deleted before can still be erased. Killed, it is finished by the same call.
+        A record that was renamed is erased by its new key, under all the names it had.
+
+        Raises:
+            KeyNotFound: One of the keys is neither in the store nor in its history, or was renamed (``successor``);
+                nothing was changed.
+            StubbornRecords: A record that shared an adapter could not be certified again; the records are deleted,
+                not erased.
+            StoreLocked: Another process is writing, or kept reading for 30 s.
+            UnfinishedWrite: An interrupted write must be resumed or discarded first.
+        """
+        with self._lock, self._writing():
+            chosen = [(namespace, key) for key in dict.fromkeys(_several(keys))]
+            for _, key in chosen:
+                if self._index.find(namespace, key) is None and not self._index.versions(namespace, key):
+                    raise self._unknown(key, namespace)
+            return compact.erase(self._engine, chosen, progress, executor)
+
+    def repair(
+        self,
+        *,
+        drop_lost: bool = False,
+        progress: "ProgressCallback | None" = None,
+        executor: "Executor | None" = None,
+    ) -> RepairReport:
+        """Write the records of damaged adapters and rows anew from the values that the index keeps, in one commit.
+
+        Args:
+            drop_lost: Delete the records whose value is neither kept nor recalled, which the report names.
+
+        Raises:
+            IntegrityError: index.db cannot be read as a database; restore a backup.
+            StubbornRecords: A record could not be certified again; nothing changed.
+            StoreLocked: Another process is writing.
+        """
+        with self._lock, self._writing(resuming=True):
+            return repair(self._engine, drop_lost=drop_lost, progress=progress, executor=executor)
+
+    @classmethod
+    def import_bundle(cls, source: str | Path, path: str | Path) -> "MemoryStore":
+        """A new store at ``path`` from what `export` wrote, every file, row and seal checked.
+
+        Raises:
+            BundleError: Not an export, a damaged one, or one of a newer format.
+            StoreError: There is something at ``path``, or it lies in a store's folder.
+        """
+        copies.import_bundle(Path(source), Path(path))
+        return cls(path, create=False)
+
+    @classmethod
+    def pull(
+        cls,
+        repo: str,
+        path: str | Path,
+        base_model: str | None = None,
+        *,
+        revision: str | None = None,
+        device: str = "auto",
+        verify: bool = True,
+        max_bytes: int | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> "MemoryStore":
+        """A new store at ``path`` of what `push` published, as it is at one commit.
+
+        Nothing that was pulled is trusted: names, sizes, hashes, configs and tensors are checked one by one, and only
+        when all hold is there a store. Without published keys it can be read alone, by key given.
+
+        Args:
+            base_model: A local folder, where the base model is not on the Hub under its name.
+            revision: Branch, tag or commit.
+            verify: Load the base model, compare the adapters with it, and decode every record whose key is published.
+            max_bytes: Refuse larger adapters, taken together; 16 GiB unless given.
+            progress: Told how many records of how many were decoded.
+
+        Raises:
+            NotAPublication: The repository holds no published store.
+            RefusedRepository: It breaks a rule.
+            HubOffline, HubAccess, HubError: The Hub cannot be asked, or says no.
+            OtherBaseModel: The base model at hand is not the one the adapters were written for.
+            StoreError: There is something at ``path``, or it lies in a store's folder.
+        """
+        from loramem.hub.pull import MAX_BYTES, pull
+
+        model = ModelRequest(base_model, None, device)
+        limit = MAX_BYTES if max_bytes is None else max_bytes
+        pull(repo, Path(path), revision=revision, model=model, verify=verify, max_bytes=limit, progress=progress)
+        return cls(path, base_model, device=device, create=False)
+
+    def namespace(self, name: str) -> Namespace:
+        """A view of one namespace that is used as a store of its own is; "" is the default one.
+
+        Raises:
+            InvalidField: No record can be in a namespace of that name.
+        """
+        return Namespace(self, name)
+
+    # Helpers
+
+    def _write(
+        self,
+        encoded: "Sequence[EncodedRecord]",
+        skipped: int,
+        request: dict[str, Any],
+        progress: "ProgressCallback | None",
+        executor: "Executor | None" = None,
+    ) -> WriteReport:
+        """Journal, train and commit admitted records."""
+        if not encoded:
+            return WriteReport.nothing(skipped)
+        started, transaction = time.monotonic(), self._engine.transaction
+        settings = request["settings"] or WriterSettings()
+        plan = transaction.plan(
+            encoded,
+            request["goal"],
+            request["rank"],
+            RankLimits(settings.max_rank),
+            one_adapter=request.get("one_adapter", False),
+            keep_features=executor is None,
+        )
+        request = {**request, "settings": asdict(settings), "plan": asdict(plan)}
+        write_id = self._index.begin_write((entry.record for entry in encoded), request)
+        tell("journalled", records=len(encoded))
+        return transaction.run(write_id, encoded, plan, request, skipped, progress, executor, started=started)
+
+    @contextmanager
+    def _writing(self, *, resuming: bool = False) -> Iterator[None]:
+        """Hold the store's lock, after finishing what an earlier writer was killed in.
+
+        Raises:
+            StoreReadOnly, StoreLocked: See `write_lock`.
+            UnfinishedWrite: A write is journalled, and this is not about it.
+            StoreError: SQLite could not write, such as on a full disk.
+            IntegrityError: index.db is damaged.
+            OutOfMemory: A write that ran into it waits to be resumed or discarded.
+        """
+        if self._index.read_only:
+            raise StoreReadOnly(f"{self.path} cannot be written. Change its permissions, or copy it.")
+        if self.manifest.key_salt is not None:
+            raise StoreReadOnly(f"{self.path} was pulled without its keys, so that it can only be read.")
+        with write_lock(self.path, self.wait_s), sqlite_errors(self._index.path), memory_errors():
+            if self._index.meta(VACUUM_DUE):
+                self._index.vacuum()
+            if not resuming and (pending := self._index.pending_write()) is not None:
+                raise UnfinishedWrite(
+                    f"Write {pending.id} of {len(pending.records)} records, started {pending.started_at}, was "
+                    "interrupted. Resume it (loramem write --resume) or discard it (loramem write --discard).",
+                    write_id=pending.id,
+                    records=len(pending.records),
+                )
+            try:
+                yield
+            finally:
+                if not self.manifest.keep_values:
+                    self._empty_log()
+
+    def _empty_log(self) -> None:
+        """Clear the values that the journal held while they were needed, whether the change came to be or not."""
+        with suppress(sqlite3.OperationalError):
+            if self._index.empty_log(LOG_S):
+                return
+        log.warning(
+            "%s: index.db-wal still holds values, since another process is reading or the disk failed; the next change "
+            "empties it, or the last process that closes the store",
+            self.path,
+        )
+
+    def _require_pending(self) -> PendingWrite:
+        pending = self._index.pending_write()
+        if pending is None:
+            raise WriteError("There is no interrupted write to resume or discard.")
+        return pending
+
+
+def _several(keys: str | Iterable[str]) -> Iterable[str]:
+    return [keys] if isinstance(keys, str) else keys
+
+
+def _check(goal: str, rank: int | None, settings: WriterSettings | None) -> None:
+    """Refuse what no plan of a write with these settings can follow."""
+    check_request(goal, rank, RankLimits((settings or WriterSettings()).max_rank))
+
+
+def _check_conflict(on_conflict: str) -> None:
+    if on_conflict not in ("error", "skip", "replace"):
+        raise ValueError(f"on_conflict must be error, skip or replace, not {on_conflict!r}")

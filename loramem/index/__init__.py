@@ -1,0 +1,1 @@
+"""The SQLite index of a store: rows and their seals, commits, locks."""

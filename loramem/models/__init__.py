@@ -1,0 +1,1 @@
+"""Base models and their adapters: loading, layers, decoding, features, and the proof."""

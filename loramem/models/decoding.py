@@ -1,0 +1,118 @@
+"""Reading facts back from the weights: greedy decoding and teacher forcing."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import takewhile
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+from loramem.models.batches import Batch, answer_logits, group_by_length, make_batch, pad_left, token_losses
+from loramem.records.prompts import EncodedRecord
+
+DECODE_RECORDS, DECODE_TOKENS = 256, 32_768
+SHARED_PREFIX_TOKENS = 16  # a chat template with a system prompt; below this the extra pass costs what it saves
+
+
+@torch.inference_mode()
+def greedy_decode(
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], max_tokens: int, end_id: int
+) -> list[list[int]]:
+    """Free-running greedy decoding through every layer, one batch, KV cache; a long common prefix is run once.
+
+    Args:
+        prompts: Token ids of each prompt; padded on the left.
+        max_tokens: Most new tokens, the end token included.
+
+    Returns:
+        Generated ids of each prompt up to but without the end token. A row that never ended has ``max_tokens`` ids.
+    """
+    shared = shared_prefix(model, prompts)
+    rest, mask = pad_left([prompt[shared:] for prompt in prompts])
+    prefix = torch.tensor([prompts[0][:shared]] * len(prompts), dtype=torch.long)
+    ids = torch.cat([prefix, rest], 1)
+    mask = torch.cat([torch.ones_like(prefix), mask], 1)
+    config = GenerationConfig(
+        do_sample=False, num_beams=1, max_new_tokens=max_tokens, eos_token_id=end_id, pad_token_id=end_id
+    )
+    with _contiguous_before_the_head(model):
+        output = model.generate(  # type: ignore[operator]  # a mixin's method, hidden by nn.Module.__getattr__
+            input_ids=ids.to(model.device),
+            attention_mask=mask.to(model.device),
+            past_key_values=_prefix_cache(model, ids[:1, :shared], len(prompts)) if shared else None,
+            generation_config=config,
+        )
+    rows: list[list[int]] = output[:, ids.shape[1] :].tolist()
+    return [row[: row.index(end_id)] if end_id in row else row for row in rows]
+
+
+@contextmanager
+def _contiguous_before_the_head(model: PreTrainedModel) -> Iterator[None]:
+    """Of the pass over the prompts `generate` unembeds the last column, a view; torch multiplies a view of three
+    dimensions by a copy of the whole unembedding for every row, which took most of that pass."""
+    head = model.get_output_embeddings()
+    handle = head.register_forward_pre_hook(lambda _, args: (args[0].contiguous(),))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def shared_prefix(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> int:
+    """Tokens that all prompts of a batch begin with, if running them once is worth it and exact; otherwise 0.
+
+    Padding then lies between prefix and key, where a sliding window would count it and a recurrence would read it: such
+    models run every prompt.
+    """
+    columns = zip(*(prompt[:-1] for prompt in prompts), strict=False)
+    same = sum(1 for _ in takewhile(lambda tokens: len(set(tokens)) == 1, columns)) if len(prompts) > 1 else 0
+    window = model.config.get_text_config().to_dict().get("sliding_window")
+    if same < SHARED_PREFIX_TOKENS or window is not None:
+        return 0
+    return same if all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers) else 0
+
+
+def forced_batch(model: PreTrainedModel, records: Sequence[EncodedRecord]) -> Batch:
+    """The records as a batch for one teacher-forced pass, with a long common prefix run already."""
+    prompts = [record.prompt_ids for record in records]
+    shared = shared_prefix(model, prompts)
+    if not shared:
+        return make_batch(records, model.device)
+    rest = [replace(record, prompt_ids=record.prompt_ids[shared:]) for record in records]
+    cache = _prefix_cache(model, torch.tensor([prompts[0][:shared]]), len(records))
+    return make_batch(rest, model.device).after(shared, cache)
+
+
+def _prefix_cache(model: PreTrainedModel, prefix: Tensor, rows: int) -> DynamicCache:
+    cache = DynamicCache(config=model.config)
+    model(input_ids=prefix.to(model.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
+    cache.batch_repeat_interleave(rows)
+    return cache
+
+
+def decode_records(
+    model: PreTrainedModel, records: Sequence[EncodedRecord], batches: Sequence[Sequence[int]]
+) -> Iterator[tuple[int, list[int]]]:
+    """Greedily decode records in the given batches of indices; yields (index, ids without the end token).
+
+    A batch is decoded one token beyond its longest answer, so that a missing end token shows.
+    """
+    for batch in batches:
+        longest = max(len(records[index].answer_ids) for index in batch)
+        rows = greedy_decode(
+            model, [records[index].prompt_ids for index in batch], longest + 1, records[batch[0]].answer_ids[-1]
+        )
+        yield from zip(batch, rows, strict=True)
+
+
+@torch.inference_mode()
+def answer_probabilities(model: PreTrainedModel, records: Sequence[EncodedRecord]) -> Iterator[tuple[int, Tensor]]:
+    """Teacher-forced probability of every answer token and the end token; yields (index, probabilities (ℓ + 1,))."""
+    for batch in group_by_length(records, range(len(records)), DECODE_RECORDS, DECODE_TOKENS):
+        tensors = forced_batch(model, [records[index] for index in batch])
+        probs = torch.exp(-token_losses(answer_logits(model, tensors), tensors)).cpu()
+        for row, index in enumerate(batch):
+            yield index, probs[row, -len(records[index].answer_ids) :]

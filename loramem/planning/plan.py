@@ -1,0 +1,415 @@
+"""Planning a write: how many adapters, the rank of each, and what that takes. No torch.
+
+Three ranks stand side by side for every adapter:
+
+1. optimistic: the values' cost at 2 bits per parameter, what language models reach with very many exposures
+   (arXiv 2404.05405);
+2. law: where the memory law predicts a mean loss of 0.69 nats, the lowest that it is about, with an interval;
+3. what is used. For the goal "small" the least rank at which the success boundary expects nine writes of ten to certify
+   every token; for "fast" more, since a write of few bits per parameter takes fewer steps. Not above half the width of
+   the adapted modules: there more rank costs more per step and saves none (docs/engine.md).
+
+A wrong rank costs time, not correctness: the writer raises it when progress stops. What no rank allowed can hold at
+3.6 bits per parameter (arXiv 2505.24832) is refused.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from loramem.errors import DoesNotFit, OutOfReach
+from loramem.models.shard_sizes import Size, cut
+from loramem.planning.law import MemoryLaw
+from loramem.planning.law_fit import SATURATED
+from loramem.planning.success import SuccessBoundary
+from loramem.planning.visits import Pace
+from loramem.training.settings import MAX_RANK
+
+OPTIMISTIC_BITS, MOST_BITS = 2.0, 3.6  # of cost per parameter
+ADAPTER_BYTES, MATRIX_BYTES = 1400, 150  # of an adapter's files beside its weights: config, card; header per matrix
+WIDEST = 1024  # times the law's rank: the end of the search for its interval
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What a write is planned for; measured, docs/engine.md."""
+
+    density: float
+    """Bits of cost per parameter that the first rank is chosen for (without a boundary, for "small")."""
+    probability: float
+    """That no higher rank is needed, by the success boundary: "small" begins low, since growing costs seconds."""
+    min_rank: int
+
+
+GOALS = {
+    "fast": Goal(density=0.08, probability=0.9, min_rank=16),
+    "small": Goal(density=1.0, probability=0.1, min_rank=1),
+}
+
+
+@dataclass(frozen=True)
+class Basis:
+    """What a plan rests on: the placement's size and, as far as they are known, its law, boundary and pace."""
+
+    parameters_per_rank: int
+    matrices: int
+    """A and B of every adapted module."""
+    boundary: SuccessBoundary | None = None
+    law: MemoryLaw | None = None
+    kind: str | None = None
+    """Of the data: whose law it is, and how it is told what the boundary knows of kinds."""
+    pace: Pace | None = None
+    seconds_per_visit: float | None = None
+    """Of training, per answer token, measured on this machine."""
+
+    above: tuple[Size, ...] = ()
+    """Placements that hold more, upwards: where what one adapter must hold alone may begin."""
+
+    @property
+    def size(self) -> Size:
+        return Size(self.parameters_per_rank, self.matrices)
+
+
+@dataclass(frozen=True)
+class Price:
+    """What records cost together."""
+
+    cost_bits: float
+    """See `loramem.planning.cost`."""
+    base_loss: float
+    """Nats per answer token."""
+
+
+@dataclass(frozen=True)
+class LawRank:
+    """Where the law predicts a mean loss of 0.69 nats."""
+
+    rank: float
+    low: float | None
+    """Where the upper end of the law's 90 % interval reaches it; None if at no rank near."""
+    high: float | None
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """One adapter to be."""
+
+    first: int
+    """Index of its first record among those planned."""
+    records: int
+    length: int
+    """Answer tokens of all its records, end tokens not counted."""
+    cost_bits: float
+    rank: int
+    parameters: int
+    size_bytes: int
+    """Of its files, about."""
+    base_loss: float
+    """Nats per answer token."""
+    final_loss: float | None
+    """As the law predicts at this rank, at least 0. Below 0.69 the law extrapolates; None without a law."""
+    success: float | None
+    """Probability that every token is certified without raising the rank; None without a boundary."""
+    training_s: float | None
+    """None where no write was timed on this machine."""
+    optimistic_rank: int
+    law_rank: LawRank | None
+    rung: int = 0
+    """Where it begins: so many placements above the store's (`loramem.models.placement.Placement.ladder`)."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a write would do."""
+
+    goal: str
+    shards: tuple[ShardPlan, ...]
+    calibrated: bool
+    """Whether ranks rest on a success boundary of this base model and placement."""
+    kind: str | None
+    """Kind of data whose law was asked."""
+    warnings: tuple[str, ...] = ()
+    one_adapter: bool = False
+    """Whether each namespace has one adapter, whatever it takes."""
+
+    @classmethod
+    def of(cls, fields: Mapping[str, Any]) -> "Plan":
+        """The plan that `dataclasses.asdict` took apart, also after JSON."""
+        shards = tuple(
+            ShardPlan(**{**shard, "law_rank": shard["law_rank"] and LawRank(**shard["law_rank"])})
+            for shard in fields["shards"]
+        )
+        return cls(**{**fields, "shards": shards, "warnings": tuple(fields["warnings"])})
+
+    @property
+    def parameters(self) -> int:
+        return sum(shard.parameters for shard in self.shards)
+
+    @property
+    def cost_bits(self) -> float:
+        return sum(shard.cost_bits for shard in self.shards)
+
+    @property
+    def length(self) -> int:
+        return sum(shard.length for shard in self.shards)
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(shard.size_bytes for shard in self.shards)
+
+    @property
+    def success(self) -> float | None:
+        """Probability that no shard needs a higher rank than planned."""
+        each = [shard.success for shard in self.shards if shard.success is not None]
+        return math.prod(each) if len(each) == len(self.shards) else None
+
+    @property
+    def training_s(self) -> float | None:
+        each = [shard.training_s for shard in self.shards if shard.training_s is not None]
+        return sum(each) if len(each) == len(self.shards) else None
+
+
+@dataclass(frozen=True)
+class RankLimits:
+    """Ranks that an adapter may have."""
+
+    highest: int = MAX_RANK
+    choices: tuple[int, ...] = ()
+    """What a server takes; any up to ``highest`` if empty."""
+
+    def __post_init__(self) -> None:
+        if self.highest < 1 or any(rank < 1 for rank in self.choices):
+            raise ValueError(f"ranks must be at least 1, not {min(self.highest, *self.choices, 1)}")
+        if self.choices and min(self.choices) > self.highest:
+            raise ValueError(f"none of the ranks {', '.join(map(str, self.choices))} is at most {self.highest}")
+
+    @property
+    def most(self) -> int:
+        return max((rank for rank in self.choices if rank <= self.highest), default=self.highest)
+
+    def at_least(self, rank: int) -> int:
+        """The lowest allowed rank that is not below this one, or the highest there is."""
+        allowed = [choice for choice in self.choices if rank <= choice <= self.highest]
+        return min(allowed, default=min(rank, self.most) if not self.choices else self.most)
+
+
+ANY_RANK = RankLimits()
+
+
+def check_request(goal: str, rank: int | None, limits: RankLimits = ANY_RANK) -> None:
+    """Refuse what no plan can follow.
+
+    Raises:
+        ValueError: Unknown goal, or a rank outside the limits.
+    """
+    if goal not in GOALS:
+        raise ValueError(f"goal must be one of {', '.join(GOALS)}, not {goal!r}")
+    if rank is not None and not 1 <= rank <= limits.highest:
+        remedy = f". Give a lower one, or allow it with max_rank={rank} (--max-rank {rank})" if rank > 0 else ""
+        raise ValueError(f"rank must be between 1 and {limits.highest}, not {rank}{remedy}")
+    if rank is not None and limits.choices and rank not in limits.choices:
+        raise ValueError(f"rank must be one of {', '.join(map(str, limits.choices))}, not {rank}")
+
+
+def plan_write(
+    lengths: Sequence[int],
+    price: Callable[[int, int], Price],
+    basis: Basis,
+    *,
+    goal: str = "fast",
+    rank: int | None = None,
+    limits: RankLimits = ANY_RANK,
+    one_adapter: bool = False,
+) -> Plan:
+    """Cut records into shards of nearly equal size, in order, and choose each one's first rank.
+
+    Where a shard would need a higher rank than is allowed there are more and smaller ones.
+
+    Args:
+        lengths: Answer tokens of each record.
+        price: Of the records ``first`` to ``last`` (exclusive) in one adapter.
+        goal: "fast" (seconds) or "small" (parameters).
+        rank: Use this rank for every shard.
+        one_adapter: All records in one shard, which begins at a placement that holds them.
+
+    Raises:
+        ValueError: See `check_request`.
+        DoesNotFit: A record alone, or all with ``one_adapter``, exceed 3.6 bits per parameter at the highest rank
+            allowed.
+    """
+    check_request(goal, rank, limits)
+    if one_adapter:
+        return _one_adapter(lengths, price, basis, goal, rank, limits)
+    least, tokens = 1, [length + 1 for length in lengths]
+    while True:
+        ranges = cut(tokens, basis.size.shard_tokens(), least)
+        prices = [price(first, last) for first, last in ranges]
+        needed = [
+            _needed(part.cost_bits, sum(lengths[a:b]), basis, goal, rank)
+            for part, (a, b) in zip(prices, ranges, strict=True)
+        ]
+        wide = [need for need, (a, b) in zip(needed, ranges, strict=True) if need > limits.most and b - a > 1]
+        if not wide:
+            break
+        least = max(least, len(ranges))  # short records before a long one may stay together for some rounds
+        least = max(least + 1, math.ceil(least * min(max(wide) / limits.most, 4)))
+    shards = [
+        _shard(first, last - first, sum(lengths[first:last]), part, need, basis, goal, rank, limits)
+        for (first, last), part, need in zip(ranges, prices, needed, strict=True)
+    ]
+    return Plan(goal, tuple(shards), basis.boundary is not None, basis.kind, _warnings(shards, basis))
+
+
+def plan_groups(
+    sizes: Sequence[int],
+    lengths: Sequence[int],
+    price: Callable[[int, int], Price],
+    basis: Basis,
+    *,
+    goal: str = "fast",
+    rank: int | None = None,
+    limits: RankLimits = ANY_RANK,
+    one_adapter: bool = False,
+) -> Plan:
+    """`plan_write` for consecutive groups of so many records, no two of them in one shard."""
+    plan_part = partial(plan_write, basis=basis, goal=goal, rank=rank, limits=limits, one_adapter=one_adapter)
+    plan, start = plan_part((), price), 0
+    for size in sizes:
+        part = plan_part(lengths[start : start + size], partial(_shifted, price, start))
+        shards = (*plan.shards, *(replace(shard, first=shard.first + start) for shard in part.shards))
+        warnings = tuple(dict.fromkeys((*plan.warnings, *part.warnings)))
+        plan = replace(plan, shards=shards, calibrated=plan.calibrated and part.calibrated, warnings=warnings)
+        start += size
+    return plan
+
+
+def _shifted(price: Callable[[int, int], Price], by: int, first: int, last: int) -> Price:
+    return price(first + by, last + by)
+
+
+def _one_adapter(
+    lengths: Sequence[int],
+    price: Callable[[int, int], Price],
+    basis: Basis,
+    goal: str,
+    rank: int | None,
+    limits: RankLimits,
+) -> Plan:
+    """All records in one shard, at the first placement whose features and ranks hold them, or else the last."""
+    plan = Plan(goal, (), basis.boundary is not None, basis.kind, _warnings((), basis), one_adapter=True)
+    if not lengths:
+        return plan
+    whole, length = price(0, len(lengths)), sum(lengths)
+    # What is known of writes is known of the first placement alone.
+    placements = [basis, *(Basis(size.parameters_per_rank, size.matrices, kind=basis.kind) for size in basis.above)]
+    tried = [
+        (rung, there, _needed(whole.cost_bits, length, there, goal, rank)) for rung, there in enumerate(placements)
+    ]
+    fitting = [each for each in tried if each[1].size.carries(length + len(lengths)) and each[2] <= limits.most]
+    rung, there, needed = [*fitting, tried[-1]][0]
+    shard = replace(_shard(0, len(lengths), length, whole, needed, there, goal, rank, limits), rung=rung)
+    return replace(plan, shards=(shard,), calibrated=there.boundary is not None, warnings=_warnings([shard], there))
+
+
+def law_rank(law: MemoryLaw, base_loss: float, length: float) -> LawRank | None:
+    """The rank at which the law predicts a final loss of 0.69, with its 90 % interval; None where none does."""
+    target = base_loss - SATURATED
+    try:
+        rank = law.rank_for(target, length)
+    except OutOfReach:
+        return None
+
+    def reaches(end: int, factor: float) -> float | None:
+        """The first rank, from the law's upwards or downwards, at which this end of the interval is at the target."""
+
+        def beyond(at: float) -> bool:
+            value = law.predict_interval(at, length)[end]
+            return value >= target if factor > 1 else value <= target
+
+        # Far off the interval is wide and its lower end falls again: the search begins at the law's rank.
+        near = far = rank
+        while not beyond(far := near * factor):
+            near = far
+            if not 1 / WIDEST < far / rank < WIDEST:
+                return None
+        while max(far / near, near / far) > 1.0001:
+            middle = math.sqrt(near * far)
+            near, far = (near, middle) if beyond(middle) else (middle, far)
+        return far
+
+    return LawRank(rank, low=reaches(1, 0.5), high=reaches(0, 2.0))
+
+
+def _needed(cost_bits: float, length: int, basis: Basis, goal: str, rank: int | None) -> int:
+    """The least rank worth trying; the least that can hold it at all if the rank is given."""
+    least = math.ceil(cost_bits / (MOST_BITS * basis.parameters_per_rank))
+    if rank is not None:
+        return least
+    if basis.boundary is not None:
+        wanted = basis.boundary.rank_for_success(
+            length, cost_bits, basis.parameters_per_rank, GOALS[goal].probability, basis.kind
+        )
+        return max(least, wanted)
+    return math.ceil(cost_bits / (GOALS["small"].density * basis.parameters_per_rank))
+
+
+def _shard(
+    first: int,
+    records: int,
+    length: int,
+    price: Price,
+    needed: int,
+    basis: Basis,
+    goal: str,
+    rank: int | None,
+    limits: RankLimits,
+) -> ShardPlan:
+    per_rank, cost = basis.parameters_per_rank, price.cost_bits
+    if cost > MOST_BITS * per_rank * limits.most:
+        raise DoesNotFit(
+            f"Values that cost {cost:,.0f} bits do not fit into one adapter of rank {limits.most}, which holds at most "
+            f"{MOST_BITS * per_rank * limits.most:,.0f} ({MOST_BITS} per parameter). Allow a rank of "
+            f"{math.ceil(cost / (MOST_BITS * per_rank))} or more (max_rank, --max-rank), or write shorter values.",
+            cost_bits=cost,
+            rank=limits.most,
+        )
+    wanted = max(needed, GOALS[goal].min_rank)
+    if goal == "fast":
+        wanted = max(wanted, min(math.ceil(cost / (GOALS[goal].density * per_rank)), int(basis.size.width / 2)))
+    chosen = rank or limits.at_least(max(wanted, 1))
+    parameters = chosen * per_rank
+    reduction = basis.law.predict(chosen, length) if basis.law else None
+    visits = basis.pace.visits(parameters, cost) if basis.pace else None
+    return ShardPlan(
+        first=first,
+        records=records,
+        length=length,
+        cost_bits=cost,
+        rank=chosen,
+        parameters=parameters,
+        size_bytes=4 * parameters + MATRIX_BYTES * basis.matrices + ADAPTER_BYTES,
+        base_loss=price.base_loss,
+        final_loss=None if reduction is None else max(0.0, price.base_loss - reduction),
+        success=basis.boundary.probability(parameters, cost, length, basis.kind) if basis.boundary else None,
+        training_s=visits * length * basis.seconds_per_visit if visits and basis.seconds_per_visit else None,
+        optimistic_rank=max(1, math.ceil(cost / (OPTIMISTIC_BITS * per_rank))),
+        law_rank=law_rank(basis.law, price.base_loss, length) if basis.law else None,
+    )
+
+
+def _warnings(shards: Sequence[ShardPlan], basis: Basis) -> tuple[str, ...]:
+    said = []
+    if basis.boundary is None:
+        said.append(
+            "This base model is uncalibrated at this placement: ranks are a cautious guess from the values' cost."
+        )
+    elif any(basis.boundary.extrapolates(shard.parameters, shard.cost_bits, shard.length) for shard in shards):
+        said.append(
+            "No measured write had as many parameters per bit, or as few or many tokens: success is extrapolated."
+        )
+    found = [(shard.law_rank.rank, shard.length) for shard in shards if shard.law_rank]
+    if basis.law and any(basis.law.extrapolates(law_rank, length) for law_rank, length in found):
+        said.append("The law's ranks lie outside the ranks or lengths that were measured.")
+    return tuple(said)

@@ -1,0 +1,1 @@
+"""Serving adapters elsewhere: what servers take, and folders made for them."""

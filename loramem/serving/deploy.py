@@ -1,0 +1,197 @@
+"""A folder of adapters that a server takes as it is: base name, rank and dtype as that server wants them.
+
+The function stays what was certified: padding a rank adds zero rows to A and zero columns to B and scales alpha with
+it. A cast does not, which `loramem.store.certificates` measures. Neither keys nor values go along unless asked.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load, save
+from torch import Tensor
+
+from loramem._util.files import beside, publish_new, write_directory, write_synced
+from loramem._util.layout import ADAPTERS
+from loramem.errors import AdapterError, IntegrityError, NotServable, StoreError
+from loramem.index.rows import StoredAdapter, StoredRecord
+from loramem.models.adapter_header import CONFIG, WEIGHTS, AdapterHeader, read_header
+from loramem.models.base_model import DTYPES
+from loramem.results import DeployReport, Finding
+from loramem.serving.check import chat_keys, check_headers, notes_of, server_of
+from loramem.serving.guide import guide
+from loramem.store.session import Engine
+
+PROMPT, ROUTING, GUIDE = "prompt.json", "routing.jsonl", "README.md"
+BASE = "FOLDER_OF_THE_BASE_MODEL"
+"""Where the adapters name a model that only this machine has: its folder is nobody else's business."""
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """What the server wants that the store has otherwise."""
+
+    target: str
+    """"peft", "vllm" or "sglang"."""
+    base_name: str | None = None
+    """The model name or path that it is started with; None keeps what the adapters say."""
+    pad_rank: int | None = None
+    """One rank for all adapters, at least their largest; None keeps theirs."""
+    dtype: str = "float32"
+    """Of the weights in the files: "float32", "bfloat16" or "float16"."""
+    include_keys: bool = False
+    """Write `ROUTING`, which says which adapter answers which key."""
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, not {self.dtype!r}")
+
+
+def deploy(engine: Engine, folder: Path, wanted: Deployment) -> DeployReport:
+    """Write the adapters of a store to a new folder, one directory each, with a guide how to start the server.
+
+    Raises:
+        NotServable: The server would refuse the result, or serve something else; nothing is left of it.
+        AdapterError: ``pad_rank`` is below the rank of an adapter.
+        StoreError: There is something at ``folder``, it lies in a store's folder, or the store is empty.
+        IntegrityError: An adapter's files are not what was committed.
+    """
+    manifest = engine.manifest
+    with engine.index.snapshot():
+        adapters, ended = list(engine.index.adapters()), engine.index.tombstones()
+        records = list(engine.index.records())
+    if not adapters:
+        raise StoreError(f"{engine.store} holds no adapters. Write records first.")
+    if wanted.include_keys:
+        records = engine.reader.compared(records)  # of older ones it is not known
+    chat = chat_keys(manifest, records)
+    server = server_of(engine, wanted.target, None, wanted.base_name)
+    with beside(folder, engine.store) as partial:
+        made = partial / "folder"
+        for adapter in adapters:
+            config, tensors = _committed(engine.store, adapter)
+            config, tensors = _padded(adapter.id, config, tensors, wanted.pad_rank)
+            if wanted.base_name is not None:
+                config = {**config, "base_model_name_or_path": wanted.base_name}
+            write_directory(made / adapter.id, _files(adapter.id, config, tensors, wanted))
+        headers = [read_header(made / adapter.id) for adapter in adapters]
+        found = _accepted(headers, check_headers(headers, server), wanted.target)
+        found += notes_of(manifest, server, sum(ended.get(one.id, 0) for one in adapters), chat, rechecked=False)
+        write_synced(made / PROMPT, (json.dumps(manifest.prompt, indent=2, sort_keys=True) + "\n").encode())
+        if wanted.include_keys:
+            write_synced(made / ROUTING, "".join(_routes(engine, records)).encode())
+        base_name = str(headers[0].config["base_model_name_or_path"])
+        findable = wanted.base_name is not None or not server.base_is_local
+        text = guide(
+            headers, server.target, base_name if findable else BASE, manifest.prompt, found, chat, wanted.include_keys
+        )
+        write_synced(made / GUIDE, text.encode())
+        size_bytes = publish_new(made, folder)
+    return DeployReport(
+        folder=str(folder),
+        adapters=tuple(header.name for header in headers),
+        rank=max(header.rank for header in headers),
+        dtype=wanted.dtype,
+        base_name=base_name,
+        size_bytes=size_bytes,
+        findings=tuple(found),
+        chat=chat,
+    )
+
+
+def pad(
+    config: Mapping[str, Any], tensors: Mapping[str, Tensor], rank: int
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The same LoRA with a larger rank: zero rows in A, zero columns in B, alpha/r as before.
+
+    Args:
+        config: adapter_config.json of a plain LoRA of uniform rank.
+        tensors: A of shape (r, inputs) and B of shape (outputs, r), by PEFT name.
+        rank: At least the adapter's.
+    """
+    old = int(config["r"])
+    padded = {}
+    for name, tensor in tensors.items():
+        rows, columns = tensor.shape
+        larger = tensor.new_zeros((rank, columns) if ".lora_A." in name else (rows, rank))
+        larger[:rows, :columns] = tensor
+        padded[name] = larger
+    alpha = config["lora_alpha"] * rank
+    return {**config, "r": rank, "lora_alpha": alpha // old if alpha % old == 0 else alpha / old}, padded
+
+
+def _routes(engine: Engine, records: Iterable[StoredRecord]) -> Iterator[str]:
+    """A line of JSON per record: which adapter answers the key, and what to ask it."""
+    for record in records:
+        line = {
+            "namespace": record.namespace,
+            "key": record.key,
+            "adapter": record.adapter,
+            "prompt_ids": engine.reader.prompt_ids(record),
+            "chat": record.chat,  # whether the key as a chat's user message comes to these ids
+            "max_tokens": record.answer_tokens + 1,  # and the end token
+        }
+        yield json.dumps(line, ensure_ascii=False) + "\n"
+
+
+def _committed(store: Path, adapter: StoredAdapter) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Config and weights of an adapter, read once and checked as they were read."""
+    contents = {}
+    for name in (CONFIG, WEIGHTS):
+        try:
+            contents[name] = (store / ADAPTERS / adapter.id / name).read_bytes()
+        except OSError as error:
+            raise IntegrityError(
+                f"Adapter {adapter.id}: {name} cannot be read ({error.strerror}). Run loramem repair first.",
+                what=adapter.id,
+            ) from None
+        if hashlib.sha256(contents[name]).hexdigest() != adapter.files[name]:
+            raise IntegrityError(
+                f"Adapter {adapter.id}: {name} is not what was committed. Run loramem repair first.", what=adapter.id
+            )
+    return json.loads(contents[CONFIG]), load(contents[WEIGHTS])
+
+
+def _padded(
+    name: str, config: dict[str, Any], tensors: dict[str, Tensor], rank: int | None
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    if rank is None or rank == config["r"]:
+        return config, tensors
+    if rank < config["r"]:
+        raise AdapterError(
+            f"Adapter {name} has rank {config['r']}, above --pad-rank {rank}: padding adds rank, and cutting would "
+            f"forget. Use at least {config['r']}."
+        )
+    return pad(config, tensors, rank)
+
+
+def _files(name: str, config: dict[str, Any], tensors: dict[str, Tensor], wanted: Deployment) -> dict[str, bytes]:
+    cast = {key: tensor.to(DTYPES[wanted.dtype]).contiguous() for key, tensor in sorted(tensors.items())}
+    if not all(bool(tensor.isfinite().all()) for tensor in cast.values()):
+        line = f"adapter {name}: weights beyond the range of {wanted.dtype}. Use bfloat16 or float32."
+        raise NotServable(f"Not deployed: {line}", target=wanted.target, findings=[line])
+    return {
+        WEIGHTS: save(cast, metadata={"format": "pt"}),
+        CONFIG: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),
+    }
+
+
+def _accepted(headers: list[AdapterHeader], found: list[Finding], target: str) -> list[Finding]:
+    """The notes among the findings.
+
+    Raises:
+        NotServable: There are others.
+    """
+    lines = list(_lines(finding for finding in found if finding.refused))
+    if lines:
+        more = f" ({len(lines) - 1} more like this)" if len(lines) > 1 else ""
+        raise NotServable(f"Not deployed: {lines[0]}{more}", target=target, findings=lines)
+    return [finding for finding in found if not finding.refused]
+
+
+def _lines(found: Iterator[Finding]) -> Iterator[str]:
+    for finding in found:
+        yield f"adapter {finding.adapter}: {finding}" if finding.adapter else str(finding)

@@ -1,0 +1,1 @@
+"""The steps of a store: creating, writing, reading, verifying, compacting, repairing."""

@@ -1,0 +1,96 @@
+"""Certificates looked at again: every record of adapters decoded and scored, in the store's dtype or a server's.
+
+A server casts the base model and the adapters to the dtype it serves in. p moves a little there, and with it what the
+certificates of a store in float32 are worth: this measures it, through PEFT, in the batches that a proof decodes in.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+
+from loramem.errors import IntegrityError
+from loramem.index.rows import StoredRecord
+from loramem.models.adapters import STORED_DTYPE
+from loramem.models.certificate import examine, least_certain, misrecalled
+from loramem.records.prompts import encode_record
+from loramem.records.record import Record
+from loramem.results import AdapterCheck
+from loramem.store.read import decode_batches
+from loramem.store.session import Engine
+
+
+def recheck(
+    engine: Engine,
+    adapters: Sequence[str] | None = None,
+    dtype: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[AdapterCheck]:
+    """Decode every live record of adapters, as read from disk now, and score its tokens.
+
+    Args:
+        adapters: Ids; every adapter with live records if None.
+        dtype: "float32", "bfloat16" or "float16": base model and adapters are cast to it, as servers do. None is what
+            the certificates were made in: the store's dtype for the base model, float32 for the adapters.
+        progress: Told how many records of how many were looked at, after every adapter.
+
+    Returns:
+        One entry per adapter, in the order given or committed. A record that does not come back is listed, not raised.
+
+    Raises:
+        IntegrityError: No such adapter, or its files or rows are not what was committed.
+        OtherBaseModel: The base model at hand is not the store's.
+        UnsupportedBaseModel: Unknown dtype, or one that the device cannot compute in.
+    """
+    with engine.index.snapshot():
+        committed = [adapter.id for adapter in engine.index.adapters()]
+        chosen = committed if adapters is None else list(adapters)
+        records = {adapter: list(engine.index.records(adapter=adapter)) for adapter in chosen}
+    if missing := [adapter for adapter in chosen if adapter not in committed]:
+        raise IntegrityError(f"The index has no adapter {missing[0]!r} with live records.", what=missing[0])
+    served = engine if dtype is None else engine.served_in(dtype)
+    done, total = 0, sum(map(len, records.values()))
+    checks = []
+    for adapter, rows in records.items():
+        checks.append(_check(served, adapter, rows, dtype or STORED_DTYPE))
+        done += len(rows)
+        if progress is not None:
+            progress(done, total)
+    return checks
+
+
+def _check(engine: Engine, adapter: str, rows: Sequence[StoredRecord], adapter_dtype: str) -> AdapterCheck:
+    reader, base, model = engine.reader, engine.base, engine.adapted.model
+    if engine.adapted.is_loaded(adapter):
+        engine.adapted.remove(adapter)  # what counts is the file, not what an earlier call read of it
+    template = engine.manifest.template()
+    known = dict(_values(engine, rows))
+    encoded = [
+        encode_record(Record(row.key, known[row.key], row.namespace), base.tokenizer, template, reader.prompt_ids(row))
+        for row in rows
+        if row.key in known  # unique: an adapter holds one namespace
+    ]
+    with reader.active(adapter):
+        found = examine(model, encoded)
+        alone = [[index] for index in least_certain(found.min_probs)]
+        wrong = {encoded[index].record.key for index in (*found.wrong, *misrecalled(model, encoded, alone))}
+    failed = tuple(row.key for row in rows if row.key in wrong or row.key not in known)
+    return AdapterCheck(
+        adapter=adapter,
+        records=len(rows),
+        exact=len(rows) - len(failed),
+        failed=failed,
+        unscored=len(rows) - len(encoded),
+        min_prob=min(found.min_probs, default=None),
+        committed_min_prob=min((row.min_prob for row in rows), default=None),
+        dtypes={"base": base.dtype, "adapter": adapter_dtype},
+        device=base.device.type,
+        batches={**found.batch_sizes, "alone": [1] if alone else []},
+    )
+
+
+def _values(engine: Engine, rows: Sequence[StoredRecord]) -> Iterator[tuple[str, str]]:
+    """Key and committed value: as the index keeps it, else as decoded now, if it is the one that was committed."""
+    kept = {row.key: row.value for row in rows if row.value is not None and row.holds(row.value)}
+    yield from kept.items()
+    for batch in decode_batches(row for row in rows if row.key not in kept):
+        for row, value in engine.reader.try_decode(batch):
+            if value is not None:
+                yield row.key, value

@@ -1,0 +1,218 @@
+"""Values from the weights: the right adapter from disk, decoded, compared with the committed digest."""
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from loramem._util.layout import ADAPTERS
+from loramem.errors import IntegrityError, RecallError, StoreChanged
+from loramem.index.index import Index
+from loramem.index.rows import StoredRecord
+from loramem.models.adapters import AdaptedModel
+from loramem.models.decoding import DECODE_RECORDS, DECODE_TOKENS, answer_probabilities, greedy_decode
+from loramem.records.chat import Chat
+from loramem.records.prompts import PromptTemplate, decode_answer, encode_record
+from loramem.records.record import Record
+from loramem.results import Recall, TokenProbability
+from loramem.store.integrity import file_problems
+
+
+class Reader:
+    """Decodes committed records. Which adapter is active is state of the model: one caller at a time."""
+
+    def __init__(self, store: Path, index: Index, adapted: AdaptedModel, template: PromptTemplate) -> None:
+        self.store, self.index, self.adapted, self.template = store, index, adapted, template
+
+    def decode(self, records: Sequence[StoredRecord]) -> Iterator[Recall]:
+        """Decode records of one adapter in one batch, in their order.
+
+        Raises:
+            RecallError: A value is not the committed one; it is never returned.
+            IntegrityError: The adapter's files are not what was committed.
+        """
+        for record, value in self.try_decode(records):
+            if value is None:
+                raise RecallError(
+                    f"Adapter {record.adapter} did not give back the committed value of {record.key!r}. Run "
+                    "loramem verify; the value is not returned.",
+                    key=record.key,
+                    adapter=record.adapter,
+                )
+            yield Recall(record.key, value, record.min_prob, record.adapter)
+
+    def decode_current(self, records: Sequence[StoredRecord]) -> Iterator[Recall]:
+        """`decode`; where the adapter is gone, since another process compacted, from the one that holds them now.
+
+        Raises as `decode`.
+
+        Raises:
+            StoreChanged: A record was replaced or deleted in the meantime, and its adapter removed.
+        """
+        try:
+            decoded = list(self.decode(records))
+        except IntegrityError:
+            current = [self._current(record) for record in records]
+            if all(now.adapter == before.adapter for now, before in zip(current, records, strict=True)):
+                raise
+            found = {
+                (record.namespace, record.key): recall
+                for batch in decode_batches(current)
+                for record, recall in zip(batch, self.decode(batch), strict=True)
+            }
+            decoded = [found[record.namespace, record.key] for record in records]
+        yield from decoded
+
+    def values(self, records: Sequence[StoredRecord]) -> dict[tuple[str, str], str]:
+        """Values by namespace and key: as the index keeps them where their digest agrees, else from the weights.
+
+        Raises as `decode`.
+        """
+        kept = {(r.namespace, r.key): r.value for r in records if r.value is not None and r.holds(r.value)}
+        missing = [record for record in records if (record.namespace, record.key) not in kept]
+        for batch in decode_batches(missing):
+            for record, recall in zip(batch, self.decode(batch), strict=True):
+                kept[record.namespace, record.key] = recall.value
+        return kept
+
+    def try_decode(self, records: Sequence[StoredRecord]) -> list[tuple[StoredRecord, str | None]]:
+        """Records of one adapter with what was decoded, None where it is not the committed value."""
+        decoded = self.decode_any(records)
+        return [(record, value if record.holds(value) else None) for record, value in decoded]
+
+    def decode_any(self, records: Sequence[StoredRecord]) -> list[tuple[StoredRecord, str]]:
+        """Records of one adapter with what was decoded, whether it is the committed value or not: for checks only."""
+        tokenizer = self.adapted.base.tokenizer
+        prompts = [self.prompt_ids(record) for record in records]
+        most = max(record.answer_tokens for record in records) + 2  # the end token, and one beyond: it must have ended
+        with self.active(records[0].adapter):
+            ids = greedy_decode(self.adapted.model, prompts, most, self.template.end_id)
+        return list(zip(records, (decode_answer(tokenizer, row) for row in ids), strict=True))
+
+    def prompt_ids(self, record: StoredRecord) -> list[int]:
+        """Ids that the record was trained with, whatever the chat template gives today."""
+        return self.template.stored_ids(self.adapted.base.tokenizer, record.key, record.prompt)
+
+    def compared(self, records: Sequence[StoredRecord]) -> list[StoredRecord]:
+        """Records, of which those that were written before it was kept say as well whether chat gives their ids."""
+        if self.template.kind != "chat" or self.index.key_salt is not None:  # no chat, or no keys to compare
+            return list(records)
+        unknown = [record for record in records if record.prompt is None]
+        keys = [record.key for record in unknown]
+        joined = [self.prompt_ids(record) for record in unknown]
+        found = {
+            (record.namespace, record.key): replace(record, prompt={"chat": chat == Chat()})
+            for record, chat in zip(
+                unknown, self.template.by_chat(self.adapted.base.tokenizer, keys, joined), strict=True
+            )
+        }
+        return [found.get((record.namespace, record.key), record) for record in records]
+
+    def count_tokens(self, value: str) -> int:
+        """Answer tokens of a value."""
+        return encode_record(Record("?", value), self.adapted.base.tokenizer, self.template).length
+
+    def token_probabilities(self, record: StoredRecord, value: str) -> tuple[TokenProbability, ...]:
+        """Every answer token and the end token of a decoded value, with the adapter and without it, batch of one."""
+        tokenizer = self.adapted.base.tokenizer
+        asked = Record(record.key, value, record.namespace)
+        encoded = encode_record(asked, tokenizer, self.template, self.prompt_ids(record))
+        with self.active(record.adapter):
+            ((_, probs),) = answer_probabilities(self.adapted.model, [encoded])
+        ((_, base_probs),) = answer_probabilities(self.adapted.model, [encoded])
+        return tuple(
+            TokenProbability(str(tokenizer.decode([token])), token, float(p), float(p_base), float(p) > 0.5)
+            for token, p, p_base in zip(encoded.answer_ids, probs, base_probs, strict=True)
+        )
+
+    @contextmanager
+    def active(self, adapter: str) -> Iterator[None]:
+        """`activate`, and the plain base again afterwards: no later computation meets the adapter unasked."""
+        self.activate(adapter)
+        try:
+            yield
+        finally:
+            self.adapted.rest()
+
+    def activate(self, adapter: str) -> None:
+        """Load an adapter from disk if it is not loaded, after checking its files; it stays active.
+
+        Raises:
+            IntegrityError: No such adapter, or its files are not what was committed.
+        """
+        if not self.adapted.is_loaded(adapter):
+            self.check(adapter)
+        try:
+            self.adapted.load(adapter, self.store / ADAPTERS / adapter)
+        except (OSError, ValueError, SafetensorError):
+            self.check(adapter)  # gone between the check and now
+            raise
+
+    def check(self, adapter: str) -> None:
+        """Compare an adapter's files with their sha256.
+
+        Raises:
+            IntegrityError: No such adapter, or its files are not what was committed.
+        """
+        row = self.index.adapter(adapter)
+        if row is None:
+            raise IntegrityError(f"The index has no adapter {adapter!r}.", what=adapter)
+        if problems := file_problems(self.store, row):
+            raise IntegrityError(f"{problems[0]}. Values from it are not returned.", what=adapter)
+
+    def _current(self, record: StoredRecord) -> StoredRecord:
+        current = self.index.find(record.namespace, record.key)
+        if current is None or current.digest != record.digest:
+            raise StoreChanged(
+                f"The record {record.key!r} was replaced or deleted while it was being read. Read again.",
+                key=record.key,
+            )
+        return current
+
+
+def numbered_batches(
+    records: Iterable[tuple[int, StoredRecord]],
+) -> Iterator[tuple[list[int], list[StoredRecord]]]:
+    """`cut_batches` of records with their numbers, which go along."""
+    numbers = deque[int]()
+
+    def unnumbered() -> Iterator[StoredRecord]:
+        for number, record in records:
+            numbers.append(number)
+            yield record
+
+    for batch in cut_batches(unnumbered()):
+        yield [numbers.popleft() for _ in batch], batch
+
+
+def in_order(numbered: Iterable[tuple[int, Recall]]) -> Iterator[Recall]:
+    """What is numbered from 0 by its numbers, as soon as all before it have come; those that are early wait."""
+    waiting, due = dict[int, Recall](), 0
+    for number, recall in numbered:
+        waiting[number] = recall
+        while due in waiting:
+            yield waiting.pop(due)
+            due += 1
+
+
+def decode_batches(records: Iterable[StoredRecord]) -> Iterator[list[StoredRecord]]:
+    """Records cut into batches of one adapter, each adapter once, with answers of similar length."""
+    return cut_batches(sorted(records, key=lambda record: (record.adapter, record.answer_tokens)))
+
+
+def cut_batches(records: Iterable[StoredRecord]) -> Iterator[list[StoredRecord]]:
+    """`decode_batches` of records that are in order already, of which no more than a batch is held."""
+    batch: list[StoredRecord] = []
+    for record in records:
+        tokens = (len(batch) + 1) * (
+            record.answer_tokens + len(record.key.encode())
+        )  # a key has no more tokens than bytes
+        if batch and (record.adapter != batch[0].adapter or len(batch) == DECODE_RECORDS or tokens > DECODE_TOKENS):
+            yield batch
+            batch = []
+        batch.append(record)
+    if batch:
+        yield batch

@@ -1,0 +1,109 @@
+"""The base model of a store and what works on it, loaded on first use: reading an index needs none of it."""
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from loramem import embedded
+from loramem.errors import BaseModelNotFound
+from loramem.index.index import Index
+from loramem.store.manifest import Manifest
+
+if TYPE_CHECKING:
+    from loramem.models.adapters import AdaptedModel
+    from loramem.models.base_model import BaseModel
+    from loramem.store.read import Reader
+    from loramem.store.write import Transaction
+
+
+@dataclass(frozen=True)
+class ModelRequest:
+    """The base model as the caller asked for it; what is not said is the store's."""
+
+    name: str | None = None
+    revision: str | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+
+
+class Engine:
+    """Base model, reader and writer of one store."""
+
+    def __init__(
+        self, store: Path, index: Index, manifest: Manifest, request: ModelRequest, adapter_dtype: str | None = None
+    ) -> None:
+        self.store, self.index, self.manifest, self._request = store, index, manifest, request
+        self._adapter_dtype = adapter_dtype
+
+        self._served = dict[str, Engine]()
+
+    def served_in(self, dtype: str) -> "Engine":
+        """The same store as a server in this dtype holds it: the base model loaded in it, adapters cast to it."""
+        if dtype not in self._served:
+            request = replace(self._request, dtype=dtype)
+            self._served[dtype] = Engine(self.store, self.index, self.manifest, request, dtype)
+        return self._served[dtype]
+
+    @cached_property
+    def base(self) -> "BaseModel":
+        """The base model, checked against the store's fingerprint, under the name it has in the store.
+
+        Raises:
+            OtherBaseModel: Another model, or the same with other weights, configuration or tokenizer.
+            BaseModelNotFound: It cannot be loaded, or is not where it was.
+        """
+        from loramem.models.base_model import load_base_model
+
+        manifest, request = self.manifest, self._request
+        name = request.name or manifest.place()
+        base = load_base_model(
+            name,
+            revision=request.revision or (manifest.revision if name == manifest.base_model else None),
+            device=request.device,
+            dtype=manifest.dtype if request.dtype == "auto" else request.dtype,
+        )
+        base.check(manifest.fingerprint, manifest.dtype)
+        return base.known_as(manifest.base_model, manifest.revision)
+
+    def base_folder(self) -> Path | None:
+        """Where the base model lies on this machine, as far as that can be told without loading or the network."""
+        if "base" in self.__dict__:
+            return self.base.folder
+        try:
+            name = self._request.name or self.manifest.place()
+        except BaseModelNotFound:
+            return None
+        if name == embedded.NAME:
+            return embedded.base_path()
+        if (folder := Path(name).expanduser()).is_dir():
+            return folder
+        from huggingface_hub import try_to_load_from_cache
+
+        revision = self.manifest.revision if name == self.manifest.base_model else None
+        config = try_to_load_from_cache(name, "config.json", revision=self._request.revision or revision)
+        return Path(config).parent if isinstance(config, str) else None
+
+    @cached_property
+    def adapted(self) -> "AdaptedModel":
+        """The base model that adapters are attached to."""
+        from loramem.models.adapters import AdaptedModel
+
+        return AdaptedModel(self.base, adapter_dtype=self._adapter_dtype)
+
+    @cached_property
+    def reader(self) -> "Reader":
+        """Decodes records."""
+        from loramem.store.read import Reader
+
+        return Reader(self.store, self.index, self.adapted, self.manifest.template())
+
+    @cached_property
+    def transaction(self) -> "Transaction":
+        """Writes records."""
+        from loramem.store.write import Transaction
+
+        def served(dtype: str) -> "AdaptedModel":
+            return self.served_in(dtype).adapted
+
+        return Transaction(self.store, self.index, self.manifest, self.adapted, served)

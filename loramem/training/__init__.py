@@ -1,0 +1,1 @@
+"""Training: objectives, the writers, shards and the executors that run them."""

@@ -1,0 +1,332 @@
+"""Training over features: an adapter behind the last attention, written without a pass through the network.
+
+`loramem.models.features` holds what the adapted modules see at every answer position. Training is then an optimisation
+over these N vectors alone: whitened coordinates (`loramem.training.whitening`), all positions in every step, and a
+softmax over the few tokens that compete. That softmax is too sure of itself, so it decides nothing: what ends training
+is a full check over the whole vocabulary, whose rivals join the few.
+
+What will be served differs from what is trained by rounding: another dtype moves the features by one or two percent.
+So features of every dtype to be served are collected, each step adds to some positions the deviation of another dtype,
+and the adapter holds values that no cast changes.
+"""
+
+import logging
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from loramem.errors import TrainingDiverged
+from loramem.models.adapters import AdaptedModel, count_parameters, load_weights, rank_choices
+from loramem.models.features import Ending, Features, Head
+from loramem.models.placement import Placement
+from loramem.training import objectives
+from loramem.training.rivals import Rivals
+from loramem.training.settings import WriterSettings
+from loramem.training.trainer import ProgressCallback, Training, WriteProgress, autocast_dtype
+from loramem.training.whitening import Site, WhitenedAdam, random_rows, whitening_factor
+
+log = logging.getLogger(__name__)
+
+FIRST_RIVALS, NEW_RIVALS, MANY_RIVALS = 5, 3, 64
+"""Likeliest tokens of a position that join the softmax over few: before training, whenever it is too low, and when
+nothing has improved for long, since what the others weigh has no gradient."""
+TRAIN_ROWS, LOOK_ROWS = 4096, 1024
+FEW = 0.1
+"""Share of all tokens below which some are few."""
+LOOK_STEPS, LOOK_STEPS_LATE, LOOK_STEPS_FEW = 16, 8, 4
+"""Steps between two looks over the whole vocabulary: while many tokens are open, when few are open in the softmax over
+few, and when few were too low at the last look."""
+ROUNDING = 0.07
+"""Rounded logits may move a probability of `enough` by so much."""
+LEAST_SHARE = 0.05
+"""With few tokens open the rate falls with their share, down to this part of it."""
+IDLE_DECAY, IDLE_STEPS = 40, 160
+"""Steps without progress after which the rate is halved, and after which the rank grows."""
+MIN_DECAY = 1 / 16
+
+
+def train_on_features(
+    adapted: AdaptedModel,
+    name: str,
+    features: Sequence[Features],
+    records: int,
+    rank: int,
+    placement: Placement,
+    settings: WriterSettings,
+    progress: ProgressCallback | None = None,
+    *,
+    adapter_dtypes: Sequence[torch.dtype] = (),
+    caution: float = 1.0,
+) -> Training:
+    """As `loramem.training.trainer.train_adapter`, for a placement behind the last attention.
+
+    Args:
+        features: Of the same records in every dtype that is to be served, the model's own first.
+        records: How many there are.
+        adapter_dtypes: What the adapter is cast to where it is served: its entries are values of the coarsest of them.
+        caution: Factor on the deviations between dtypes that training adds.
+
+    Raises:
+        TrainingDiverged: NaN or Inf, in the features or again after several restarts at lower rates.
+    """
+    started = time.monotonic()
+    adapted.create(name, rank, placement, settings.seed)
+    run = _Run(adapted, name, features, records, rank, settings, progress, started, adapter_dtypes, caution)
+    for next_rank in [*rank_choices(rank, settings.max_rank)[1:], None]:
+        if run.until_certified_or_stalled() or next_rank is None:
+            break
+        log.info("no progress at rank %d with %d tokens left; growing to %d", run.rank, run.open, next_rank)
+        adapted.grow(name, next_rank, placement, settings.seed + next_rank)
+        run.attach(next_rank, grown_from=run.rank)
+    return Training(
+        stubborn=run.stubborn_records(),
+        rank=run.rank,
+        parameters=count_parameters(adapted.weights(name)),
+        steps=run.step,
+        visits=run.step * records,
+        elapsed_s=time.monotonic() - started,
+    )
+
+
+@dataclass
+class _Best:
+    """The least that was open, and when."""
+
+    tokens: float = math.inf
+    loss: float = math.inf
+    step: int = 0
+
+
+class _Run:
+    """State of one training."""
+
+    def __init__(
+        self,
+        adapted: AdaptedModel,
+        name: str,
+        features: Sequence[Features],
+        records: int,
+        rank: int,
+        settings: WriterSettings,
+        progress: ProgressCallback | None,
+        started: float,
+        adapter_dtypes: Sequence[torch.dtype],
+        caution: float,
+    ) -> None:
+        self.rounded_to = max(adapter_dtypes, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float32)
+        self.caution = caution
+        self.adapted, self.name, self.features, self.records = adapted, name, features, records
+        self.settings, self.progress, self.started = settings, progress, started
+        self.generator = torch.Generator(features[0].targets.device).manual_seed(settings.seed)
+        self.targets = features[0].targets
+        self.everywhere = torch.arange(len(self.targets), device=self.targets.device)
+        self.step = 0
+        self.rate = settings.feature_rate
+        # Decoding and its dtypes round otherwise than features: a token that only just passed here may fail the proof.
+        self.enough = (settings.certify_threshold + settings.train_threshold) / 2
+        self.lowest = torch.zeros(len(self.targets), device=self.targets.device)
+        """Per token, the lowest probability when it was last looked at, over all dtypes."""
+        single_long = records == 1 and len(self.targets) > settings.long_tokens
+        self.sliding = objectives.SlidingState.start(1, self.targets.device) if single_long else None
+        products = autocast_dtype("auto", self.targets.device)
+        self.rivals = Rivals(adapted.base.model.get_output_embeddings(), self.targets, products)
+        self.attach(rank)
+        self.check(FIRST_RIVALS)
+
+    def attach(self, rank: int, grown_from: int = 0) -> None:
+        """Begin with (re)created matrices: A random in whitened coordinates where it is new."""
+        self.rank = rank
+        layers = self.adapted.lora_layers(self.name)
+        self.endings = [Ending(self.adapted.model, features, layers) for features in self.features]
+        self.ending = self.endings[0]
+        self.ending.deviate(self.endings[1:], self.caution)
+        sites = []
+        for layer in layers:
+            a, b = layer.lora_A[self.name].weight, layer.lora_B[self.name].weight
+            moments = self.ending.moments(layer)
+            if not bool(torch.isfinite(moments).all()):  # which has no factor
+                raise TrainingDiverged(
+                    f"The hidden states of {type(self.adapted.model).__name__} are not finite in "
+                    f"{self.adapted.base.dtype}. Nothing was committed. Check it for NaN weights, or use float32.",
+                    step=self.step,
+                    learning_rate=self.rate,
+                )
+            factor = whitening_factor(moments)
+            with torch.no_grad():
+                a[grown_from:] = random_rows(rank - grown_from, factor, self.settings.seed + rank)
+            sites.append(Site(a, b, factor, self.ending.scale(layer) / layer.scaling[self.name]))
+        self.sites = sites
+        self.restart()
+
+    def restart(self) -> None:
+        """A fresh optimiser on the matrices as they are; gradients of a loss that was not finite are dropped."""
+        for site in self.sites:
+            site.a.grad = site.b.grad = None
+        self.optimizer = WhitenedAdam(self.sites, self.rate, self.rounded_to)
+        self.best, self.decay = _Best(step=self.step), 1.0
+        self.remember()
+
+    def remember(self) -> None:
+        self.last_good = {key: tensor.clone() for key, tensor in self.adapted.weights(self.name).items()}
+
+    @property
+    def open(self) -> int:
+        """Tokens that were not certified when last seen."""
+        return int((self.lowest < self.settings.certify_threshold).sum())
+
+    def stubborn_records(self) -> tuple[int, ...]:
+        owners = self.features[0].owners
+        return tuple(owners[self.lowest < self.settings.certify_threshold].unique().tolist())
+
+    def until_certified_or_stalled(self) -> bool:
+        """True when every token is certified over the whole vocabulary in every dtype, most with something to spare;
+        False when progress stopped before."""
+        looked, few = self.step, FEW * len(self.targets)
+        while self.step - self.best.step < IDLE_STEPS:
+            open_tokens, open_loss, loss = self.train_step()
+            if not math.isfinite(loss):
+                self.recover()
+                continue
+            passed = False
+            late = LOOK_STEPS_LATE if open_tokens <= few else LOOK_STEPS
+            if self.step - looked >= (LOOK_STEPS_FEW if len(self.too_low()) <= few else late):
+                looked = self.step
+                self.remember()
+                passed = self.too_low_pass() and self.check(NEW_RIVALS)
+            self.report(0 if passed else open_tokens, loss)
+            if passed:
+                return True
+            self.note_progress(open_tokens, open_loss)
+        self.check(NEW_RIVALS, every=True)
+        return self.open == 0
+
+    def too_low(self) -> Tensor:
+        """Positions that had too low a probability when last looked at."""
+        return (self.lowest < self.enough).nonzero().flatten()
+
+    def train_step(self) -> tuple[int, float, float]:
+        """One step over all positions; how many tokens were open before it, their loss, and the mean over all tokens,
+        which is NaN if nothing moved."""
+        self.ending.shuffle_deviations(self.generator)
+        sums = torch.zeros(4, device=self.targets.device)
+        for rows in self.ending.chunks(len(self.targets) if self.sliding else TRAIN_ROWS):
+            losses, weights = self.weighted_losses(rows)
+            (losses * weights).sum().backward()
+            seen = losses.detach()
+            is_open = ~(seen <= -math.log(self.enough))  # NaN is open
+            sums += torch.stack([weights.sum(), is_open.sum(), seen[is_open].sum(), seen.sum()])
+        total_weight, open_tokens, open_loss, loss = sums.tolist()  # one wait for the device
+        share = open_tokens / len(self.targets)
+        if math.isfinite(loss) and self.optimizer.step(
+            min(1.0, max(LEAST_SHARE, share / FEW)) * self.decay, 1 / max(total_weight, objectives.MIN_WEIGHT)
+        ):
+            self.step += 1
+            return int(open_tokens), open_loss, loss / len(self.targets)
+        return int(open_tokens), open_loss, math.nan
+
+    def weighted_losses(self, rows: slice) -> tuple[Tensor, Tensor]:
+        """Cross-entropy (n,) over the competing tokens and the rest, and the objective's weights (n,)."""
+        logits = self.rivals.with_rest(self.ending.logits(rows, self.rivals.few), rows)
+        targets = self.rivals.targets[rows]
+        losses = cross_entropy(logits, targets, reduction="none")
+        mask = torch.ones_like(targets, dtype=torch.bool)[None]
+        if self.settings.objective == "sft":
+            return losses, objectives.sft(losses[None], mask)[0]
+        if self.settings.objective == "memft-sw" and self.sliding is not None:
+            correct = logits.detach().argmax(-1) == targets
+            weights, self.sliding = objectives.memft_sw(
+                losses[None], mask, correct[None], self.sliding, self.settings.train_threshold
+            )
+            return losses, weights[0]
+        return losses, objectives.memft_ot(losses[None], mask, self.settings.train_threshold, idle="zero")[0]
+
+    def check(self, rivals: int, *, every: bool = False) -> bool:
+        """Probabilities over the whole vocabulary, dtype after dtype until one has too low a one; whether none has.
+
+        Args:
+            every: Look at all dtypes, to say of every token whether it is certified.
+        """
+        lowest = torch.ones_like(self.lowest)
+        for ending in self.endings:
+            for rows in self.everywhere.split(LOOK_ROWS):
+                lowest[rows] = torch.minimum(lowest[rows], self.look(ending, rows, rivals))
+            if not every and float(lowest.min()) < self.enough:
+                break
+        self.lowest = lowest
+        log.debug("step %d: %d tokens open, lowest p %.3f", self.step, self.open, lowest.min())
+        return float(lowest.min()) >= self.enough
+
+    def too_low_pass(self) -> bool:
+        """Look again at what was too low: as long as some of it is, all the rest need no look."""
+        rows = self.too_low()
+        rivals = MANY_RIVALS if self.step - self.best.step >= IDLE_DECAY else NEW_RIVALS
+        endings = self.endings if len(rows) <= FEW * len(self.targets) else self.endings[:1]
+        for part in rows.split(LOOK_ROWS):
+            self.lowest[part] = torch.stack([self.look(ending, part, rivals) for ending in endings]).amin(0)
+        return float(self.lowest.min()) >= self.enough
+
+    def look(self, ending: Ending, rows: Tensor, rivals: int) -> Tensor:
+        """Probabilities (n,) over the whole vocabulary at some positions.
+
+        Rounded products show which are near the limit; these are computed again if they are few.
+        """
+        if not self.rivals.rounds:
+            return self.probabilities(ending, rows, rivals, self.rivals.all)
+        probs = self.probabilities(ending, rows, rivals, self.rivals.all_rounded)
+        near = probs < self.enough + ROUNDING
+        if 0 < int(near.sum()) <= FEW * len(self.targets):
+            probs[near] = self.probabilities(ending, rows[near], rivals, self.rivals.all)
+        return probs
+
+    @torch.no_grad()
+    def probabilities(self, ending: Ending, rows: Tensor, rivals: int, head: Head) -> Tensor:
+        """Where one is too low, the likeliest tokens join the competing ones; what the others weigh is taken down."""
+        logits, targets = ending.logits(rows, head, deviating=False), self.targets[rows]
+        losses = cross_entropy(logits, targets, reduction="none")  # several times as fast as a logsumexp on a processor
+        probs = torch.exp(-losses).nan_to_num(0.0)
+        self.rivals.add(logits[probs < self.enough].topk(min(rivals, logits.shape[-1])).indices)
+        if ending is self.ending:
+            self.rivals.look_at_rest(logits, losses + logits.gather(1, targets[:, None])[:, 0], rows)
+        return probs
+
+    def note_progress(self, open_tokens: int, loss: float) -> None:
+        """Progress is fewer open tokens or a loss of theirs 1 % below that of the last progress; without it the rate
+        is halved."""
+        if open_tokens < self.best.tokens or loss < 0.99 * self.best.loss:
+            self.best = _Best(min(open_tokens, self.best.tokens), min(loss, self.best.loss), self.step)
+        elif (self.step - self.best.step) % IDLE_DECAY == 0:
+            self.decay = max(self.decay / 2, MIN_DECAY)
+
+    def recover(self) -> None:
+        """After NaN or Inf: the last good weights, half the rate, a fresh optimiser."""
+        self.rate /= 2
+        log.warning("loss is not finite at step %d; back to the last good state at rate %g", self.step, self.rate)
+        if self.rate < self.settings.feature_rate / 64:
+            raise TrainingDiverged(
+                f"Training diverged at step {self.step}, also at rate {self.rate * 2:g}. Nothing was committed. Check "
+                "the base model for NaN weights, or lower feature_rate.",
+                step=self.step,
+                learning_rate=self.rate * 2,
+            )
+        load_weights(self.adapted.weights(self.name), self.last_good)
+        self.restart()
+
+    def report(self, open_tokens: int, loss: float) -> None:
+        if self.progress is None:
+            return
+        self.progress(
+            WriteProgress(
+                step=self.step,
+                tokens_ordered=len(self.targets) - open_tokens,
+                tokens_total=len(self.targets),
+                min_prob=float(self.lowest.min()),
+                loss=loss,
+                rank=self.rank,
+                elapsed_s=time.monotonic() - self.started,
+            )
+        )

@@ -1,0 +1,187 @@
+"""Which placement and which engine a shard is trained with.
+
+Behind the last attention a write is an optimisation over features, many times cheaper than any that runs layers; what
+that cannot hold is trained again one rung up the ladder of placements, at last through the tail of the network.
+"""
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from transformers import PreTrainedModel
+
+from loramem._util.out_of_memory import is_out_of_memory
+from loramem.errors import UnsupportedBaseModel
+from loramem.models.adapters import AdaptedModel
+from loramem.models.batches import answer_logits, make_batch
+from loramem.models.features import Ending, Features, collect
+from loramem.models.placement import Placement
+from loramem.models.trunk import SPLIT_TOLERANCE
+from loramem.records.prompts import EncodedRecord
+from loramem.training.feature_writer import train_on_features
+from loramem.training.settings import WriterSettings
+from loramem.training.trainer import ProgressCallback, Training, train_adapter
+
+log = logging.getLogger(__name__)
+
+CLIMB_RANK, CLIMB_GROWTH = 32, 2.25
+"""A shard grows at one placement up to this rank, or to this many times the one it began with, before it climbs."""
+FEW = 0.1
+"""Share of the records that may be stubborn before the whole shard climbs: they get an adapter of their own."""
+OTHER_BATCH_RECORDS = 7
+NOT_UNDERSTOOD = (
+    *(UnsupportedBaseModel, RuntimeError, TypeError, ValueError),
+    *(AttributeError, KeyError, IndexError),
+)
+"""What the code of an architecture raises where its end alone is run and it has no such end."""
+
+
+@dataclass(frozen=True)
+class ShardTraining:
+    """How a shard was trained."""
+
+    training: Training
+    placement: Placement
+    climbed: bool = False
+    """Whether the placement that it began with left too many records stubborn."""
+    on_features: bool = True
+    """Whether it knows what its dtypes do; the engine that runs layers trains in one."""
+
+
+def train_shard(
+    adapted: AdaptedModel,
+    name: str,
+    records: Sequence[EncodedRecord],
+    rank: int,
+    placement: Placement,
+    settings: WriterSettings,
+    progress: ProgressCallback | None = None,
+    features: Sequence[Features] | None = None,
+    adapter_dtypes: Sequence[torch.dtype] = (),
+    caution: float = 1.0,
+    one_adapter: bool = False,
+) -> ShardTraining:
+    """Train a new adapter ``name`` until every token of every record is certified, or no placement holds them.
+
+    The adapter is left attached and active as training left it, certified or not.
+
+    Args:
+        placement: Where to begin.
+        features: From `features_of`, of the records in every dtype that is to be served; None runs layers.
+        adapter_dtypes: See `train_on_features`.
+        caution: Factor on how much features deviate in training from one dtype to another.
+        one_adapter: A shard climbs as long as any record is stubborn, as none may get an adapter of its own.
+
+    Raises:
+        TrainingDiverged: NaN or Inf, again after several restarts at lower learning rates.
+    """
+    ladder = Placement.ladder(adapted.model)
+    behind = ladder[:-1]
+    if features is None:  # where layers are run anyway, the placement that holds most costs no more
+        placement = ladder[-1] if placement in behind else placement
+        training = train_adapter(adapted, name, records, rank, placement, settings, progress)
+        return ShardTraining(training, placement, on_features=False)
+    alike = [each.to(adapted.model.dtype) for each in features]
+    steps, visits, elapsed_s = 0, 0, 0.0  # of what was tried in vain
+    for rung in behind[behind.index(placement) :]:
+        within = replace(settings, max_rank=min(settings.max_rank, max(CLIMB_RANK, math.ceil(CLIMB_GROWTH * rank))))
+        try:
+            training = train_on_features(
+                adapted,
+                name,
+                alike,
+                len(records),
+                rank,
+                rung,
+                within,
+                progress,
+                adapter_dtypes=adapter_dtypes,
+                caution=caution,
+            )
+        except NOT_UNDERSTOOD as error:
+            if is_out_of_memory(error):
+                raise
+            log.warning(
+                "%s behind its last attention: %s; layers are run in training", type(adapted.model).__name__, error
+            )
+            adapted.remove(name)
+            break
+        done = _with(training, steps, visits, elapsed_s)
+        if len(training.stubborn) <= (0 if one_adapter else FEW * len(records)):
+            return ShardTraining(done, rung, climbed=rung != placement)
+        log.info("%d of %d records are stubborn at %s", len(training.stubborn), len(records), ", ".join(rung.modules))
+        steps, visits, elapsed_s = done.steps, done.visits, done.elapsed_s
+        adapted.remove(name)
+    training = train_adapter(adapted, name, records, rank, ladder[-1], settings, progress)
+    done = _with(training, steps, visits, elapsed_s)
+    return ShardTraining(done, ladder[-1], climbed=True, on_features=False)
+
+
+def _with(training: Training, steps: int, visits: int, elapsed_s: float) -> Training:
+    """A training with what went before it."""
+    return replace(
+        training,
+        steps=training.steps + steps,
+        visits=training.visits + visits,
+        elapsed_s=training.elapsed_s + elapsed_s,
+    )
+
+
+@torch.no_grad()
+def features_of(
+    models: Sequence[AdaptedModel], records: Sequence[EncodedRecord], placement: Placement
+) -> list[Features] | None:
+    """Features from every model, each in its own dtype.
+
+    None where the placement is not behind the last attention, or the features do not give the model's own logits, or
+    the model has no such end. Exhausted memory is raised as it is.
+    """
+    if placement not in Placement.ladder(models[0].model)[:-1]:
+        return None
+    found = list[Features]()
+    for each in models:
+        if (kept := each.kept_features.pop(records)) is not None:
+            found.append(kept)
+            continue
+        with each.disabled():
+            try:
+                if not found and not _gives_the_models_logits(each.model, records):
+                    return None
+                found.append(collect(each.model, records))
+            except NOT_UNDERSTOOD as error:
+                if is_out_of_memory(error):
+                    raise
+                name = type(each.model).__name__
+                log.warning("%s is not run from its last attention on (%s); layers are run in training", name, error)
+                return None
+    return found
+
+
+def with_other_batches(
+    models: Sequence[AdaptedModel], records: Sequence[EncodedRecord], features: list[Features] | None
+) -> list[Features] | None:
+    """Of one model in half precision the features of other batches as well: it rounds otherwise in every company of
+    records, as models of other dtypes do, and of these there are none to train over."""
+    if features is None or len(models) > 1 or models[0].model.dtype == torch.float32:
+        return features
+    with models[0].disabled():
+        return [*features, collect(models[0].model, records, OTHER_BATCH_RECORDS)]
+
+
+def _gives_the_models_logits(model: PreTrainedModel, records: Sequence[EncodedRecord]) -> bool:
+    """Whether the end of the model alone gives what all of it gives, tried on the shortest and the longest record."""
+    by_length = sorted(records, key=lambda record: record.total_tokens)
+    for record in (by_length[0], by_length[-1]):
+        full = answer_logits(model, make_batch([record], model.device))
+        mine = Ending(model, collect(model, [record])).logits(slice(None))
+        difference = float((full - mine).abs().max() / full.abs().max())
+        if not difference <= SPLIT_TOLERANCE[model.dtype]:  # NaN is not equal
+            log.warning(
+                "%s behind its last attention differs by %.1e of the logits' scale; its layers are run in training",
+                type(model).__name__,
+                difference,
+            )
+            return False
+    return True

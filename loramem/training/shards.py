@@ -1,0 +1,332 @@
+"""One shard from records to a proved adapter on disk: train, save, reload, decode.
+
+A shard is a job: small picklable arguments in, a small result out, nothing shared with other shards. It stages what
+it made under a hash of its arguments, so that running it again finds it done.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property, lru_cache
+from itertools import repeat
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from loramem._util.files import make_directory, write_directory, write_synced
+from loramem._util.layout import RESULT
+from loramem.errors import RecallError, StubbornRecords
+from loramem.index.rows import StoredAdapter, now
+from loramem.models.adapters import AdaptedModel, adapter_id, serialize
+from loramem.models.base_model import load_base_model
+from loramem.models.certificate import Proof, prove
+from loramem.models.features import Ending, Features
+from loramem.models.fingerprint import Fingerprint
+from loramem.models.placement import Placement
+from loramem.records.prompts import EncodedRecord
+from loramem.training.settings import WriterSettings
+from loramem.training.shard_training import ShardTraining, features_of, train_shard, with_other_batches
+from loramem.training.trainer import ProgressCallback, Training
+
+log = logging.getLogger(__name__)
+
+CAUTION = (1.5, 2.5, 4.0)
+"""Factors on the deviations between dtypes or batches: an adapter that a proof refuses is trained again over larger
+ones."""
+UNSAVED = "unsaved"  # name of the adapter being trained, inside the model only
+
+
+@dataclass(frozen=True)
+class ShardJob:
+    """All that writing a shard takes, for any process that finds the same base model."""
+
+    location: str
+    """What `load_base_model` is given: a folder, a Hub id or "loramem-tiny"."""
+    base_id: str
+    """What the store calls it, and so its adapters."""
+    revision: str | None
+    device: str
+    dtype: str
+    fingerprint: Fingerprint
+    serve: tuple[str, ...]
+    """Dtypes that the adapter is proved in, of base model and adapter; the base's own beside the adapter as saved."""
+    records: tuple[EncodedRecord, ...]
+    rank: int
+    placement: Placement
+    """Where training begins; what does not fit there goes up the ladder."""
+    settings: WriterSettings
+    staging: Path
+    """Folder of the write, in which the job makes one of its own."""
+    one_adapter: bool = False
+    """Whether all its records must share one, whatever it takes."""
+
+    @property
+    def namespace(self) -> str:
+        """Of all its records."""
+        return self.records[0].record.namespace
+
+    @cached_property
+    def folder(self) -> Path:
+        """Where this job stages: a hash of everything that decides its result."""
+        arguments = {
+            "namespace": self.namespace,
+            "base_model": [self.base_id, self.revision],
+            "base": asdict(self.fingerprint),
+            "device": self.device,
+            "dtype": self.dtype,
+            "serve": self.serve,
+            "torch": torch.__version__,
+            "records": [[entry.prompt_ids, entry.answer_ids] for entry in self.records],
+            "rank": self.rank,
+            "placement": asdict(self.placement),
+            "settings": asdict(self.settings),
+            "one_adapter": self.one_adapter,
+        }
+        return self.staging / hashlib.sha256(json.dumps(arguments, sort_keys=True).encode()).hexdigest()[:32]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A proved adapter."""
+
+    adapter: str
+    indices: tuple[int, ...]
+    """Which of the job's records it holds."""
+    training: Training
+    placement: Placement
+    climbed: bool
+    """As in `ShardTraining`."""
+    proof: Proof
+    served: dict[str, Proof]
+    """Proofs in the other dtypes that were asked for."""
+
+    def proof_in(self, dtype: str) -> Proof:
+        """The proof on a base model of this dtype."""
+        return self.served.get(dtype, self.proof)
+
+
+@dataclass(frozen=True)
+class ShardResult:
+    """What a job came to: one adapter, or two when some records were stubborn, and what could not be certified."""
+
+    shards: tuple[Shard, ...]
+    failed: tuple[int, ...]
+    """Indices of records that could not be certified, not even on their own."""
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, content: str) -> "ShardResult":
+        fields = json.loads(content)
+        shards = (
+            Shard(
+                shard["adapter"],
+                tuple(shard["indices"]),
+                Training(**{**shard["training"], "stubborn": tuple(shard["training"]["stubborn"])}),
+                Placement(tuple(shard["placement"]["modules"]), tuple(shard["placement"]["layers"])),
+                shard["climbed"],
+                _proof(shard["proof"]),
+                {dtype: _proof(proof) for dtype, proof in shard["served"].items()},
+            )
+            for shard in fields["shards"]
+        )
+        return cls(tuple(shards), tuple(fields["failed"]))
+
+
+def run_job(job: ShardJob) -> ShardResult:
+    """Write a shard in a process of its own; the base model is loaded once per process.
+
+    Raises as `write_shard`, and OtherBaseModel if this process finds or loads another base model.
+    """
+
+    def load(dtype: str, adapter_dtype: str | None = None) -> AdaptedModel:
+        adapted = _adapted_model(job.location, job.revision, job.device, dtype, adapter_dtype)
+        adapted.base.check(asdict(job.fingerprint), job.dtype)
+        adapted.base = adapted.base.known_as(job.base_id, job.revision)
+        return adapted
+
+    return write_shard(job, load(job.dtype), served={dtype: load(dtype, dtype) for dtype in job.serve})
+
+
+@lru_cache(maxsize=4)
+def _adapted_model(
+    location: str, revision: str | None, device: str, dtype: str, adapter_dtype: str | None
+) -> AdaptedModel:
+    return AdaptedModel(
+        load_base_model(location, revision=revision, device=device, dtype=dtype), adapter_dtype=adapter_dtype
+    )
+
+
+def write_shard(
+    job: ShardJob,
+    adapted: AdaptedModel,
+    progress: ProgressCallback | None = None,
+    served: Mapping[str, AdaptedModel] | None = None,
+) -> ShardResult:
+    """Write records into one adapter; stubborn ones get an adapter of their own before they are given up, unless the
+    job says that they may not.
+
+    Args:
+        served: The base model, adapters cast alike, in each dtype of ``job.serve``.
+
+    Raises:
+        TrainingDiverged: See `train_adapter`.
+        RecallError, StubbornRecords: The saved adapter does not decode what training certified.
+    """
+    served = served or {}
+    if (done := _finished(job)) is not None:
+        log.info("shard of %d records was finished before", len(job.records))
+        return done
+    dtypes = [each.adapter_dtype or torch.float32 for each in (adapted, *served.values())]
+    shards: list[Shard] = []
+    remaining = list(range(len(job.records)))
+    while remaining:
+        records = [job.records[index] for index in remaining]
+        models = [adapted, *served.values()]
+        features = with_other_batches(models, records, features_of(models, records, job.placement))
+        rank, placement = job.rank, job.placement
+        for caution in CAUTION:
+            trained = train_shard(
+                adapted,
+                UNSAVED,
+                records,
+                rank,
+                placement,
+                job.settings,
+                progress,
+                features,
+                dtypes,
+                caution,
+                job.one_adapter,
+            )
+            trained = replace(trained, climbed=trained.climbed or placement != job.placement)
+            stubborn = [remaining[place] for place in trained.training.stubborn]
+            certified = [index for index in remaining if index not in set(stubborn)]
+            if not certified:
+                adapted.remove(UNSAVED)
+                break
+            try:
+                whole = features if trained.on_features and not stubborn else None
+                shards.append(_save_and_prove(job, adapted, served, certified, trained, whole))
+                break
+            except (RecallError, StubbornRecords) as error:
+                if not trained.on_features or len(features or ()) == 1 or caution == CAUTION[-1]:
+                    raise
+                log.info("%s; training again over larger deviations", error)
+                rank, placement = trained.training.rank, trained.placement  # what holds less was tried
+        if job.one_adapter or len(stubborn) == len(remaining):
+            remaining = stubborn
+            break
+        if stubborn:
+            log.info("%d stubborn records get an adapter of their own", len(stubborn))
+        remaining = stubborn
+    result = ShardResult(tuple(shards), tuple(remaining))
+    make_directory(job.folder)
+    write_synced(job.folder / RESULT, result.to_json().encode())  # last: a job with a result is whole
+    return result
+
+
+def _finished(job: ShardJob) -> ShardResult | None:
+    """The result of an earlier run of the same job whose adapters are still what it proved."""
+    try:
+        result = ShardResult.from_json((job.folder / RESULT).read_text())
+        for shard in result.shards:
+            files = {path.name: path.read_bytes() for path in (job.folder / shard.adapter).iterdir()}
+            if adapter_id(files, job.namespace) != shard.adapter:
+                return None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return result
+
+
+def _save_and_prove(
+    job: ShardJob,
+    adapted: AdaptedModel,
+    served: Mapping[str, AdaptedModel],
+    indices: Sequence[int],
+    trained: ShardTraining,
+    features: Sequence[Features] | None,
+) -> Shard:
+    """
+    Args:
+        features: Of just these records, first in the dtypes to be proved in; None where the adapter changes them.
+    """
+    known = iter(features if features is not None else repeat(None))
+    records = [job.records[index] for index in indices]
+    files = serialize(adapted.weights(UNSAVED), adapted.base, trained.placement)
+    adapter = adapter_id(files, job.namespace)
+    write_directory(job.folder / adapter, files)
+    adapted.load(adapter, job.folder / adapter)
+    adapted.remove(UNSAVED)  # after the load: PEFT is never left without an adapter that it holds for the active one
+    proof = _proved(job, adapted, adapter, records, trained.training.rank, next(known))
+    proofs = dict[str, Proof]()
+    for dtype, model in served.items():
+        model.load(adapter, job.folder / adapter)
+        proofs[dtype] = _proved(job, model, adapter, records, trained.training.rank, next(known))
+        model.remove(adapter)
+    return Shard(adapter, tuple(indices), trained.training, trained.placement, trained.climbed, proof, proofs)
+
+
+def _proved(
+    job: ShardJob,
+    adapted: AdaptedModel,
+    adapter: str,
+    records: Sequence[EncodedRecord],
+    rank: int,
+    features: Features | None,
+) -> Proof:
+    """
+    Raises:
+        RecallError, StubbornRecords: A record is not decoded exactly, or with less certainty than is certified.
+    """
+    base = adapted.base
+    ending = None if features is None else Ending(adapted.model, features, adapted.lora_layers(adapter))
+    proof = prove(adapted.model, records, adapter, adapted.dtypes, ending)
+    proof.conditions["parameters"] = base.fingerprint.parameters
+    if proof.min_prob < job.settings.certify_threshold:
+        least = min(range(len(records)), key=proof.min_probs.__getitem__)
+        raise StubbornRecords(
+            f"As saved, {records[least].record.key!r} has p = {proof.min_prob:.3f} in {base.dtype}, below the "
+            f"certified {job.settings.certify_threshold}. Write again with a higher rank.",
+            keys=[records[least].record.key],
+            rank=rank,
+        )
+    return proof
+
+
+def _proof(fields: Mapping[str, Any]) -> Proof:
+    return Proof(tuple(fields["min_probs"]), fields["conditions"])
+
+
+def stored_adapter(job: ShardJob, shard: Shard, cost_bits: float, request: Mapping[str, Any]) -> StoredAdapter:
+    """The index row of a proved shard that is staged.
+
+    Args:
+        request: How the write was asked for, to rewrite the shard alike: "goal", "rank" and "one_adapter".
+    """
+    folder = job.folder / shard.adapter
+    files = {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+    training: dict[str, Any] = {name: value for name, value in asdict(shard.training).items() if name != "stubborn"}
+    return StoredAdapter(
+        id=shard.adapter,
+        namespace=job.namespace,
+        rank=shard.training.rank,
+        parameters=shard.training.parameters,
+        size_bytes=sum(map(len, files.values())),
+        files={name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
+        placement=asdict(shard.placement),
+        training={**training, "settings": asdict(job.settings), "cost_bits": cost_bits, "request": dict(request)},
+        proof={
+            **shard.proof.conditions,
+            "min_prob": shard.proof.min_prob,
+            "records": len(shard.indices),
+            "served": {
+                dtype: {**proof.conditions, "min_prob": proof.min_prob} for dtype, proof in shard.served.items()
+            },
+        },
+        created_at=now(),
+    )
