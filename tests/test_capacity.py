@@ -338,10 +338,10 @@ def test_the_size_is_four_bytes_a_parameter_and_what_stands_beside_them() -> Non
 
 
 def test_the_time_is_visits_times_tokens_times_what_one_takes_here() -> None:
-    # 100 bits on 4000 parameters are 1/40 bit each: 20 · √(1/40) visits of 200 tokens at 2 ms.
+    # 100 bits on 4000 parameters are 1/40 bit each: 20 · √(1/40) visits of 100 tokens at 2 ms.
     basis = dataclasses.replace(BASIS, pace=Pace(20.0, 0.5, 9), seconds_per_visit=0.002)
-    [shard] = plan([100, 100], 50.0, basis, rank=4).shards
-    assert shard.training_s == pytest.approx(20 * math.sqrt(1 / 40) * 200 * 0.002)
+    [shard] = plan([50, 50], 50.0, basis, rank=4).shards
+    assert shard.training_s == pytest.approx(20 * math.sqrt(1 / 40) * 100 * 0.002)
     assert plan([SHARD_TOKENS] * 2, 50.0, basis, rank=4).training_s == pytest.approx(
         2 * 20 * math.sqrt(50 / 4000) * SHARD_TOKENS * 0.002
     )
@@ -383,7 +383,7 @@ def test_limits_that_allow_no_rank_are_refused(highest: int, choices: tuple[int,
 
 def test_where_a_shard_needs_more_than_the_highest_rank_there_are_more_shards() -> None:
     bits = GOALS["small"].density * PARAMETERS  # of one rank
-    for records, rank, shards in ((40, 40, 1), (40, 20, 2), (40, 10, 4), (40, 1, 40)):
+    for records, rank, shards in ((20, 20, 1), (20, 10, 2), (20, 5, 4), (20, 1, 20)):
         result = plan([5] * records, bits, goal="small", limits=RankLimits(rank))
         assert held(result) == list(range(records))
         assert len(result.shards) == shards

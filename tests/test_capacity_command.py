@@ -175,16 +175,17 @@ def test_the_json_for_a_known_base_model(calibrated: None, capsys: pytest.Captur
 
 
 def test_every_adapter_is_a_row_and_large_ranks_are_whole(calibrated: None, capsys: pytest.CaptureFixture[str]) -> None:
-    # Modules of a mean width of 500: at most 1,200 answer and end tokens in one adapter, those of 109 of these records.
-    # The law's rank for 1,090 tokens: √r = (4.31 ∓ 0.2015) / 30 · √1090.
-    assert run(["capacity", "--length", "10900"]) == 0
+    # Modules of a mean width of 500: at most 600 answer and end tokens in one adapter, those of 54 of these records.
+    # The law's rank for 540 tokens: √r = (4.31 ∓ 0.2015) / 30 · √540.
+    assert run(["capacity", "--length", "10800"]) == 0
     shown = capsys.readouterr()
     rows = [line for line in shown.out.splitlines() if line.startswith("| ") and line[2].isdigit()]
-    assert len(rows) == 10
-    assert all(f"| {number} | 109 | 1,090 | 2 | 22 (20–25) |" in row for number, row in enumerate(rows, start=1))
-    assert "law's ranks lie outside" in shown.err
+    assert len(rows) == 20
+    assert all(f"| {number} | 54 | 540 | 1 | 11 (10–12) |" in row for number, row in enumerate(rows, start=1))
     assert run(["capacity", "--length", "8000", "--records", "2"]) == 0
-    assert "| 83 (75–90) |" in capsys.readouterr().out  # of 4,000 tokens in one
+    shown = capsys.readouterr()
+    assert "| 83 (75–90) |" in shown.out  # of 4,000 tokens in one
+    assert "law's ranks lie outside" in shown.err
 
 
 def test_only_the_ranks_of_a_server_are_planned(calibrated: None, capsys: pytest.CaptureFixture[str]) -> None:
