@@ -51,7 +51,7 @@ def test_recall_many_gives_every_record_once_with_its_certificate(store: MemoryS
     recalled = {recall.key: recall for recall in store.recall_many()}
     assert {key: recall.value for key, recall in recalled.items()} == {**numbers(8), **AWKWARD}
     assert all(recall.min_prob >= 0.6 for recall in recalled.values())
-    assert len({recall.adapter for recall in recalled.values()}) == 2
+    assert len({recall.adapter for recall in recalled.values()}) > 1
 
 
 def test_recall_many_of_chosen_keys(store: MemoryStore) -> None:
