@@ -32,7 +32,6 @@ def command(suite: str, default: str) -> click.Command:
         help=f"Base model, as often as wanted: a folder, a Hub id, {embedded.NAME} or {RANDOM}.",
     )  # fmt: skip
     @click.option("--results", type=click.Path(path_type=Path), default=RESULTS / default, show_default=True)
-    @click.option("--records", type=options.Numbers(), help="Sizes, in place of the benchmark's own.")
     @click.option("--seeds", type=click.IntRange(1), default=1, show_default=True)
     @click.option("--threads", type=click.IntRange(1), default=usable_cores, show_default="all cores")
     @click.option("--device", default="auto", show_default=True)
@@ -49,6 +48,8 @@ def command(suite: str, default: str) -> click.Command:
         for remark in table.notes:
             click.echo(f"\n{remark}")
 
+    for name in {"records", "ranks"}.intersection(load_suite(suite).OPTIONS):
+        main = click.option(f"--{name}", type=options.Numbers(), help="In place of the benchmark's own.")(main)
     return main
 
 
