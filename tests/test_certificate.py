@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,10 +23,12 @@ from loramem.models.decoding import SHARED_PREFIX_TOKENS, answer_probabilities
 from loramem.models.features import PASS_RECORDS, PASS_TOKENS, Ending, collect
 from loramem.models.placement import Placement
 from loramem.records.prompts import EncodedRecord, encode_records
-from loramem.records.record import as_records
-from loramem.store import write
+from loramem.records.record import Record, as_records
+from loramem.training import shards
 from loramem.training.feature_writer import train_on_features
 from loramem.training.settings import WriterSettings
+from loramem.training.shard_training import ShardTraining, train_shard
+from loramem.training.shards import CAUTION
 
 from .conftest import numbers
 from .test_batches import encoded, of_length
@@ -211,7 +214,7 @@ def test_the_least_certain_decodings_of_a_write_over_all_dtypes_are_repeated_alo
         prove_alone(model, records, adapter, dtypes)
 
     monkeypatch.setattr("loramem.training.shards.prove", proving)
-    monkeypatch.setattr(write, "prove_alone", proving_alone)
+    monkeypatch.setattr("loramem.store.written.prove_alone", proving_alone)
     with MemoryStore(tmp_path / "m", str(base)) as store:
         store.write(numbers(12, 2))
     assert len(proofs) == 24
@@ -235,7 +238,39 @@ def test_a_record_that_its_proof_decoded_alone_is_decoded_free_running_once_per_
     assert decoded == [(torch.float32, [[0]]), (torch.bfloat16, [[0]])]
 
 
-def test_a_record_that_does_not_come_back_alone_ends_the_write(
+def test_a_shard_that_is_refused_alone_is_trained_again_and_the_others_are_not(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained, refused = list[tuple[str, float]](), list[str]()
+
+    def training(
+        adapted: AdaptedModel,
+        name: str,
+        records: Sequence[EncodedRecord],
+        *rest: Any,
+        caution: float,
+        **named: Any,
+    ) -> ShardTraining:
+        trained.append((records[0].record.namespace, caution))
+        return train_shard(adapted, name, records, *rest, caution=caution, **named)
+
+    def proving_alone(model: PreTrainedModel, records: Sequence[EncodedRecord], adapter: str, dtypes: dict[str, str]):
+        if records[0].record.namespace == "b" and len(refused) < 2:
+            refused.append(adapter)
+            raise RecallError("not alone", key=records[0].record.key, adapter=adapter)
+        prove_alone(model, records, adapter, dtypes)
+
+    monkeypatch.setattr(shards, "train_shard", training)
+    monkeypatch.setattr("loramem.store.written.prove_alone", proving_alone)
+    records = [Record(key, value, space) for space in "ab" for key, value in numbers(3, 2).items()]
+    with MemoryStore(tmp_path / "m", str(base)) as store:
+        store.write(records)
+        assert trained == [("a", CAUTION[0]), *(("b", caution) for caution in CAUTION)]
+        assert not {adapter.id for adapter in store.adapters()} & set(refused)
+        assert [store.namespace(space).recall("key 1") for space in "ab"] == [numbers(3, 2)["key 1"]] * 2
+
+
+def test_a_record_that_does_not_come_back_alone_with_all_caution_ends_the_write(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def misrecalled(model: PreTrainedModel, records: object, batches: Sequence[Sequence[int]]) -> Iterator[int]:

@@ -127,10 +127,10 @@ def test_namespaces_and_ways_of_writing_are_compacted_apart(store: MemoryStore) 
 
 
 def test_a_record_that_cannot_be_certified_again_leaves_everything_as_it_was(store: MemoryStore, monkeypatch) -> None:
-    from loramem.store import write
+    from loramem.training.shards import ShardResult
 
     def in_vain(jobs, *_: object) -> list[object]:
-        return [write.ShardResult((), tuple(range(len(job.records)))) for job in jobs]
+        return [ShardResult((), tuple(range(len(job.records)))) for job in jobs]
 
     monkeypatch.setattr("loramem.store.write.run_jobs", in_vain)
     before = contents(store.path)

@@ -55,9 +55,9 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[str, float],
     def watch(fails: Callable[[str, float], bool]) -> Watched:
         proved, cautions = Watched(), list[float]()
 
-        def train(*arguments: Any) -> ShardTraining:
-            cautions.append(arguments[9])
-            return train_shard(*arguments)
+        def train(*arguments: Any, **named: Any) -> ShardTraining:
+            cautions.append(named["caution"])
+            return train_shard(*arguments, **named)
 
         def proving(
             model: PreTrainedModel,
@@ -145,14 +145,38 @@ def test_a_store_in_bfloat16_serves_itself(
         assert {key: store.recall(key) for key in RECORDS} == RECORDS
 
 
-def test_a_store_that_serves_nothing_else_proves_once_and_is_refused_at_once(
-    base: Path, tmp_path: Path, watched: Callable[[Callable[[str, float], bool]], Watched]
+@pytest.mark.parametrize("through_the_network", [False, True])
+def test_where_there_are_no_deviations_caution_asks_for_higher_probabilities(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, through_the_network: bool
 ) -> None:
-    """A proof in the store's own dtype that fails says nothing of rounding between dtypes."""
-    proved = watched(lambda *_: True)
-    with MemoryStore(tmp_path / "m", str(base), serve=()) as store, pytest.raises(RecallError):
-        store.write(RECORDS)
-    assert len(proved) == 1
+    """Training knows one dtype alone: its own, or, through the network, that of the base."""
+    aims, certificates, steps = list[float](), list[float](), list[int]()
+
+    def train(*arguments: Any, **named: Any) -> ShardTraining:
+        aims.append(arguments[5].certify_threshold)
+        trained = train_shard(*arguments, **named)
+        steps.append(trained.training.steps)
+        return trained
+
+    def proving(*arguments: Any) -> Proof:
+        proof = prove(*arguments)
+        certificates.append(proof.min_prob)
+        if len(aims) < len(shards.CAUTION):
+            raise RecallError("not yet", key="k", adapter="a")
+        return proof
+
+    train_shard = shards.train_shard
+    monkeypatch.setattr(shards, "train_shard", train)
+    monkeypatch.setattr(shards, "prove", proving)
+    if through_the_network:
+        monkeypatch.setattr(shards, "features_of", lambda *_: None)
+    with MemoryStore(tmp_path / "m", str(base), serve=()) as store:
+        report = store.write(RECORDS)
+        assert aims == pytest.approx([0.6, 0.76, 0.85])
+        assert all(reached >= aim for reached, aim in zip(certificates, aims, strict=True))
+        assert report.min_prob == certificates[-1]
+        assert report.steps == sum(steps)  # what was refused took its time too
+        assert {key: store.recall(key) for key in RECORDS} == RECORDS
 
 
 def test_the_manifest_keeps_the_dtypes_and_an_older_one_has_none(base: Path, tmp_path: Path) -> None:

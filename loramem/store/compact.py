@@ -26,7 +26,7 @@ from loramem.store.staging import clean, collect
 from loramem.training.settings import WriterSettings
 
 if TYPE_CHECKING:
-    from loramem.store.write import Trained
+    from loramem.store.written import Trained
     from loramem.training.trainer import ProgressCallback
 
 Which = Literal["advised", "dead", "all"]
@@ -201,7 +201,7 @@ def rewrite(
 
     Raises as `compact`.
     """
-    from loramem.store.write import stubborn
+    from loramem.store.written import stubborn
 
     transaction, settings = engine.transaction, WriterSettings.saved(request["settings"])
     if values is None:

@@ -3,11 +3,10 @@
 import logging
 import math
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import groupby
-from operator import itemgetter
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -17,29 +16,29 @@ import torch
 from loramem._util.events import tell
 from loramem._util.files import make_directory, publish_directory
 from loramem._util.layout import ADAPTERS, STAGING
-from loramem.errors import ConflictingRecord, PromptCollision, RecallError, StubbornRecords, WriteError
+from loramem.errors import ConflictingRecord, PromptCollision, RecallError, WriteError
 from loramem.index.commits import commit_write, end_write
 from loramem.index.index import Index
 from loramem.index.rows import FAILED, StoredAdapter, prompt_digest, stored_record
 from loramem.models.adapters import AdaptedModel
-from loramem.models.certificate import least_certain, prove_alone
 from loramem.models.decoding import answer_probabilities
 from loramem.models.features import Ending
 from loramem.models.placement import Placement
 from loramem.models.shard_sizes import cut_groups
 from loramem.planning import calibration, timings
 from loramem.planning.cost import costs_bits
-from loramem.planning.plan import ANY_RANK, Basis, Plan, Price, RankLimits, ShardPlan, plan_groups
+from loramem.planning.plan import ANY_RANK, Basis, Plan, Price, RankLimits, plan_groups
 from loramem.records.outcome import Outcome
 from loramem.records.prompts import EncodedRecord, encode_records
 from loramem.records.record import Record, deduplicate
 from loramem.results import WriteReport
 from loramem.store.manifest import Manifest
 from loramem.store.staging import clean, take_back
+from loramem.store.written import Trained, Written, misrecalled_alone, more_careful, report_of, stubborn
 from loramem.training.executors import run_jobs
 from loramem.training.settings import WriterSettings
 from loramem.training.shard_training import features_of
-from loramem.training.shards import Shard, ShardJob, ShardResult, stored_adapter
+from loramem.training.shards import ShardJob, stored_adapter
 from loramem.training.trainer import ProgressCallback, autocast_dtype
 
 log = logging.getLogger(__name__)
@@ -264,7 +263,7 @@ class Transaction:
         clean(self.store, self.index)
         if executor is None:  # workers share the cores: their times are not those of a write alone
             self._note_time(trained.written)
-        report = _report(trained, skipped, time.monotonic() - started)
+        report = report_of(trained, skipped, time.monotonic() - started)
         return replace(report, beside=self._beside(report.adapters)) if plan.one_adapter else report
 
     def train(
@@ -274,7 +273,7 @@ class Transaction:
         settings: WriterSettings,
         progress: ProgressCallback | None,
         executor: Executor | None,
-    ) -> "Trained":
+    ) -> Trained:
         """Train and prove every shard of a plan; what was staged for the same records before is taken as it is.
 
         Raises:
@@ -285,25 +284,22 @@ class Transaction:
         jobs = self._jobs(plan, encoded, settings)
         try:
             served = {dtype: self._served(dtype) for dtype in self.serve}
-            results = run_jobs(jobs, self.adapted, served, executor, progress)
-            planned = list(zip(jobs, plan.shards, results, strict=True))
-            written = [
-                Written(job, shard, one.cost_bits * len(shard.indices) / one.records)
-                for job, one, result in planned
-                for shard in result.shards
-            ]
-            _prove_least_certain(written, [self.adapted, *served.values()])
+            while True:
+                results = run_jobs(jobs, self.adapted, served, executor, progress)  # those done before are found done
+                trained = Trained.of(jobs, plan, results, self.placement)
+                refused = misrecalled_alone(trained.written, [self.adapted, *served.values()])
+                if refused is None:
+                    break
+                written, error = refused
+                log.info("%s; its shard is trained again with more caution", error)
+                jobs[jobs.index(written.job)] = more_careful(written, error)
         finally:
             self.adapted.rest()
             self.adapted.kept_features.clear()
         tell("trained", shards=len(jobs), records=len(encoded))
-        return Trained(
-            written,
-            [job.records[index] for job, _, result in planned for index in result.failed],
-            [outcome for _, one, result in planned for outcome in outcomes(one, self.placement, result, plan.kind)],
-        )
+        return trained
 
-    def publish(self, written: Sequence["Written"], request: Mapping[str, Any]) -> list[StoredAdapter]:
+    def publish(self, written: Sequence[Written], request: Mapping[str, Any]) -> list[StoredAdapter]:
         """Put proved adapters, synced in staging, where the rows that are committed next will look for them."""
         target = self.store / ADAPTERS
         make_directory(target)
@@ -341,7 +337,7 @@ class Transaction:
         namespaces = {adapter.namespace for adapter in every if adapter.id in adapters}
         return sum(adapter.namespace in namespaces for adapter in every) - len(adapters)
 
-    def _note_time(self, written: Sequence["Written"]) -> None:
+    def _note_time(self, written: Sequence[Written]) -> None:
         """For plans: a visit takes another time where a shard climbs to, or begins because it must hold all."""
         usual = [one for one in written if not one.shard.climbed and one.job.placement == self.placement]
         base = self.adapted.base
@@ -350,127 +346,3 @@ class Transaction:
         tokens = sum(one.shard.training.visits * mean(entry.length for entry in one.records) for one in usual)
         seconds = sum(one.shard.training.elapsed_s for one in usual)
         timings.note_time(base.fingerprint.weights[:12], base.device.type, seconds, max(tokens, 1))
-
-
-@dataclass(frozen=True)
-class Written:
-    """A proved shard, the job that made it, and what its values cost in bits."""
-
-    job: ShardJob
-    shard: Shard
-    cost_bits: float
-
-    @property
-    def records(self) -> list[EncodedRecord]:
-        return [self.job.records[index] for index in self.shard.indices]
-
-    def proved(self) -> Iterator[tuple[EncodedRecord, float]]:
-        """Its records with their certificates."""
-        return zip(self.records, self.shard.proof.min_probs, strict=True)
-
-
-def _prove_least_certain(written: Sequence[Written], models: Sequence[AdaptedModel]) -> None:
-    """Decode what is least certain of a write, over all of its dtypes, once more: each record alone.
-
-    A shard of one record was decoded alone by its proof; that takes most of a long text's write and is not repeated.
-
-    Raises:
-        RecallError: One of them is not decoded exactly.
-    """
-    runs = [(one, adapted) for one in written for adapted in models]
-    every = [
-        (run, entry, min_prob)
-        for run, (one, adapted) in enumerate(runs)
-        for entry, min_prob in zip(one.records, one.shard.proof_in(adapted.base.dtype).min_probs, strict=True)
-    ]
-    chosen = sorted((every[index] for index in least_certain([min_prob for *_, min_prob in every])), key=itemgetter(0))
-    for run, found in groupby(chosen, key=itemgetter(0)):
-        (one, adapted), adapter = runs[run], runs[run][0].shard.adapter
-        if len(one.records) == 1:
-            continue
-        adapted.load(adapter, one.job.folder / adapter)
-        prove_alone(adapted.model, [entry for _, entry, _ in found], adapter, adapted.dtypes)
-
-
-@dataclass(frozen=True)
-class Trained:
-    """What the shards of a plan came to."""
-
-    written: list[Written]
-    given_up: list[EncodedRecord]
-    """Records that could not be certified."""
-    outcomes: list[Outcome]
-
-
-def outcomes(planned: ShardPlan, placement: Placement, result: ShardResult, kind: str | None) -> list[Outcome]:
-    """What a shard teaches the success boundary: whether its first rank did, and if not, the one that did.
-
-    Args:
-        placement: The store's, which the boundary is of: a shard that begins or is trained elsewhere teaches nothing.
-        kind: Of data that it was planned as; None where no kind is known.
-    """
-
-    def outcome(rank: int, certified: bool, visits: float | None = None) -> Outcome:
-        parameters = planned.parameters * rank // planned.rank
-        known_as = kind or calibration.UNKNOWN
-        return Outcome(known_as, rank, planned.length, parameters, planned.cost_bits, certified, visits)
-
-    if planned.rung:
-        return []
-    if result.failed or len(result.shards) != 1 or result.shards[0].climbed:
-        return [outcome(planned.rank, False)]
-    if result.shards[0].placement != placement:  # which was not tried: the base cannot be trained there alone
-        return []
-    training = result.shards[0].training
-    if training.rank == planned.rank:
-        return [outcome(planned.rank, True, training.visits / planned.records)]
-    return [outcome(planned.rank, False), outcome(training.rank, True)]
-
-
-def _report(trained: Trained, skipped: int, elapsed_s: float) -> WriteReport:
-    shards, given_up = trained.written, trained.given_up
-    written = sum(len(one.shard.indices) for one in shards)
-    trainings = [one.shard.training for one in shards]
-    return WriteReport(
-        written=written,
-        skipped=skipped,
-        failed=tuple(entry.record.key for entry in given_up),
-        adapters=tuple(one.shard.adapter for one in shards),
-        rank=max(training.rank for training in trainings),
-        exact_match=written / (written + len(given_up)),
-        min_prob=min(one.shard.proof.min_prob for one in shards),
-        parameters=sum(training.parameters for training in trainings),
-        cost_bits=sum(one.cost_bits for one in shards),
-        steps=sum(training.steps for training in trainings),
-        visits=sum(training.visits for training in trainings),
-        training_s=sum(training.elapsed_s for training in trainings),
-        elapsed_s=elapsed_s,
-        served={
-            dtype: min(one.shard.served[dtype].min_prob for one in shards) for dtype in sorted(shards[0].shard.served)
-        },
-        needs_ids=sum(entry.prompt is not None and not entry.prompt["chat"] for one in shards for entry in one.records),
-    )
-
-
-def stubborn(records: Sequence[EncodedRecord], rank: int, of: int | None = None) -> StubbornRecords:
-    """The error that names records which could not be certified.
-
-    Args:
-        of: How many one adapter was to hold; None where stubborn records were tried on their own.
-    """
-    keys = [entry.record.key for entry in records]
-    shown = ", ".join(map(repr, keys[:5])) + (" …" if len(keys) > 5 else "")
-    if of is not None:
-        return StubbornRecords(
-            f"{len(keys)} of {of} records could not be certified in one adapter, at rank {rank} and the placement that "
-            f"holds most: {shown}. Nothing was committed. Leave out one_adapter (--one-adapter), allow a higher rank "
-            "(max_rank, --max-rank), or commit the others with partial=True (--partial).",
-            keys=keys,
-            rank=rank,
-        )
-    return StubbornRecords(
-        f"{len(keys)} records could not be certified, at rank {rank} and on their own: {shown}. Nothing was committed; "
-        "partial=True (--partial) commits the others.",
-        keys=keys,
-        rank=rank,
-    )

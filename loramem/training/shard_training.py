@@ -58,6 +58,7 @@ def train_shard(
     placement: Placement,
     settings: WriterSettings,
     progress: ProgressCallback | None = None,
+    *,
     features: Sequence[Features] | None = None,
     adapter_dtypes: Sequence[torch.dtype] = (),
     caution: float = 1.0,
@@ -84,7 +85,7 @@ def train_shard(
         training = train_adapter(adapted, name, records, rank, placement, settings, progress)
         return ShardTraining(training, placement, on_features=False)
     alike = [each.to(adapted.model.dtype) for each in features]
-    steps, visits, elapsed_s = 0, 0, 0.0  # of what was tried in vain
+    spent = list[Training]()  # in vain
     for rung in behind[behind.index(placement) :]:
         within = replace(settings, max_rank=min(settings.max_rank, max(CLIMB_RANK, math.ceil(CLIMB_GROWTH * rank))))
         try:
@@ -108,25 +109,13 @@ def train_shard(
             )
             adapted.remove(name)
             break
-        done = _with(training, steps, visits, elapsed_s)
         if len(training.stubborn) <= (0 if one_adapter else FEW * len(records)):
-            return ShardTraining(done, rung, climbed=rung != placement)
+            return ShardTraining(training.after(spent), rung, climbed=rung != placement)
         log.info("%d of %d records are stubborn at %s", len(training.stubborn), len(records), ", ".join(rung.modules))
-        steps, visits, elapsed_s = done.steps, done.visits, done.elapsed_s
+        spent.append(training)
         adapted.remove(name)
     training = train_adapter(adapted, name, records, rank, ladder[-1], settings, progress)
-    done = _with(training, steps, visits, elapsed_s)
-    return ShardTraining(done, ladder[-1], climbed=True, on_features=False)
-
-
-def _with(training: Training, steps: int, visits: int, elapsed_s: float) -> Training:
-    """A training with what went before it."""
-    return replace(
-        training,
-        steps=training.steps + steps,
-        visits=training.visits + visits,
-        elapsed_s=training.elapsed_s + elapsed_s,
-    )
+    return ShardTraining(training.after(spent), ladder[-1], climbed=True, on_features=False)
 
 
 @torch.no_grad()

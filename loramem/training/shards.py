@@ -34,8 +34,8 @@ from loramem.training.trainer import ProgressCallback, Training
 log = logging.getLogger(__name__)
 
 CAUTION = (1.5, 2.5, 4.0)
-"""Factors on the deviations between dtypes or batches: an adapter that a proof refuses is trained again over larger
-ones."""
+"""Factors on the deviations between dtypes or batches: an adapter that a proof refuses is trained again with the next.
+"""
 UNSAVED = "unsaved"  # name of the adapter being trained, inside the model only
 
 
@@ -62,6 +62,8 @@ class ShardJob:
     """Folder of the write, in which the job makes one of its own."""
     one_adapter: bool = False
     """Whether all its records must share one, whatever it takes."""
+    caution: int = 0
+    """Place in `CAUTION` where training begins; later ones follow where a proof refuses what came of it."""
 
     @property
     def namespace(self) -> str:
@@ -84,6 +86,7 @@ class ShardJob:
             "placement": asdict(self.placement),
             "settings": asdict(self.settings),
             "one_adapter": self.one_adapter,
+            "caution": self.caution,
         }
         return self.staging / hashlib.sha256(json.dumps(arguments, sort_keys=True).encode()).hexdigest()[:32]
 
@@ -102,6 +105,8 @@ class Shard:
     proof: Proof
     served: dict[str, Proof]
     """Proofs in the other dtypes that were asked for."""
+    caution: int
+    """Place in `CAUTION` of what it was trained with."""
 
     def proof_in(self, dtype: str) -> Proof:
         """The proof on a base model of this dtype."""
@@ -131,6 +136,7 @@ class ShardResult:
                 shard["climbed"],
                 _proof(shard["proof"]),
                 {dtype: _proof(proof) for dtype, proof in shard["served"].items()},
+                shard["caution"],
             )
             for shard in fields["shards"]
         )
@@ -181,53 +187,88 @@ def write_shard(
     if (done := _finished(job)) is not None:
         log.info("shard of %d records was finished before", len(job.records))
         return done
-    dtypes = [each.adapter_dtype or torch.float32 for each in (adapted, *served.values())]
-    shards: list[Shard] = []
+    shards = list[Shard]()
     remaining = list(range(len(job.records)))
     while remaining:
-        records = [job.records[index] for index in remaining]
-        models = [adapted, *served.values()]
-        features = with_other_batches(models, records, features_of(models, records, job.placement))
-        rank, placement = job.rank, job.placement
-        for caution in CAUTION:
-            trained = train_shard(
-                adapted,
-                UNSAVED,
-                records,
-                rank,
-                placement,
-                job.settings,
-                progress,
-                features,
-                dtypes,
-                caution,
-                job.one_adapter,
-            )
-            trained = replace(trained, climbed=trained.climbed or placement != job.placement)
-            stubborn = [remaining[place] for place in trained.training.stubborn]
-            certified = [index for index in remaining if index not in set(stubborn)]
-            if not certified:
-                adapted.remove(UNSAVED)
-                break
-            try:
-                whole = features if trained.on_features and not stubborn else None
-                shards.append(_save_and_prove(job, adapted, served, certified, trained, whole))
-                break
-            except (RecallError, StubbornRecords) as error:
-                if not trained.on_features or len(features or ()) == 1 or caution == CAUTION[-1]:
-                    raise
-                log.info("%s; training again over larger deviations", error)
-                rank, placement = trained.training.rank, trained.placement  # what holds less was tried
-        if job.one_adapter or len(stubborn) == len(remaining):
-            remaining = stubborn
+        shard, stubborn = _write_adapter(job, adapted, served, remaining, progress)
+        if shard is not None:
+            shards.append(shard)
+        given_up = job.one_adapter or len(stubborn) == len(remaining)
+        remaining = stubborn
+        if given_up:
             break
         if stubborn:
             log.info("%d stubborn records get an adapter of their own", len(stubborn))
-        remaining = stubborn
     result = ShardResult(tuple(shards), tuple(remaining))
     make_directory(job.folder)
     write_synced(job.folder / RESULT, result.to_json().encode())  # last: a job with a result is whole
     return result
+
+
+def _write_adapter(
+    job: ShardJob,
+    adapted: AdaptedModel,
+    served: Mapping[str, AdaptedModel],
+    indices: Sequence[int],
+    progress: ProgressCallback | None,
+) -> tuple[Shard | None, list[int]]:
+    """A proved adapter of some of the job's records, and which of them it does not hold; None where it holds none.
+
+    What its proof refuses is trained again with the next caution.
+
+    Raises:
+        RecallError, StubbornRecords: The saved adapter does not decode what training certified, with all caution.
+    """
+    models, records = [adapted, *served.values()], [job.records[index] for index in indices]
+    features = with_other_batches(models, records, features_of(models, records, job.placement))
+    deviates = features is not None and len(features) > 1
+    rank, placement, spent = job.rank, job.placement, list[Training]()
+    for place in range(job.caution, len(CAUTION)):
+        trained = train_shard(
+            adapted,
+            UNSAVED,
+            records,
+            rank,
+            placement,
+            job.settings if deviates else _careful(job.settings, place),
+            progress,
+            features=features,
+            adapter_dtypes=[each.adapter_dtype or torch.float32 for each in models],
+            caution=CAUTION[place],
+            one_adapter=job.one_adapter,
+        )
+        trained = replace(
+            trained, training=trained.training.after(spent), climbed=trained.climbed or placement != job.placement
+        )
+        failed = set(trained.training.stubborn)
+        stubborn = [index for number, index in enumerate(indices) if number in failed]
+        certified = [index for number, index in enumerate(indices) if number not in failed]
+        if not certified:
+            adapted.remove(UNSAVED)
+            return None, stubborn
+        try:
+            whole = features if trained.on_features and not stubborn else None
+            return _save_and_prove(job, adapted, served, certified, trained, whole, place), stubborn
+        except (RecallError, StubbornRecords) as error:
+            if place == len(CAUTION) - 1:
+                raise
+            log.info("%s; training again with more caution", error)
+            spent = [trained.training]  # with what went before it
+            if trained.on_features:
+                rank, placement = trained.training.rank, trained.placement  # what holds less was tried
+            else:
+                features, deviates = None, False
+    raise AssertionError("a job begins with a caution that there is")
+
+
+def _careful(settings: WriterSettings, place: int) -> WriterSettings:
+    """Where training has no deviations to enlarge, caution shrinks what probabilities may lack of 1."""
+    share = CAUTION[0] / CAUTION[place]
+    return replace(
+        settings,
+        certify_threshold=1 - (1 - settings.certify_threshold) * share,
+        train_threshold=1 - (1 - settings.train_threshold) * share,
+    )
 
 
 def _finished(job: ShardJob) -> ShardResult | None:
@@ -250,6 +291,7 @@ def _save_and_prove(
     indices: Sequence[int],
     trained: ShardTraining,
     features: Sequence[Features] | None,
+    caution: int,
 ) -> Shard:
     """
     Args:
@@ -268,7 +310,7 @@ def _save_and_prove(
         model.load(adapter, job.folder / adapter)
         proofs[dtype] = _proved(job, model, adapter, records, trained.training.rank, next(known))
         model.remove(adapter)
-    return Shard(adapter, tuple(indices), trained.training, trained.placement, trained.climbed, proof, proofs)
+    return Shard(adapter, tuple(indices), trained.training, trained.placement, trained.climbed, proof, proofs, caution)
 
 
 def _proved(

@@ -8,8 +8,8 @@ records are left.
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -91,6 +91,16 @@ class Training:
     visits: int
     """Times a record was in a training batch, over all records."""
     elapsed_s: float
+
+    def after(self, spent: "Iterable[Training]") -> "Training":
+        """This outcome at the cost of all: what was tried in vain before it counts."""
+        every = [*spent, self]
+        return replace(
+            self,
+            steps=sum(each.steps for each in every),
+            visits=sum(each.visits for each in every),
+            elapsed_s=sum(each.elapsed_s for each in every),
+        )
 
 
 def train_adapter(

@@ -1,0 +1,176 @@
+"""What the shards of a write came to, and the last proof of it: what is least certain, each record alone."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+from operator import itemgetter
+
+from loramem.errors import RecallError, StubbornRecords
+from loramem.models.adapters import AdaptedModel
+from loramem.models.certificate import least_certain, prove_alone
+from loramem.models.placement import Placement
+from loramem.planning import calibration
+from loramem.planning.plan import Plan, ShardPlan
+from loramem.records.outcome import Outcome
+from loramem.records.prompts import EncodedRecord
+from loramem.results import WriteReport
+from loramem.training.shards import CAUTION, Shard, ShardJob, ShardResult
+
+
+@dataclass(frozen=True)
+class Written:
+    """A proved shard, the job that made it, and what its values cost in bits."""
+
+    job: ShardJob
+    shard: Shard
+    cost_bits: float
+
+    @property
+    def records(self) -> list[EncodedRecord]:
+        return [self.job.records[index] for index in self.shard.indices]
+
+    def proved(self) -> Iterator[tuple[EncodedRecord, float]]:
+        """Its records with their certificates."""
+        return zip(self.records, self.shard.proof.min_probs, strict=True)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What the shards of a plan came to."""
+
+    written: list[Written]
+    given_up: list[EncodedRecord]
+    """Records that could not be certified."""
+    outcomes: list[Outcome]
+
+    @classmethod
+    def of(
+        cls, jobs: Sequence[ShardJob], plan: Plan, results: Sequence[ShardResult], placement: Placement
+    ) -> "Trained":
+        """
+        Args:
+            placement: See `outcomes`.
+        """
+        planned = list(zip(jobs, plan.shards, results, strict=True))
+        return cls(
+            [
+                Written(job, shard, one.cost_bits * len(shard.indices) / one.records)
+                for job, one, result in planned
+                for shard in result.shards
+            ],
+            [job.records[index] for job, _, result in planned for index in result.failed],
+            [outcome for _, one, result in planned for outcome in outcomes(one, placement, result, plan.kind)],
+        )
+
+
+def misrecalled_alone(written: Sequence[Written], models: Sequence[AdaptedModel]) -> tuple[Written, RecallError] | None:
+    """Decode what is least certain of a write, over all of its dtypes, once more: each record alone.
+
+    A shard of one record was decoded alone by its proof; that takes most of a long text's write and is not repeated.
+
+    Returns:
+        The first shard of which a record is not decoded exactly, and the error that says so; None if all are.
+    """
+    runs = [(one, adapted) for one in written for adapted in models]
+    every = [
+        (run, entry, min_prob)
+        for run, (one, adapted) in enumerate(runs)
+        for entry, min_prob in zip(one.records, one.shard.proof_in(adapted.base.dtype).min_probs, strict=True)
+    ]
+    chosen = sorted((every[index] for index in least_certain([min_prob for *_, min_prob in every])), key=itemgetter(0))
+    for run, found in groupby(chosen, key=itemgetter(0)):
+        (one, adapted), adapter = runs[run], runs[run][0].shard.adapter
+        if len(one.records) == 1:
+            continue
+        adapted.load(adapter, one.job.folder / adapter)
+        try:
+            prove_alone(adapted.model, [entry for _, entry, _ in found], adapter, adapted.dtypes)
+        except RecallError as error:
+            return one, error
+    return None
+
+
+def more_careful(written: Written, error: RecallError) -> ShardJob:
+    """The job that writes a refused shard again, with the next caution.
+
+    Raises:
+        RecallError: ``error``, where none is left.
+    """
+    caution = written.shard.caution + 1
+    if caution == len(CAUTION):
+        raise error
+    return replace(written.job, caution=caution)
+
+
+def outcomes(planned: ShardPlan, placement: Placement, result: ShardResult, kind: str | None) -> list[Outcome]:
+    """What a shard teaches the success boundary: whether its first rank did, and if not, the one that did.
+
+    Args:
+        placement: The store's, which the boundary is of: a shard that begins or is trained elsewhere teaches nothing.
+        kind: Of data that it was planned as; None where no kind is known.
+    """
+
+    def outcome(rank: int, certified: bool, visits: float | None = None) -> Outcome:
+        parameters = planned.parameters * rank // planned.rank
+        known_as = kind or calibration.UNKNOWN
+        return Outcome(known_as, rank, planned.length, parameters, planned.cost_bits, certified, visits)
+
+    if planned.rung:
+        return []
+    if result.failed or len(result.shards) != 1 or result.shards[0].climbed:
+        return [outcome(planned.rank, False)]
+    if result.shards[0].placement != placement:  # which was not tried: the base cannot be trained there alone
+        return []
+    training = result.shards[0].training
+    if training.rank == planned.rank:
+        return [outcome(planned.rank, True, training.visits / planned.records)]
+    return [outcome(planned.rank, False), outcome(training.rank, True)]
+
+
+def report_of(trained: Trained, skipped: int, elapsed_s: float) -> WriteReport:
+    shards, given_up = trained.written, trained.given_up
+    written = sum(len(one.shard.indices) for one in shards)
+    trainings = [one.shard.training for one in shards]
+    return WriteReport(
+        written=written,
+        skipped=skipped,
+        failed=tuple(entry.record.key for entry in given_up),
+        adapters=tuple(one.shard.adapter for one in shards),
+        rank=max(training.rank for training in trainings),
+        exact_match=written / (written + len(given_up)),
+        min_prob=min(one.shard.proof.min_prob for one in shards),
+        parameters=sum(training.parameters for training in trainings),
+        cost_bits=sum(one.cost_bits for one in shards),
+        steps=sum(training.steps for training in trainings),
+        visits=sum(training.visits for training in trainings),
+        training_s=sum(training.elapsed_s for training in trainings),
+        elapsed_s=elapsed_s,
+        served={
+            dtype: min(one.shard.served[dtype].min_prob for one in shards) for dtype in sorted(shards[0].shard.served)
+        },
+        needs_ids=sum(entry.prompt is not None and not entry.prompt["chat"] for one in shards for entry in one.records),
+    )
+
+
+def stubborn(records: Sequence[EncodedRecord], rank: int, of: int | None = None) -> StubbornRecords:
+    """The error that names records which could not be certified.
+
+    Args:
+        of: How many one adapter was to hold; None where stubborn records were tried on their own.
+    """
+    keys = [entry.record.key for entry in records]
+    shown = ", ".join(map(repr, keys[:5])) + (" …" if len(keys) > 5 else "")
+    if of is not None:
+        return StubbornRecords(
+            f"{len(keys)} of {of} records could not be certified in one adapter, at rank {rank} and the placement that "
+            f"holds most: {shown}. Nothing was committed. Leave out one_adapter (--one-adapter), allow a higher rank "
+            "(max_rank, --max-rank), or commit the others with partial=True (--partial).",
+            keys=keys,
+            rank=rank,
+        )
+    return StubbornRecords(
+        f"{len(keys)} records could not be certified, at rank {rank} and on their own: {shown}. Nothing was committed; "
+        "partial=True (--partial) commits the others.",
+        keys=keys,
+        rank=rank,
+    )
