@@ -111,8 +111,8 @@ def test_erasing_a_record_leaves_one_adapter(base: Path, tmp_path: Path) -> None
 def never(*stubborn: int) -> Callable[..., Any]:
     """A train_shard that calls these records stubborn, whatever it is given."""
 
-    def train(*arguments: Any) -> Any:
-        trained = train_shard(*arguments)
+    def train(*arguments: Any, **named: Any) -> Any:
+        trained = train_shard(*arguments, **named)
         return replace(trained, training=replace(trained.training, stubborn=stubborn))
 
     return train

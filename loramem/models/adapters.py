@@ -11,6 +11,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,8 @@ class AdaptedModel:
         self.dtypes = {"base": base.dtype, "adapter": adapter_dtype or STORED_DTYPE}
         """What certificates name: dtypes of the base model and of adapters that are loaded from disk."""
         self.kept_features = FeatureCache()
+        self.ends_alone: bool | None = None
+        """Whether the end of the model alone gives what all of it gives (`features_of`); None until it was tried."""
         self._peft: PeftModel | None = None
         self._loaded: OrderedDict[str, None] = OrderedDict()
 
@@ -59,6 +62,11 @@ class AdaptedModel:
     def model(self) -> PreTrainedModel:
         """The causal LM, through whose adapted modules the active adapter acts."""
         return self.base.model
+
+    @cached_property
+    def ladder(self) -> list[Placement]:
+        """See `Placement.ladder`."""
+        return Placement.ladder(self.model)
 
     def create(self, name: str, rank: int, placement: Placement, seed: int) -> None:
         """Attach a fresh trainable adapter (A random, B zero: the base's function) and activate it.

@@ -191,7 +191,7 @@ class Transaction:
 
     def _ladder(self) -> list[Placement]:
         """The store's placement and those that hold more."""
-        ladder = Placement.ladder(self.adapted.model)
+        ladder = self.adapted.ladder
         return ladder[ladder.index(self.placement) :] if self.placement in ladder else [self.placement]
 
     def base_probabilities(self, encoded: Sequence[EncodedRecord], *, keep_features: bool = False) -> list[list[float]]:

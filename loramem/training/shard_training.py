@@ -78,7 +78,7 @@ def train_shard(
     Raises:
         TrainingDiverged: NaN or Inf, again after several restarts at lower learning rates.
     """
-    ladder = Placement.ladder(adapted.model)
+    ladder = adapted.ladder
     behind = ladder[:-1]
     if features is None:  # where layers are run anyway, the placement that holds most costs no more
         placement = ladder[-1] if placement in behind else placement
@@ -127,7 +127,7 @@ def features_of(
     None where the placement is not behind the last attention, or the features do not give the model's own logits, or
     the model has no such end. Exhausted memory is raised as it is.
     """
-    if placement not in Placement.ladder(models[0].model)[:-1]:
+    if placement not in models[0].ladder[:-1]:
         return None
     found = list[Features]()
     for each in models:
@@ -136,7 +136,9 @@ def features_of(
             continue
         with each.disabled():
             try:
-                if not found and not _gives_the_models_logits(each.model, records):
+                if each.ends_alone is None:
+                    each.ends_alone = _gives_the_models_logits(each.model, records)
+                if not each.ends_alone:
                     return None
                 found.append(collect(each.model, records))
             except NOT_UNDERSTOOD as error:
