@@ -15,7 +15,8 @@ from loramem.errors import TrainingDiverged
 from loramem.models.adapters import AdaptedModel, serialize
 from loramem.models.base_model import BaseModel, load_base_model
 from loramem.models.decoding import answer_probabilities
-from loramem.models.features import Ending, Features, _sizes, collect
+from loramem.models.ending import Ending, _sizes
+from loramem.models.features import Features, collect
 from loramem.models.placement import Placement
 from loramem.records.prompts import EncodedRecord, encode_records
 from loramem.records.record import as_records
@@ -301,6 +302,26 @@ def test_deviations_are_dealt_out_per_position_whatever_is_looked_at_together(lo
     relative = 2.0 * (other.entering - entering) / sizes
     found = ending._values_at(slice(None), ending._dealt)["entering", None]
     torch.testing.assert_close(found, entering + amount * relative[order] * sizes)
+
+
+def test_a_position_deviates_as_in_one_of_the_other_passes(base: Path) -> None:
+    """What is served is one dtype in one composition, not the sum of what all of them round."""
+    loaded = load_base_model(str(base))
+    mine = collect(loaded.model, encode(loaded, numbers(6)))
+    others = [
+        replace(mine, entering=mine.entering + torch.eye(mine.entering.shape[1])[axis] * _sizes(mine.entering))
+        for axis in (0, 1)
+    ]
+    ending = Ending(loaded.model, mine)
+    ending.deviate([Ending(loaded.model, other) for other in others])
+    seen = torch.zeros(2)
+    for seed in range(20):
+        ending.shuffle_deviations(torch.Generator().manual_seed(seed))
+        moved = ending._values_at(slice(None), ending._dealt)["entering", None] - mine.entering
+        each = (moved / _sizes(mine.entering))[:, :2].abs().round(decimals=3)
+        assert each.sum(1).max() <= 1
+        seen += each.mean(0)
+    assert torch.allclose(seen / 20, torch.full((2,), 1 / 3), atol=0.1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

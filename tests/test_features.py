@@ -13,8 +13,10 @@ from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
 from loramem.models.batches import answer_logits, make_batch
-from loramem.models.decoding import SHARED_PREFIX_TOKENS, forced_batch
-from loramem.models.features import Ending, collect
+from loramem.models.certificate import free_running
+from loramem.models.decoding import SHARED_PREFIX_TOKENS, forced_batch, greedy_decode
+from loramem.models.ending import Ending
+from loramem.models.features import HIDDEN, _watched, collect, collect_decoding
 from loramem.models.layers import LastLayer, decoder_layers, linears
 from loramem.models.placement import Placement
 
@@ -80,6 +82,36 @@ def test_an_adapter_behind_the_last_attention_is_felt_and_gets_the_full_gradient
     for mine, expected in zip(through_end, through_all, strict=True):
         assert expected.abs().max() > 0
         torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_decoding_meets_the_same_features_but_for_rounding(architecture: str) -> None:
+    model = shared_model(architecture)
+    features = collect(model, RECORDS)
+    met = collect_decoding(model, RECORDS, features, free_running(RECORDS))
+    for name in HIDDEN:
+        assert difference(getattr(met, name), getattr(features, name)) < TOLERANCE
+    assert torch.equal(met.targets, features.targets)
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_what_decoding_meets_is_bit_for_bit_what_it_meets_with_an_adapter(alone: bool) -> None:
+    """Of an adapter that gives every value back; so training over it is training over what its proof computes."""
+    model = build("qwen3").to(torch.bfloat16)
+    batches = [[index] for index in range(len(RECORDS))] if alone else free_running(RECORDS)
+    features = collect(model, RECORDS)
+    met = collect_decoding(model, RECORDS, features, batches)
+    assert not torch.equal(met.entering, features.entering)
+    decoded = dict[int, Tensor]()
+    adapted(model, Placement.ladder(model)[0])
+    for batch in batches:
+        prompts, answers = [RECORDS[i].prompt_ids for i in batch], [RECORDS[i].answer_ids for i in batch]
+        longest = max(map(len, answers))
+        with _watched(LastLayer.of(model)) as passes:
+            greedy_decode(model, prompts, longest, answers[0][-1], forced=answers)
+        entering = torch.stack([seen["entering"][:, -1] for seen in passes[-longest:]], 1)
+        decoded |= {index: entering[row, : len(answers[row])] for row, index in enumerate(batch)}
+    assert torch.equal(torch.cat([decoded[index] for index in range(len(RECORDS))]), met.entering)
 
 
 @pytest.mark.parametrize("rung", range(3))

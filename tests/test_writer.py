@@ -15,7 +15,7 @@ from loramem.models.adapters import AdaptedModel
 from loramem.models.base_model import BaseModel, load_base_model
 from loramem.models.batches import Batch, answer_logits, make_batch, token_losses
 from loramem.models.decoding import answer_probabilities
-from loramem.models.features import Ending
+from loramem.models.ending import Ending
 from loramem.models.layers import decoder_layers
 from loramem.models.placement import Placement
 from loramem.models.trunk import Trunk

@@ -15,6 +15,9 @@ from transformers import DynamicCache, PreTrainedModel
 
 from loramem.records.prompts import EncodedRecord
 
+Batches = list[list[int]]
+"""Indices of records."""
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -109,7 +112,7 @@ def per_position(values: Tensor, batch: Batch) -> Tensor:
 
 def group_by_length(
     records: Sequence[EncodedRecord], order: Sequence[int], batch_records: int, batch_tokens: int
-) -> list[list[int]]:
+) -> Batches:
     """Indices of ``records`` in batches of similar length.
 
     Args:
@@ -127,7 +130,7 @@ def group_by_length(
     return batches
 
 
-def shuffled(records: Sequence[EncodedRecord], batch_records: int, batch_tokens: int) -> list[list[int]]:
+def shuffled(records: Sequence[EncodedRecord], batch_records: int, batch_tokens: int) -> Batches:
     """Indices of all records in batches of any lengths, in an order that looks random and follows from their number.
 
     Args:

@@ -18,15 +18,13 @@ import torch
 from transformers import PreTrainedModel
 
 from loramem.errors import RecallError
-from loramem.models.batches import answer_logits, group_by_length, per_position, shuffled, token_losses
+from loramem.models.batches import Batches, answer_logits, group_by_length, per_position, shuffled, token_losses
 from loramem.models.decoding import DECODE_RECORDS, DECODE_TOKENS, decode_records, forced_batch
-from loramem.models.features import PASS_RECORDS, PASS_TOKENS, Ending
+from loramem.models.ending import Ending
+from loramem.models.features import PASS_RECORDS, PASS_TOKENS
 from loramem.records.prompts import EncodedRecord
 
 ALONE = 16
-
-Batches = list[list[int]]
-"""Indices of records."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +60,7 @@ def examine(model: PreTrainedModel, records: Sequence[EncodedRecord], ending: En
         ending: The model's end, with the adapter, over features of just these records, whose composition is the second.
     """
     drafts = shuffled(records, PASS_RECORDS, PASS_TOKENS)
-    free = group_by_length(records, range(len(records)), DECODE_RECORDS, DECODE_TOKENS)
+    free = free_running(records)
     min_probs, wrong = [0.0] * len(records), dict[int, str]()
     for index, least, stands in _check_drafts(model, records, drafts) if ending is None else _check_ending(ending):
         min_probs[index] = least
@@ -70,6 +68,11 @@ def examine(model: PreTrainedModel, records: Sequence[EncodedRecord], ending: En
             wrong[index] = "shuffled, the value as a draft"
     wrong |= dict.fromkeys(misrecalled(model, records, free), "by length")
     return Examination(tuple(min_probs), wrong, {"by length": _sizes(free), "drafts": _sizes(drafts)})
+
+
+def free_running(records: Sequence[EncodedRecord]) -> Batches:
+    """The composition that a proof decodes token by token."""
+    return group_by_length(records, range(len(records)), DECODE_RECORDS, DECODE_TOKENS)
 
 
 def prove(

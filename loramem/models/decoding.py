@@ -7,7 +7,7 @@ from itertools import takewhile
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, GenerationConfig, PreTrainedModel
+from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from loramem.models.batches import Batch, answer_logits, group_by_length, make_batch, pad_left, token_losses
@@ -19,13 +19,18 @@ SHARED_PREFIX_TOKENS = 16  # a chat template with a system prompt; below this th
 
 @torch.inference_mode()
 def greedy_decode(
-    model: PreTrainedModel, prompts: Sequence[Sequence[int]], max_tokens: int, end_id: int
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    max_tokens: int,
+    end_id: int,
+    forced: Sequence[Sequence[int]] | None = None,
 ) -> list[list[int]]:
     """Free-running greedy decoding through every layer, one batch, KV cache; a long common prefix is run once.
 
     Args:
         prompts: Token ids of each prompt; padded on the left.
         max_tokens: Most new tokens, the end token included.
+        forced: Ids that each prompt gets instead of its likeliest, for what the model computes on the way.
 
     Returns:
         Generated ids of each prompt up to but without the end token. A row that never ended has ``max_tokens`` ids.
@@ -44,9 +49,22 @@ def greedy_decode(
             attention_mask=mask.to(model.device),
             past_key_values=_prefix_cache(model, ids[:1, :shared], len(prompts)) if shared else None,
             generation_config=config,
+            logits_processor=None if forced is None else LogitsProcessorList([_Forced(forced, ids.shape[1])]),
         )
     rows: list[list[int]] = output[:, ids.shape[1] :].tolist()
     return [row[: row.index(end_id)] if end_id in row else row for row in rows]
+
+
+class _Forced(LogitsProcessor):
+    """The given ids are the likeliest; after its last a row repeats that."""
+
+    def __init__(self, rows: Sequence[Sequence[int]], prompt_tokens: int) -> None:
+        self.rows, self.prompt_tokens = rows, prompt_tokens
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        place = input_ids.shape[1] - self.prompt_tokens
+        ids = torch.tensor([row[min(place, len(row) - 1)] for row in self.rows], device=scores.device)
+        return torch.full_like(scores, -torch.inf).scatter(1, ids[:, None], 0.0)
 
 
 @contextmanager

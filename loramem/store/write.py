@@ -22,7 +22,7 @@ from loramem.index.index import Index
 from loramem.index.rows import FAILED, StoredAdapter, prompt_digest, stored_record
 from loramem.models.adapters import AdaptedModel
 from loramem.models.decoding import answer_probabilities
-from loramem.models.features import Ending
+from loramem.models.ending import Ending
 from loramem.models.placement import Placement
 from loramem.models.shard_sizes import cut_groups
 from loramem.planning import calibration, timings

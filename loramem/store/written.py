@@ -91,13 +91,13 @@ def misrecalled_alone(written: Sequence[Written], models: Sequence[AdaptedModel]
 
 
 def more_careful(written: Written, error: RecallError) -> ShardJob:
-    """The job that writes a refused shard again, with the next caution.
+    """The job that writes a shard again over what each record computes when it is decoded alone.
 
     Raises:
-        RecallError: ``error``, where none is left.
+        RecallError: ``error``, where that was done.
     """
-    caution = written.shard.caution + 1
-    if caution == len(CAUTION):
+    caution = len(CAUTION) - 1
+    if written.shard.caution == caution:
         raise error
     return replace(written.job, caution=caution)
 

@@ -22,7 +22,8 @@ from torch.nn.functional import cross_entropy
 
 from loramem.errors import TrainingDiverged
 from loramem.models.adapters import AdaptedModel, count_parameters, load_weights, rank_choices
-from loramem.models.features import Ending, Features, Head
+from loramem.models.ending import Ending, Head
+from loramem.models.features import Features
 from loramem.models.placement import Placement
 from loramem.training import objectives
 from loramem.training.rivals import Rivals

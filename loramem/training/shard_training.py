@@ -15,8 +15,9 @@ from transformers import PreTrainedModel
 from loramem._util.out_of_memory import is_out_of_memory
 from loramem.errors import UnsupportedBaseModel
 from loramem.models.adapters import AdaptedModel
-from loramem.models.batches import answer_logits, make_batch
-from loramem.models.features import Ending, Features, collect
+from loramem.models.batches import Batches, answer_logits, make_batch
+from loramem.models.ending import Ending
+from loramem.models.features import Features, collect, collect_decoding
 from loramem.models.placement import Placement
 from loramem.models.trunk import SPLIT_TOLERANCE
 from loramem.records.prompts import EncodedRecord
@@ -159,6 +160,25 @@ def with_other_batches(
         return features
     with models[0].disabled():
         return [*features, collect(models[0].model, records, OTHER_BATCH_RECORDS)]
+
+
+@torch.no_grad()
+def as_decoded(
+    models: Sequence[AdaptedModel], records: Sequence[EncodedRecord], features: Sequence[Features], batches: Batches
+) -> list[Features]:
+    """Features that decoding meets in these batches, of every model in half precision.
+
+    No adapter behind the last attention changes them: trained over, they are what a proof that decodes so will see.
+
+    Args:
+        features: From `features_of`, of the same models and records.
+    """
+    found = list[Features]()
+    for each, known in zip(models, features, strict=False):
+        if each.model.dtype != torch.float32:
+            with each.disabled():
+                found.append(collect_decoding(each.model, records, known, batches))
+    return found
 
 
 def _gives_the_models_logits(model: PreTrainedModel, records: Sequence[EncodedRecord]) -> bool:

@@ -22,20 +22,21 @@ from loramem.errors import RecallError, StubbornRecords
 from loramem.index.rows import StoredAdapter, now
 from loramem.models.adapters import AdaptedModel, adapter_id, serialize
 from loramem.models.base_model import load_base_model
-from loramem.models.certificate import Proof, prove
-from loramem.models.features import Ending, Features
+from loramem.models.certificate import Proof, free_running, prove
+from loramem.models.ending import Ending
+from loramem.models.features import Features
 from loramem.models.fingerprint import Fingerprint
 from loramem.models.placement import Placement
 from loramem.records.prompts import EncodedRecord
 from loramem.training.settings import WriterSettings
-from loramem.training.shard_training import ShardTraining, features_of, train_shard, with_other_batches
+from loramem.training.shard_training import ShardTraining, as_decoded, features_of, train_shard, with_other_batches
 from loramem.training.trainer import ProgressCallback, Training
 
 log = logging.getLogger(__name__)
 
-CAUTION = (1.5, 2.5, 4.0)
-"""Factors on the deviations between dtypes or batches: an adapter that a proof refuses is trained again with the next.
-"""
+CAUTION = (1.5, 2.0, 2.5)
+"""Factors on the deviations between dtypes or batches. What a proof refuses is trained again with the next, and over
+what half precision computes in decoding as well: in the batches of the proof, and at last of every record alone."""
 UNSAVED = "unsaved"  # name of the adapter being trained, inside the model only
 
 
@@ -221,16 +222,20 @@ def _write_adapter(
     """
     models, records = [adapted, *served.values()], [job.records[index] for index in indices]
     features = with_other_batches(models, records, features_of(models, records, job.placement))
-    deviates = features is not None and len(features) > 1
+    compositions, met = [free_running(records), [[number] for number in range(len(records))]], 0
     rank, placement, spent = job.rank, job.placement, list[Training]()
     for place in range(job.caution, len(CAUTION)):
+        if features is not None:
+            for batches in compositions[met:place]:
+                features = [*features, *as_decoded(models, records, features, batches)]
+            met = place
         trained = train_shard(
             adapted,
             UNSAVED,
             records,
             rank,
             placement,
-            job.settings if deviates else _careful(job.settings, place),
+            job.settings if features is not None and len(features) > 1 else _careful(job.settings, place),
             progress,
             features=features,
             adapter_dtypes=[each.adapter_dtype or torch.float32 for each in models],
@@ -257,7 +262,7 @@ def _write_adapter(
             if trained.on_features:
                 rank, placement = trained.training.rank, trained.placement  # what holds less was tried
             else:
-                features, deviates = None, False
+                features = None
     raise AssertionError("a job begins with a caution that there is")
 
 
