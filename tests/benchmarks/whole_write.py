@@ -132,10 +132,10 @@ def _clocked_training() -> Iterator[list[float]]:
     """What every training of a shard takes of the processor's time, which no report says."""
     spent, train = list[float](), shards.train_shard
 
-    def clocked(*arguments: Any) -> ShardTraining:
+    def clocked(*arguments: Any, **named: Any) -> ShardTraining:
         begun = time.process_time()
         try:
-            return train(*arguments)
+            return train(*arguments, **named)
         finally:
             spent.append(time.process_time() - begun)
 
