@@ -5,6 +5,8 @@ from pathlib import Path
 
 import click
 
+from loramem.training.settings import OBJECTIVES, ObjectiveName
+
 from . import options
 from .law import show
 from .output import note
@@ -35,7 +37,7 @@ from .output import note
 @click.option("--learning-rate", type=click.FloatRange(0, min_open=True), help="In place of 0.06; 0.2 for one module.")
 @click.option(
     "--objective",
-    type=click.Choice(["sft", "memft-ot", "memft-sw"]),
+    type=click.Choice(OBJECTIVES),
     default="sft",
     show_default=True,
     help="sft: cross-entropy to convergence, for the law. Otherwise writes at a fixed rank, for the success boundary.",
@@ -56,7 +58,7 @@ def command(
     layers: str | None,
     budget_minutes: float | None,
     learning_rate: float | None,
-    objective: str,
+    objective: ObjectiveName,
     seed: int,
     save: Path | None,
     runs: Path | None,

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from loramem.training.trainer import ProgressCallback, WriteProgress
+    from loramem.training.progress import ProgressCallback, WriteProgress
 
 
 @contextmanager

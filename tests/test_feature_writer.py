@@ -20,11 +20,11 @@ from loramem.models.features import Features, collect
 from loramem.models.placement import Placement
 from loramem.records.prompts import EncodedRecord, encode_records
 from loramem.records.record import as_records
-from loramem.training import feature_writer, rivals
+from loramem.training import feature_writer, objectives, rivals
 from loramem.training.feature_writer import train_on_features
-from loramem.training.objectives import SlidingState
+from loramem.training.objectives import Objective, SlidingState
+from loramem.training.progress import Training, WriteProgress
 from loramem.training.settings import OBJECTIVES, WriterSettings
-from loramem.training.trainer import Training, WriteProgress
 
 from .conftest import CONTEXT, VOCABULARY, WIDTH, numbers, save_tokenizer
 
@@ -105,13 +105,15 @@ def test_a_single_long_record_alone_is_trained_with_the_sliding_window(
 ) -> None:
     seen = list[int]()
 
-    def watched(losses: Tensor, mask: Tensor, correct: Tensor, state: SlidingState, threshold: float) -> object:
+    def watched(
+        losses: Tensor, mask: Tensor, correct: Tensor, state: SlidingState, threshold: float
+    ) -> tuple[Tensor, SlidingState]:
         seen.append(losses.shape[1])
         assert correct.shape == losses.shape
         return sliding(losses, mask, correct, state, threshold)
 
-    sliding = feature_writer.objectives.memft_sw
-    monkeypatch.setattr(feature_writer.objectives, "memft_sw", watched)
+    sliding = objectives.memft_sw
+    monkeypatch.setitem(objectives.BY_NAME, "memft-sw", Objective(objectives.memft_ot, watched))
     long = encode(
         loaded, {f"long {number}": f"{number}" + "".join(numbers(8, 3).values()) for number in range(records)}
     )

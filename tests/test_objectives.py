@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from loramem.training.objectives import (
+    BY_NAME,
     SlidingState,
     exposed_records,
     exposure,
@@ -24,6 +25,7 @@ from loramem.training.objectives import (
     stubborn,
     weighted_mean,
 )
+from loramem.training.settings import OBJECTIVES
 
 LN2 = math.log(2)
 HARD = 20.0  # a loss in nats at which the gate is 1 to the last bit of float32
@@ -133,6 +135,23 @@ def test_ot_without_a_stubborn_token_trains_on_all_or_on_none() -> None:
 def test_one_stubborn_token_in_the_batch_is_enough_not_to_be_idle() -> None:
     losses, mask = nats(0.8, 0.3).T, torch.ones(2, 1, dtype=torch.bool)
     assert memft_ot(losses, mask, idle="sft").tolist() == [[0.0], [1.0]]
+
+
+def test_every_name_has_an_objective_and_gives_the_weights_of_its_function() -> None:
+    assert set(BY_NAME) == set(OBJECTIVES)
+    losses, mask, correct = nats(0.8, 0.3, 0.6), mask_of(1, 1, 0), mask_of(1, 0, 1)
+    assert torch.equal(BY_NAME["sft"].weights(losses, mask, 0.9, "zero"), sft(losses, mask))
+    for name in ("memft-ot", "memft-sw"):
+        for threshold in (0.2, 0.5):
+            for idle in ("sft", "zero"):
+                given = BY_NAME[name].weights(losses, mask, threshold, idle)
+                assert torch.equal(given, memft_ot(losses, mask, threshold, idle=idle))
+    assert [name for name, objective in BY_NAME.items() if objective.to_convergence] == ["sft"]
+    assert [name for name, objective in BY_NAME.items() if objective.sliding] == ["memft-sw"]
+    sliding, state = BY_NAME["memft-sw"].sliding, SlidingState.start(1)
+    assert sliding is not None
+    ours, published = (f(losses, mask, correct, state, 0.5) for f in (sliding, memft_sw))
+    assert torch.equal(ours[0], published[0])
 
 
 def test_an_unknown_idle_behaviour_is_refused() -> None:

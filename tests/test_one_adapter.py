@@ -15,8 +15,8 @@ from loramem.models import shard_sizes
 from loramem.models.placement import Placement
 from loramem.training import shard_training, shards
 from loramem.training.feature_writer import train_on_features
+from loramem.training.progress import Training
 from loramem.training.shard_training import train_shard
-from loramem.training.trainer import Training
 
 from .conftest import numbers
 

@@ -13,8 +13,8 @@ from loramem.planning.plan import RankLimits
 from loramem.records.outcome import Outcome
 from loramem.training import shard_training, shards
 from loramem.training.feature_writer import train_on_features
+from loramem.training.progress import Training
 from loramem.training.shard_training import ShardTraining, train_shard
-from loramem.training.trainer import Training
 
 from .conftest import numbers
 

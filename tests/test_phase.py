@@ -17,7 +17,7 @@ from loramem.suites import phase, phase_report
 from loramem.suites.phase import Cell
 from loramem.suites.phase_report import Reading
 from loramem.suites.runner import Request
-from loramem.training.trainer import WriteProgress
+from loramem.training.progress import WriteProgress
 
 END = 9
 

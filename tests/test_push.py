@@ -30,7 +30,7 @@ from loramem.models.placement import Placement
 from loramem.planning.samples import generate
 from loramem.results import PushPlan
 from loramem.training import shard_training
-from loramem.training.trainer import Training
+from loramem.training.progress import Training
 
 from .conftest import numbers
 from .hub_faults import Fault, dropped, status

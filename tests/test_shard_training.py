@@ -20,8 +20,8 @@ from loramem.models.placement import Placement
 from loramem.records.prompts import EncodedRecord, encode_records
 from loramem.records.record import as_records
 from loramem.training import shard_training, shards
+from loramem.training.progress import Training
 from loramem.training.shard_training import ShardTraining, features_of, train_shard, with_other_batches
-from loramem.training.trainer import Training
 
 from .architectures import build_tiny
 from .conftest import numbers

@@ -22,6 +22,7 @@ from loramem.models.trunk import Trunk
 from loramem.records.prompts import encode_records
 from loramem.records.record import as_records
 from loramem.training import shard_training, shards, trainer
+from loramem.training.progress import WriteProgress
 from loramem.training.settings import OBJECTIVES
 from loramem.training.shard_training import ShardTraining, train_shard
 from loramem.training.trainer import NetworkSchedule
@@ -320,7 +321,7 @@ def test_the_same_seed_gives_the_same_bytes(base: Path, tmp_path: Path) -> None:
 
 
 def test_progress_reports_every_step(base: Path, tmp_path: Path) -> None:
-    told: list[trainer.WriteProgress] = []
+    told: list[WriteProgress] = []
     with MemoryStore(tmp_path / "memory", str(base)) as store:
         report = store.write(numbers(4), progress=told.append)
     assert [progress.step for progress in told] == list(range(1, report.steps + 1))

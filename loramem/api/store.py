@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from concurrent.futures import Executor
 
     from loramem.records.prompts import EncodedRecord
-    from loramem.training.trainer import ProgressCallback
+    from loramem.training.progress import ProgressCallback
 
 
 log = logging.getLogger(__name__)

@@ -36,7 +36,7 @@ from loramem.planning.samples import generate
 from loramem.records.prompts import EncodedRecord, encode_records
 from loramem.records.record import Record
 from loramem.training.feature_writer import train_on_features
-from loramem.training.settings import OBJECTIVES, WriterSettings
+from loramem.training.settings import OBJECTIVES, ObjectiveName, WriterSettings
 from loramem.training.shard_training import features_of
 from loramem.training.trainer import BATCH_RECORDS, NetworkSchedule, train_adapter
 
@@ -71,7 +71,7 @@ class Request:
     seed: int = 0
     learning_rate: float = LEARNING_RATE
     """Of plain cross-entropy; writes take the writer's own."""
-    objective: str = LAW_OBJECTIVE
+    objective: ObjectiveName = LAW_OBJECTIVE
     data: tuple[Record, ...] = ()
     """Records of your own, drawn from without replacement."""
 
@@ -173,7 +173,11 @@ def default_rate(placement: Placement) -> float:
 
 
 def default_lengths(
-    base: BaseModel, kind: str, placement: Placement, objective: str = LAW_OBJECTIVE, data: Sequence[Record] = ()
+    base: BaseModel,
+    kind: str,
+    placement: Placement,
+    objective: ObjectiveName = LAW_OBJECTIVE,
+    data: Sequence[Record] = (),
 ) -> tuple[int, ...]:
     """Lengths at which runs with this placement say something: see `LAW_BITS` and `WRITE_BITS`.
 

@@ -16,8 +16,9 @@ from loramem import embedded
 from loramem.errors import InputError
 from loramem.planning.law import Point
 from loramem.planning.law_fit import SATURATED
+from loramem.training.settings import ObjectiveName
 
-LAW_OBJECTIVE = "sft"
+LAW_OBJECTIVE: ObjectiveName = "sft"
 KINDS = ("phonebook", "text", "mixed", "random")
 """Of generated data; runs with data of one's own name the file."""
 MIXTURES = ("text", "mixed", "random")

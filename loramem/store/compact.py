@@ -27,7 +27,7 @@ from loramem.training.settings import WriterSettings
 
 if TYPE_CHECKING:
     from loramem.store.written import Trained
-    from loramem.training.trainer import ProgressCallback
+    from loramem.training.progress import ProgressCallback
 
 Which = Literal["advised", "dead", "all"]
 DEFAULT_REQUEST: Mapping[str, Any] = {"goal": "fast", "rank": None, "one_adapter": False}

@@ -22,7 +22,7 @@ from loramem.store.staging import clean
 from loramem.training.settings import WriterSettings
 
 if TYPE_CHECKING:
-    from loramem.training.trainer import ProgressCallback
+    from loramem.training.progress import ProgressCallback
 
 
 @dataclass(frozen=True)

@@ -36,10 +36,11 @@ from loramem.store.manifest import Manifest
 from loramem.store.staging import clean, take_back
 from loramem.store.written import Trained, Written, misrecalled_alone, more_careful, report_of, stubborn
 from loramem.training.executors import run_jobs
+from loramem.training.progress import ProgressCallback
 from loramem.training.settings import WriterSettings
 from loramem.training.shard_training import features_of
 from loramem.training.shards import ShardJob, stored_adapter
-from loramem.training.trainer import ProgressCallback, autocast_dtype
+from loramem.training.trainer import autocast_dtype
 
 log = logging.getLogger(__name__)
 
@@ -208,7 +209,7 @@ class Transaction:
                 losses, _ = Ending(adapted.model, features[0]).scores()
             answers = torch.exp(-losses).split([len(entry.answer_ids) for entry in encoded])
             return [each[:-1].tolist() for each in answers]
-        cast = autocast_dtype("auto", adapted.base.device)  # an estimate may be half precise
+        cast = autocast_dtype(adapted.base.device)  # an estimate may be half precise
         with adapted.disabled(), torch.autocast(adapted.base.device.type, cast, enabled=cast is not None):
             probs = dict(answer_probabilities(adapted.model, encoded))
         return [probs[index][:-1].tolist() for index in range(len(encoded))]

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from loramem.models.base_model import BaseModel
     from loramem.models.placement import Placement
     from loramem.records.prompts import EncodedRecord
+    from loramem.training.progress import WriteProgress
     from loramem.training.settings import WriterSettings
-    from loramem.training.trainer import WriteProgress
 
 OPTIONS = ("records", "model")
 SHAPE = {  # the published configuration of Qwen3-8B

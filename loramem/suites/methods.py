@@ -90,8 +90,9 @@ def trained_adapter(
     from loramem.suites.paper_unit import PaperUnit
     from loramem.suites.placements import describe, equal_placement
     from loramem.suites.published import moments, train_published
+    from loramem.training.progress import WriteProgress
     from loramem.training.settings import WriterSettings
-    from loramem.training.trainer import NetworkSchedule, WriteProgress, train_adapter
+    from loramem.training.trainer import NetworkSchedule, train_adapter
 
     if method != OWN:
         trained = train_published(base, records, method, rank, schedule, seed=seed, unit=unit, layer=layer)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from loramem.models.adapters import AdaptedModel
     from loramem.records.prompts import EncodedRecord
-    from loramem.training.trainer import WriteProgress
+    from loramem.training.progress import WriteProgress
 
 __all__ = ["Cell", "cells", "plots", "run", "table"]
 

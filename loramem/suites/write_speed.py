@@ -192,7 +192,7 @@ def _baseline(cell: Cell) -> Result:
     )
     warm_up(base)
     loaded_mb = peak_memory_mb()
-    bfloat16 = autocast_dtype(cell.precision, base.device) is not None
+    bfloat16 = cell.precision == "auto" and autocast_dtype(base.device) is not None
     if cell.method == PAPER:
         result = paper_recipe(base, records, seed=cell.seed, cap_s=cell.cap_s, bfloat16=bfloat16)
     else:

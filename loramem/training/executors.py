@@ -11,8 +11,8 @@ import torch
 from loramem.errors import WorkerLost
 from loramem.models.adapters import AdaptedModel
 from loramem.training.processes import end_with_parent, usable_cores
+from loramem.training.progress import ProgressCallback, WriteProgress
 from loramem.training.shards import ShardJob, ShardResult, run_job, write_shard
-from loramem.training.trainer import ProgressCallback, WriteProgress
 
 
 def run_jobs(

@@ -26,9 +26,10 @@ from loramem.models.ending import Ending, Head
 from loramem.models.features import Features
 from loramem.models.placement import Placement
 from loramem.training import objectives
+from loramem.training.progress import ProgressCallback, Training, WriteProgress
 from loramem.training.rivals import Rivals
 from loramem.training.settings import WriterSettings
-from loramem.training.trainer import ProgressCallback, Training, WriteProgress, autocast_dtype
+from loramem.training.trainer import autocast_dtype
 from loramem.training.whitening import Site, WhitenedAdam, random_rows, whitening_factor
 
 log = logging.getLogger(__name__)
@@ -132,9 +133,10 @@ class _Run:
         self.enough = (settings.certify_threshold + settings.train_threshold) / 2
         self.lowest = torch.zeros(len(self.targets), device=self.targets.device)
         """Per token, the lowest probability when it was last looked at, over all dtypes."""
+        self.objective = objectives.BY_NAME[settings.objective]
         single_long = records == 1 and len(self.targets) > settings.long_tokens
         self.sliding = objectives.SlidingState.start(1, self.targets.device) if single_long else None
-        products = autocast_dtype("auto", self.targets.device)
+        products = autocast_dtype(self.targets.device)
         self.rivals = Rivals(adapted.base.model.get_output_embeddings(), self.targets, products)
         self.attach(rank)
         self.check(FIRST_RIVALS)
@@ -236,15 +238,12 @@ class _Run:
         targets = self.rivals.targets[rows]
         losses = cross_entropy(logits, targets, reduction="none")
         mask = torch.ones_like(targets, dtype=torch.bool)[None]
-        if self.settings.objective == "sft":
-            return losses, objectives.sft(losses[None], mask)[0]
-        if self.settings.objective == "memft-sw" and self.sliding is not None:
-            correct = logits.detach().argmax(-1) == targets
-            weights, self.sliding = objectives.memft_sw(
-                losses[None], mask, correct[None], self.sliding, self.settings.train_threshold
-            )
-            return losses, weights[0]
-        return losses, objectives.memft_ot(losses[None], mask, self.settings.train_threshold, idle="zero")[0]
+        objective, threshold = self.objective, self.settings.train_threshold
+        if self.sliding is None or objective.sliding is None:
+            return losses, objective.weights(losses[None], mask, threshold, "zero")[0]
+        correct = logits.detach().argmax(-1) == targets
+        weights, self.sliding = objective.sliding(losses[None], mask, correct[None], self.sliding, threshold)
+        return losses, weights[0]
 
     def check(self, rivals: int, *, every: bool = False) -> bool:
         """Probabilities over the whole vocabulary, dtype after dtype until one has too low a one; whether none has.

@@ -1,19 +1,25 @@
 """Training objectives as token weights: which tokens the gradient is spent on.
 
 Each takes the cross-entropy of every token, (B, T) in nats, and a mask (B, T) of the supervised ones, and returns
-weights (B, T), detached; `weighted_mean` turns both into a loss. The same training loop serves all of them.
+weights (B, T), detached; `weighted_mean` turns both into a loss. The same training loops serve all of them: what they
+know of an objective is its `Objective`, and `BY_NAME` is where a new one is added.
 
 Where the paper (arXiv 2605.30260) and its published code differ, the code's behaviour is the default here and the
 difference is named.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from loramem.training.settings import ObjectiveName
+
+Idle = Literal["sft", "zero"]
+"""What is trained on when no token is stubborn: all of them, or none."""
 MIN_WEIGHT = 1e-5  # below this sum the published sliding objective falls back to all tokens
 RATIOS = (0.2, 0.4, 0.6, 0.8, 1.0)  # share of the records exposed in each phase of the curriculum
 
@@ -40,7 +46,7 @@ def sft(losses: Tensor, mask: Tensor) -> Tensor:
     return mask.to(losses.dtype)
 
 
-def memft_ot(losses: Tensor, mask: Tensor, threshold: float = 0.5, *, idle: str = "sft") -> Tensor:
+def memft_ot(losses: Tensor, mask: Tensor, threshold: float = 0.5, idle: Idle = "sft") -> Tensor:
     """Weight 1 for stubborn tokens, 0 for the rest (MemFT-OT).
 
     Args:
@@ -52,7 +58,7 @@ def memft_ot(losses: Tensor, mask: Tensor, threshold: float = 0.5, *, idle: str 
     Raises:
         ValueError: Another ``idle``.
     """
-    if idle not in ("sft", "zero"):
+    if idle not in get_args(Idle):
         raise ValueError(f'idle must be "sft" or "zero", not {idle!r}')
     hard = stubborn(losses, mask, threshold)
     if idle == "sft" and not hard.any():
@@ -153,3 +159,22 @@ def memft_sw(
     if weights.sum() <= MIN_WEIGHT:
         weights = sft(losses, mask)
     return weights.to(losses.dtype), SlidingState(anchor, patience, expansion)
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What a training loop is told of an objective."""
+
+    weights: Callable[[Tensor, Tensor, float, Idle], Tensor]
+    """Of tokens, with the arguments of `memft_ot`."""
+    sliding: Callable[[Tensor, Tensor, Tensor, SlidingState, float], tuple[Tensor, SlidingState]] | None = None
+    """Within a single long record, with the arguments of `memft_sw`; None: as elsewhere."""
+    to_convergence: bool = False
+    """Whether learned tokens count as well: all records stay in training, and its progress is the loss of all."""
+
+
+BY_NAME: Mapping[ObjectiveName, Objective] = {
+    "sft": Objective(lambda losses, mask, _threshold, _idle: sft(losses, mask), to_convergence=True),
+    "memft-ot": Objective(memft_ot),
+    "memft-sw": Objective(memft_ot, sliding=memft_sw),
+}

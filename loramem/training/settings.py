@@ -2,9 +2,11 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
-OBJECTIVES = ("sft", "memft-ot", "memft-sw")
+ObjectiveName = Literal["sft", "memft-ot", "memft-sw"]
+OBJECTIVES: tuple[ObjectiveName, ...] = get_args(ObjectiveName)
+"""What each of them is, `loramem.training.objectives` says."""
 MAX_RANK = 128
 """Highest rank of an adapter where nobody allows more. Servers have maxima of their own (`loramem.serving.rules`)."""
 RETIRED = frozenset(
@@ -22,8 +24,8 @@ class WriterSettings:
         ValueError: A contradiction, or a name that is not known.
     """
 
-    objective: str = "memft-sw"
-    """"sft", "memft-ot" or "memft-sw"; the last takes the sliding window for records longer than ``long_tokens``."""
+    objective: ObjectiveName = "memft-sw"
+    """One of `OBJECTIVES`; "memft-sw" takes the sliding window for records longer than ``long_tokens``."""
     train_threshold: float = 0.9
     """Probability that training aims at; above what is certified, or tokens hover at the boundary."""
     certify_threshold: float = 0.6

@@ -22,8 +22,9 @@ from loramem.models.placement import Placement
 from loramem.models.trunk import SPLIT_TOLERANCE
 from loramem.records.prompts import EncodedRecord
 from loramem.training.feature_writer import train_on_features
+from loramem.training.progress import ProgressCallback, Training
 from loramem.training.settings import WriterSettings
-from loramem.training.trainer import ProgressCallback, Training, train_adapter
+from loramem.training.trainer import train_adapter
 
 log = logging.getLogger(__name__)
 

@@ -28,9 +28,9 @@ from loramem.models.features import Features
 from loramem.models.fingerprint import Fingerprint
 from loramem.models.placement import Placement
 from loramem.records.prompts import EncodedRecord
+from loramem.training.progress import ProgressCallback, Training
 from loramem.training.settings import WriterSettings
 from loramem.training.shard_training import ShardTraining, as_decoded, features_of, train_shard, with_other_batches
-from loramem.training.trainer import ProgressCallback, Training
 
 log = logging.getLogger(__name__)
 

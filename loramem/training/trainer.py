@@ -8,8 +8,8 @@ records are left.
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from loramem.records.prompts import EncodedRecord
 from loramem.training import objectives
 from loramem.training.initialization import aligned_rows, collect_moments
 from loramem.training.optimizers import make_optimizer, set_rate
+from loramem.training.progress import ProgressCallback, Training, WriteProgress
 from loramem.training.settings import WriterSettings
 
 log = logging.getLogger(__name__)
@@ -56,51 +57,6 @@ class NetworkSchedule:
     """Steps without progress before the rank grows, in passes over all records."""
     restarts: int = 2
     """How often training may begin again at a third of the rate, where progress stops with most tokens open."""
-
-
-@dataclass(frozen=True)
-class WriteProgress:
-    """What a progress callback is told after every step."""
-
-    step: int
-    tokens_ordered: int
-    """Answer and end tokens at or above the certified probability when last seen."""
-    tokens_total: int
-    min_prob: float
-    """Lowest probability among tokens seen so far; 0 while some were never seen."""
-    loss: float
-    """Mean cross-entropy of the last batch in nats per token."""
-    rank: int
-    elapsed_s: float
-    shard: int = 1
-    shards: int = 1
-
-
-ProgressCallback = Callable[[WriteProgress], None]
-
-
-@dataclass(frozen=True)
-class Training:
-    """The outcome of training one shard."""
-
-    stubborn: tuple[int, ...]
-    """Indices of records that are not certified; empty when the shard is done."""
-    rank: int
-    parameters: int
-    steps: int
-    visits: int
-    """Times a record was in a training batch, over all records."""
-    elapsed_s: float
-
-    def after(self, spent: "Iterable[Training]") -> "Training":
-        """This outcome at the cost of all: what was tried in vain before it counts."""
-        every = [*spent, self]
-        return replace(
-            self,
-            steps=sum(each.steps for each in every),
-            visits=sum(each.visits for each in every),
-            elapsed_s=sum(each.elapsed_s for each in every),
-        )
 
 
 def train_adapter(
@@ -149,16 +105,13 @@ def train_adapter(
     )
 
 
-def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
-    """What training's matrix products are cast to; None leaves them in the model's dtype.
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """What training's matrix products are cast to: bfloat16 where the processor multiplies it natively.
 
-    Args:
-        precision: "float32", "bfloat16", or "auto": bfloat16 where the processor multiplies it natively.
+    None leaves them in the model's dtype.
     """
-    if precision == "auto":
-        native = device.type == "cuda" or (device.type == "cpu" and torch.cpu._is_avx512_bf16_supported())
-        precision = "bfloat16" if native else "float32"
-    return torch.bfloat16 if precision == "bfloat16" else None
+    native = device.type == "cuda" or (device.type == "cpu" and torch.cpu._is_avx512_bf16_supported())
+    return torch.bfloat16 if native else None
 
 
 class _Run:
@@ -186,10 +139,11 @@ class _Run:
         self.open_tokens = self.tokens.clone()
         self.losses = torch.full((len(self.records),), math.inf)
         self.open_losses = self.losses.clone()
+        self.objective = objectives.BY_NAME[settings.objective]
         single_long = len(self.records) == 1 and self.records[0].length > settings.long_tokens
         self.sliding = objectives.SlidingState.start(1, adapted.base.device) if single_long else None
         self.learning_rate = schedule.learning_rate
-        self.autocast = autocast_dtype("auto", adapted.base.device)  # weights, losses and checks stay float32
+        self.autocast = autocast_dtype(adapted.base.device)  # weights, losses and checks stay float32
         self.rank = rank
         self.align()
 
@@ -282,12 +236,12 @@ class _Run:
         return False
 
     def active(self) -> list[int]:
-        """Records whose gradient is worth a forward pass: all for plain cross-entropy, else those with a token left.
+        """Records whose gradient is worth a forward pass: those with a token left, or all on the way to convergence.
 
-        The objectives give the others weight 0, but only leaving them out saves their forward pass.
+        Objectives give the others weight 0, but only leaving them out saves their forward pass.
         """
         everything = range(len(self.records))
-        if self.settings.objective == "sft" or self.sliding is not None:
+        if self.objective.to_convergence or self.sliding is not None:
             return list(everything)
         return [index for index in everything if not self.lowest[index] >= self.settings.train_threshold]
 
@@ -332,14 +286,11 @@ class _Run:
         return True
 
     def weights(self, losses: Tensor, supervised: Tensor, correct: Tensor) -> Tensor:
-        if self.settings.objective == "sft":
-            return objectives.sft(losses, supervised)
-        if self.settings.objective == "memft-sw" and self.sliding is not None:
-            weights, self.sliding = objectives.memft_sw(
-                losses, supervised, correct, self.sliding, self.settings.train_threshold
-            )
-            return weights
-        return objectives.memft_ot(losses, supervised, self.settings.train_threshold)
+        objective, threshold = self.objective, self.settings.train_threshold
+        if self.sliding is None or objective.sliding is None:
+            return objective.weights(losses, supervised, threshold, "sft")
+        weights, self.sliding = objective.sliding(losses, supervised, correct, self.sliding, threshold)
+        return weights
 
     def rate_factor(self) -> float:
         """Learning rate as a share of its start, tied to progress: the last tokens settle only when it falls.
@@ -377,12 +328,12 @@ class _Run:
         """Progress is fewer stubborn tokens, or a loss 1 % below that of the last progress.
 
         The loss is that of the stubborn tokens, since a few of them rise slowly while the mean has long settled; for
-        plain cross-entropy, which is trained to convergence, that of all.
+        an objective that is trained to convergence, that of all.
 
         Without progress the rate is halved; while the last half of the tokens settles, also with too little of it.
         """
         unordered = self.unordered
-        to_convergence = self.settings.objective == "sft"
+        to_convergence = self.objective.to_convergence
         loss = float((self.losses if to_convergence else self.open_losses).sum())
         progress = unordered < self.best_unordered or loss < 0.99 * self.best_loss
         if progress:

@@ -17,8 +17,8 @@ from loramem.results import WriteReport
 from loramem.suites.runner import Result
 from loramem.suites.timing import clock, conditions, warm_up
 from loramem.training import shards
+from loramem.training.progress import WriteProgress
 from loramem.training.shard_training import ShardTraining
-from loramem.training.trainer import WriteProgress
 
 
 class _Stopped(Exception):
