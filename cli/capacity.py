@@ -13,7 +13,7 @@ from .output import note, print_facts, print_json, print_markdown
 
 if TYPE_CHECKING:
     from loramem.planning.calibration import Calibration, KindSamples
-    from loramem.planning.plan import Basis, Plan, RankLimits, ShardPlan
+    from loramem.planning.plan import Basis, GoalName, Plan, RankLimits, ShardPlan
     from loramem.store.manifest import Manifest
 
 TOKENS_PER_RECORD = 10
@@ -59,7 +59,7 @@ def command(
     key_field: str,
     value_field: str,
     namespace: str,
-    goal: str,
+    goal: "GoalName",
     rank: int | None,
     one_adapter: bool,
 ) -> None:
@@ -96,7 +96,7 @@ def command(
     _show(plan, name, location)
 
 
-def _limits(goal: str, max_rank: int, ranks: tuple[int, ...] | None, rank: int | None) -> "RankLimits":
+def _limits(goal: "GoalName", max_rank: int, ranks: tuple[int, ...] | None, rank: int | None) -> "RankLimits":
     from loramem.planning.plan import RankLimits, check_request
 
     try:
@@ -114,7 +114,7 @@ def _plan_length(
     store: Path,
     model: str | None,
     device: str,
-    goal: str,
+    goal: "GoalName",
     rank: int | None,
     limits: "RankLimits",
     one_adapter: bool,

@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING
 
 import click
 
+from loramem.models.dtypes import DTYPES, Dtype
+from loramem.serving.targets import TARGETS, Target
+
 from . import options
 from .output import note, print_json, print_table
 
@@ -14,7 +17,6 @@ if TYPE_CHECKING:
     from loramem.results import AdapterCheck, Finding, ServingReport
 
 RECALL_INCOMPLETE, NOT_SERVABLE = 3, 7
-TARGETS = ("peft", "vllm", "sglang")
 
 
 @click.command("check")
@@ -26,16 +28,16 @@ TARGETS = ("peft", "vllm", "sglang")
 @click.option("--base-name", help="The model name or path that the server is started with.")
 @click.option(
     "--dtype",
-    type=click.Choice(["float32", "bfloat16", "float16"]),
+    type=click.Choice(DTYPES),
     help="Also decode every record with base model and adapters cast to it, as servers do.",
 )
 @options.store_options
 def command(
     folders: tuple[Path, ...],
-    targets: tuple[str, ...],
+    targets: tuple[Target, ...],
     max_rank: int | None,
     base_name: str | None,
-    dtype: str | None,
+    dtype: Dtype | None,
     store: Path,
     model: str | None,
     device: str,

@@ -4,18 +4,21 @@ from pathlib import Path
 
 import click
 
+from loramem.models.dtypes import DTYPES, Dtype
+from loramem.serving.targets import TARGETS, Target
+
 from . import options
 from .output import note, print_facts, print_json
 
 
 @click.command("deploy")
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
-@click.option("--target", type=click.Choice(["peft", "vllm", "sglang"]), required=True, help="Who loads them.")
+@click.option("--target", type=click.Choice(TARGETS), required=True, help="Who loads them.")
 @click.option("--base-name", help="The model name or path that the server is started with.")
 @click.option("--pad-rank", type=click.IntRange(1), metavar="R", help="One rank for all adapters, padded with zeros.")
 @click.option(
     "--dtype",
-    type=click.Choice(["float32", "bfloat16", "float16"]),
+    type=click.Choice(DTYPES),
     default="float32",
     show_default=True,
     help="Of the weights in the files.",
@@ -24,10 +27,10 @@ from .output import note, print_facts, print_json
 @options.store_options
 def command(
     folder: Path,
-    target: str,
+    target: Target,
     base_name: str | None,
     pad_rank: int | None,
-    dtype: str,
+    dtype: Dtype,
     include_keys: bool,
     store: Path,
     model: str | None,

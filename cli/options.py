@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from loramem import MemoryStore, Record
+    from loramem.models.dtypes import Dtype
     from loramem.models.placement import Placement
+    from loramem.planning.plan import GoalName
 
 Command = Callable[..., Any]
 
@@ -140,7 +142,7 @@ def one_adapter_option(command: Command) -> Command:
     return _ONE_ADAPTER(command)
 
 
-def writer_settings(goal: str, rank: int | None, max_rank: int, seed: int = 0) -> WriterSettings:
+def writer_settings(goal: "GoalName", rank: int | None, max_rank: int, seed: int = 0) -> WriterSettings:
     """How to train within the ranks allowed; a rank beyond them is a wrong option."""
     from loramem.planning.plan import RankLimits, check_request
 
@@ -213,7 +215,7 @@ def open_store(
     *,
     create: bool = False,
     keep_values: bool | None = None,
-    serve: "Sequence[str] | None" = None,
+    serve: "Sequence[Dtype] | None" = None,
     wait_s: float = 0.0,
 ) -> "MemoryStore":
     """The store that the options name."""

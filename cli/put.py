@@ -1,12 +1,16 @@
 """loramem put: one record."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from . import options
 from .output import note, note_needs_ids, print_json
 from .progress import write_bar
+
+if TYPE_CHECKING:
+    from loramem.planning.plan import GoalName
 
 
 @click.command("put")
@@ -23,7 +27,7 @@ def command(
     device: str,
     as_json: bool,
     namespace: str,
-    goal: str,
+    goal: "GoalName",
     rank: int | None,
     max_rank: int,
     wait_s: float,

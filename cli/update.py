@@ -1,12 +1,16 @@
 """loramem update: another value or other metadata for a record."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from . import options
 from .output import note, note_needs_ids, print_json
 from .progress import write_bar
+
+if TYPE_CHECKING:
+    from loramem.planning.plan import GoalName
 
 
 @click.command("update")
@@ -26,7 +30,7 @@ def command(
     as_json: bool,
     wait_s: float,
     namespace: str,
-    goal: str,
+    goal: "GoalName",
     rank: int | None,
     max_rank: int,
 ) -> None:

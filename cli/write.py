@@ -1,7 +1,7 @@
 """loramem write: records of a file into adapters."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import click
 
@@ -11,6 +11,8 @@ from .progress import write_bar
 
 if TYPE_CHECKING:
     from loramem.api.reading import OnConflict
+    from loramem.models.dtypes import Dtype
+    from loramem.planning.plan import GoalName
 
 
 @click.command("write")
@@ -50,7 +52,7 @@ def command(
     key_field: str,
     value_field: str,
     namespace: str,
-    goal: str,
+    goal: "GoalName",
     rank: int | None,
     max_rank: int,
     one_adapter: bool,
@@ -95,7 +97,7 @@ def command(
                 device,
                 create=True,
                 keep_values=keep_values,
-                serve=None if serve is None else serve.split(","),
+                serve=None if serve is None else cast("list[Dtype]", serve.split(",")),
                 wait_s=wait_s,
             ) as opened,
             options.pool(workers) as pool,

@@ -11,6 +11,7 @@
     │   ├── UnreachableToken          the base model's head cannot tell one of the value's tokens from another
     │   └── TooLong                   prompt and answer exceed the base model's context
     ├── InputError (ValueError)       the input as a whole: unknown format, not UTF-8, broken JSON
+    ├── UnknownChoice (ValueError)    an argument is none of the strings that it may be
     ├── KeyNotFound (KeyError)        no committed record has this key
     ├── RecallError                   the weights did not give a value back; no value is returned
     ├── WriteError
@@ -148,6 +149,14 @@ class TooLong(RecordError):
     ) -> None:
         super().__init__(message, key=key, line=line)
         self.tokens, self.limit = tokens, limit
+
+
+class UnknownChoice(LoramemError, ValueError):
+    """An argument is none of the strings that it may be. Attributes: ``argument``, ``value``, ``choices``."""
+
+    def __init__(self, argument: str, value: str, choices: Sequence[str]) -> None:
+        super().__init__(f"{argument} must be one of {', '.join(choices)}, not {value!r}")
+        self.argument, self.value, self.choices = argument, value, tuple(choices)
 
 
 class InputError(LoramemError, ValueError):

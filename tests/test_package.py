@@ -71,6 +71,7 @@ def test_every_error_has_one_root_and_stands_in_the_tree_of_the_docstring() -> N
         errors.PromptCollision("the same prompt", other="b", key="a", line=3),
         errors.OtherBaseModel("another model", expected="1", got="2"),
         errors.UnfinishedWrite("a write waits", write_id=1, records=2),
+        errors.UnknownChoice("goal", "tiny", ["fast", "small"]),
         errors.LoramemError("plain"),
     ],
     ids=lambda error: type(error).__name__,

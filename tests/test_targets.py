@@ -13,7 +13,9 @@ from loramem.models.adapter_header import AdapterHeader, TensorHeader, read_head
 from loramem.models.adapter_tensors import disagreements
 from loramem.models.adapters import portable_config
 from loramem.models.placement import Placement
-from loramem.serving.rules import TARGETS, VLLM_RANKS, Server, findings, findings_together, max_rank_option
+from loramem.serving.guide import COMMANDS
+from loramem.serving.rules import RULES_TOGETHER, VLLM_RANKS, Server, findings, findings_together, max_rank_option
+from loramem.serving.targets import NAMES, TARGETS
 
 ATTENTION, MLP = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
 LAYERS = (4, 5)
@@ -240,3 +242,7 @@ def test_a_header_is_read_without_the_values(tmp_path: Path) -> None:
     read = read_header(tmp_path)
     assert (read.name, read.rank, read.modules) == (tmp_path.name, 2, frozenset({"q_proj"}))
     assert dict(read.tensors) == {name: TensorHeader("BF16", (2, 3))}
+
+
+def test_every_target_has_a_name_rules_and_a_guide_of_its_own() -> None:
+    assert set(TARGETS) == set(NAMES) == set(RULES_TOGETHER) == set(COMMANDS)

@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
+from loramem._util.choices import check_choice
 from loramem._util.out_of_memory import memory_errors
 from loramem.errors import KeyNotFound, StoreChanged, StoreReadOnly
 from loramem.index.connection import sqlite_errors
@@ -17,7 +18,8 @@ from loramem.index.index import NAME as INDEX
 from loramem.index.index import Index
 from loramem.index.rows import PendingWrite, StoredAdapter, StoredRecord, hidden_names
 from loramem.index.snapshot import Spool
-from loramem.planning.plan import ANY_RANK, Basis, Plan, RankLimits, check_request
+from loramem.models.dtypes import Dtype
+from loramem.planning.plan import ANY_RANK, Basis, GoalName, Plan, RankLimits, check_request
 from loramem.records.outcome import Outcome
 from loramem.records.record import RecordLike, as_records
 from loramem.results import (
@@ -32,7 +34,7 @@ from loramem.results import (
     Version,
 )
 from loramem.serving.check import check_store
-from loramem.serving.rules import TARGETS
+from loramem.serving.targets import TARGETS, Target
 from loramem.store import copies
 from loramem.store.manifest import NAME as MANIFEST
 from loramem.store.manifest import Manifest, read_manifest
@@ -163,7 +165,7 @@ class Memory:
         records: Mapping[str, str] | Iterable[RecordLike],
         *,
         namespace: str = "",
-        goal: str = "fast",
+        goal: GoalName = "fast",
         rank: int | None = None,
         limits: RankLimits = ANY_RANK,
         kind: str | None = None,
@@ -178,10 +180,12 @@ class Memory:
             one_adapter: As in `MemoryStore.write`.
 
         Raises:
+            UnknownChoice: No such goal or conflict rule.
             RecordError: A record cannot be written.
             DoesNotFit: A value, or all with ``one_adapter``, is too much for the highest rank allowed.
         """
         check_request(goal, rank, limits)
+        check_choice("on_conflict", on_conflict, get_args(OnConflict))
         with self._turn():
             encoded, _ = self._engine.transaction.admit(as_records(records, namespace), on_conflict)
             return self._engine.transaction.plan(encoded, goal, rank, limits, kind, one_adapter=one_adapter)
@@ -306,11 +310,11 @@ class Memory:
 
     def check(
         self,
-        targets: Iterable[str] = TARGETS,
+        targets: Iterable[Target] = TARGETS,
         *,
         max_rank: int | None = None,
         base_name: str | None = None,
-        dtype: str | None = None,
+        dtype: Dtype | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> ServingReport:
         """Whether servers would take the adapters as they are, with the reason and remedy for each that they would not.
@@ -324,7 +328,7 @@ class Memory:
 
         Raises:
             IntegrityError: An adapter's files are not what was committed.
-            ValueError: No such target.
+            UnknownChoice: No such target.
         """
         with self._turn():
             return check_store(
@@ -333,12 +337,12 @@ class Memory:
 
     def deploy(
         self,
-        target: str,
+        target: Target,
         folder: str | Path,
         *,
         base_name: str | None = None,
         pad_rank: int | None = None,
-        dtype: str = "float32",
+        dtype: Dtype = "float32",
         include_keys: bool = False,
     ) -> DeployReport:
         """Write a new folder of adapters that a server takes as it is, and how to start it; no keys, no values.

@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
+from loramem._util.choices import check_choice
 from loramem._util.events import tell
 from loramem._util.out_of_memory import memory_errors
 from loramem.api.namespace import Namespace
@@ -30,7 +31,8 @@ from loramem.index.connection import sqlite_errors
 from loramem.index.lock import write_lock
 from loramem.index.rows import DISCARDED, RENAMED, PendingWrite
 from loramem.index.sealed_database import VACUUM_DUE
-from loramem.planning.plan import Plan, RankLimits, check_request
+from loramem.models.dtypes import Dtype, DtypeChoice
+from loramem.planning.plan import GoalName, Plan, RankLimits, check_request
 from loramem.records.record import Record, RecordLike, as_records
 from loramem.results import (
     CompactReport,
@@ -107,10 +109,10 @@ class MemoryStore(Memory):
         *,
         revision: str | None = None,
         device: str = "auto",
-        dtype: str = "auto",
+        dtype: DtypeChoice = "auto",
         create: bool = True,
         keep_values: bool | None = None,
-        serve: Sequence[str] | None = None,
+        serve: Sequence[Dtype] | None = None,
         wait_s: float = 0.0,
     ) -> None:
         self.wait_s = wait_s
@@ -141,7 +143,7 @@ class MemoryStore(Memory):
         *,
         namespace: str = "",
         on_conflict: OnConflict = "error",
-        goal: str = "fast",
+        goal: GoalName = "fast",
         rank: int | None = None,
         one_adapter: bool = False,
         partial: bool = False,
@@ -178,7 +180,8 @@ class MemoryStore(Memory):
             TrainingDiverged: NaN or Inf; nothing was committed.
             RecallError: A saved adapter did not decode what training had certified; nothing was committed.
             OutOfMemory: A batch did not fit into memory; the write waits to be resumed or discarded.
-            ValueError: An unknown goal or conflict rule, or a rank above the highest allowed.
+            UnknownChoice: No such goal or conflict rule.
+            ValueError: A rank above the highest allowed.
         """
         _check(goal, rank, settings)
         _check_conflict(on_conflict)
@@ -194,7 +197,7 @@ class MemoryStore(Memory):
         *,
         namespace: str = "",
         metadata: Mapping[str, Any] | None = None,
-        goal: str = "fast",
+        goal: GoalName = "fast",
         rank: int | None = None,
         settings: WriterSettings | None = None,
         progress: "ProgressCallback | None" = None,
@@ -227,7 +230,7 @@ class MemoryStore(Memory):
         new_key: str,
         *,
         namespace: str = "",
-        goal: str = "fast",
+        goal: GoalName = "fast",
         rank: int | None = None,
         settings: WriterSettings | None = None,
         progress: "ProgressCallback | None" = None,
@@ -524,11 +527,10 @@ def _several(keys: str | Iterable[str]) -> Iterable[str]:
     return [keys] if isinstance(keys, str) else keys
 
 
-def _check(goal: str, rank: int | None, settings: WriterSettings | None) -> None:
+def _check(goal: GoalName, rank: int | None, settings: WriterSettings | None) -> None:
     """Refuse what no plan of a write with these settings can follow."""
     check_request(goal, rank, RankLimits((settings or WriterSettings()).max_rank))
 
 
 def _check_conflict(on_conflict: str) -> None:
-    if on_conflict not in ("error", "skip", "replace"):
-        raise ValueError(f"on_conflict must be error, skip or replace, not {on_conflict!r}")
+    check_choice("on_conflict", on_conflict, get_args(OnConflict))

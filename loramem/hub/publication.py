@@ -24,6 +24,8 @@ from pydantic import (
 )
 
 from loramem.index.rows import StoredAdapter, StoredRecord, hidden_names, prompt_digest
+from loramem.models.dtypes import Dtype
+from loramem.planning.plan import GoalName
 from loramem.store.manifest import Manifest
 from loramem.training.settings import RETIRED, WriterSettings
 
@@ -60,7 +62,7 @@ class PublishedBase(_Strict):
     revision: Annotated[str, StringConstraints(pattern="^[0-9a-f]{40}$")] | None
     fingerprint: dict[str, Hex64]
     """Fields of `loramem.models.fingerprint.Fingerprint`; those of older stores have no tensors and parameters."""
-    dtype: Annotated[str, StringConstraints(pattern="^(float32|bfloat16|float16)$")]
+    dtype: Dtype
 
     @field_validator("fingerprint")
     @classmethod
@@ -108,7 +110,7 @@ class PublishedProof(BaseModel):
 class PublishedRequest(_Strict):
     """How a write was asked for."""
 
-    goal: Literal["fast", "small"]
+    goal: GoalName
     rank: Annotated[int, Field(ge=1, le=4096)] | None
     one_adapter: bool = False
 

@@ -26,12 +26,13 @@ from transformers import PreTrainedModel
 from loramem.errors import UnsupportedBaseModel
 from loramem.models.adapter_header import CONFIG, WEIGHTS
 from loramem.models.base_model import DTYPES, BaseModel
+from loramem.models.dtypes import Dtype
 from loramem.models.feature_cache import FeatureCache
 from loramem.models.module_names import adapted_paths
 from loramem.models.placement import Placement
 
 CARD = "README.md"
-STORED_DTYPE = "float32"  # of every saved adapter; PEFT keeps it on a base of any dtype
+STORED_DTYPE: Dtype = "float32"  # of every saved adapter; PEFT keeps it on a base of any dtype
 ALPHA_PER_RANK = 2  # alpha = 2·r: the scaling alpha/r stays 2 when the rank grows, so growth keeps the function
 
 
@@ -46,7 +47,7 @@ class AdaptedModel:
             float32 and raises less to it, whatever the base's dtype.
     """
 
-    def __init__(self, base: BaseModel, max_loaded: int = 8, adapter_dtype: str | None = None) -> None:
+    def __init__(self, base: BaseModel, max_loaded: int = 8, adapter_dtype: Dtype | None = None) -> None:
         self.base = base
         self.max_loaded = max_loaded
         self.adapter_dtype = None if adapter_dtype is None else DTYPES[adapter_dtype]

@@ -19,6 +19,7 @@ from loramem import embedded
 from loramem._util.out_of_memory import memory_errors
 from loramem.errors import BaseModelNotFound, UnsupportedBaseModel, reason
 from loramem.models.architecture import check_architecture
+from loramem.models.dtypes import Dtype, DtypeChoice
 from loramem.models.fingerprint import Fingerprint, fingerprint
 from loramem.models.model_files import check_files
 from loramem.models.parameters import parameters_sha256
@@ -39,7 +40,7 @@ SNAPSHOT = re.compile(r"/models--([^/]+)/snapshots/([0-9a-f]{40})$")
 """End of the path of a repository's commit in the Hub's cache."""
 # The same weights once more in another vendor's layout, and folders of other formats: a pattern's * crosses "/".
 HUB_IGNORED = ("consolidated*", "*/*")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES: Mapping[Dtype, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass
@@ -62,7 +63,7 @@ class BaseModel:
     """Rows of the embedding and the unembedding: token ids from here on cannot be computed."""
     fingerprint: Fingerprint
     device: torch.device
-    dtype: str
+    dtype: Dtype
 
     def check(self, stored: Mapping[str, str], dtype: str) -> None:
         """Compare with the fingerprint that a store was written with, and in which dtype.
@@ -89,7 +90,7 @@ def load_base_model(
     *,
     revision: str | None = None,
     device: str = "auto",
-    dtype: str = "auto",
+    dtype: DtypeChoice = "auto",
     rehash: bool = False,
 ) -> BaseModel:
     """Load a causal language model and freeze it.

@@ -11,7 +11,7 @@ once more, each alone.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -79,7 +79,7 @@ def prove(
     model: PreTrainedModel,
     records: Sequence[EncodedRecord],
     adapter: str,
-    dtypes: dict[str, str],
+    dtypes: Mapping[str, str],
     ending: Ending | None = None,
 ) -> Proof:
     """Examine the active adapter, and take nothing less than every record.
@@ -106,7 +106,9 @@ def prove(
     )
 
 
-def prove_alone(model: PreTrainedModel, records: Sequence[EncodedRecord], adapter: str, dtypes: dict[str, str]) -> None:
+def prove_alone(
+    model: PreTrainedModel, records: Sequence[EncodedRecord], adapter: str, dtypes: Mapping[str, str]
+) -> None:
     """Decode records from the active adapter free-running, one by one.
 
     Raises:
@@ -150,7 +152,7 @@ def misrecalled(model: PreTrainedModel, records: Sequence[EncodedRecord], batche
             yield index
 
 
-def _refused(adapter: str, record: EncodedRecord, how: str, dtypes: dict[str, str]) -> RecallError:
+def _refused(adapter: str, record: EncodedRecord, how: str, dtypes: Mapping[str, str]) -> RecallError:
     key = record.record.key
     return RecallError(
         f"Adapter {adapter} does not decode {key!r} exactly in {dtypes['base']} ({how}). Nothing was committed; write "

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from loramem._util.choices import check_choice
 from loramem.errors import InputError
 from loramem.models.adapters import AdaptedModel
 from loramem.models.base_model import BaseModel
@@ -76,8 +77,7 @@ class Request:
     """Records of your own, drawn from without replacement."""
 
     def __post_init__(self) -> None:
-        if self.objective not in OBJECTIVES:
-            raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}, not {self.objective!r}")
+        check_choice("objective", self.objective, OBJECTIVES)
         if self.kind not in KINDS and not self.data:
             raise ValueError(f"kind must be one of {', '.join(KINDS)}, not {self.kind!r}")
         if not self.ranks or not self.lengths or min(*self.ranks, *self.lengths) < 1:

@@ -20,7 +20,7 @@ from loramem.errors import BoundaryError, InputError, LawError
 from loramem.models.shard_sizes import Size
 from loramem.planning import law_fit, success, visits
 from loramem.planning.law import MemoryLaw
-from loramem.planning.plan import ANY_RANK, Basis, Plan, Price, RankLimits, plan_write
+from loramem.planning.plan import ANY_RANK, Basis, GoalName, Plan, Price, RankLimits, plan_write
 from loramem.planning.runs import Run
 from loramem.planning.success import SuccessBoundary
 from loramem.planning.visits import Pace
@@ -222,7 +222,7 @@ def plan_length(
     length: int,
     records: int,
     *,
-    goal: str = "fast",
+    goal: GoalName = "fast",
     rank: int | None = None,
     limits: RankLimits = ANY_RANK,
     one_adapter: bool = False,

@@ -17,8 +17,9 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
+from loramem._util.choices import check_choice
 from loramem.errors import DoesNotFit, OutOfReach
 from loramem.models.shard_sizes import Size, cut
 from loramem.planning.law import MemoryLaw
@@ -32,6 +33,9 @@ ADAPTER_BYTES, MATRIX_BYTES = 1400, 150  # of an adapter's files beside its weig
 WIDEST = 1024  # times the law's rank: the end of the search for its interval
 
 
+GoalName = Literal["fast", "small"]
+
+
 @dataclass(frozen=True)
 class Goal:
     """What a write is planned for; measured, docs/engine.md."""
@@ -41,11 +45,13 @@ class Goal:
     probability: float
     """That no higher rank is needed, by the success boundary: "small" begins low, since growing costs seconds."""
     min_rank: int
+    spends: bool
+    """Whether parameters are spent down to ``density`` where fewer would do, which saves steps."""
 
 
-GOALS = {
-    "fast": Goal(density=0.08, probability=0.9, min_rank=16),
-    "small": Goal(density=1.0, probability=0.1, min_rank=1),
+GOALS: Mapping[GoalName, Goal] = {
+    "fast": Goal(density=0.08, probability=0.9, min_rank=16, spends=True),
+    "small": Goal(density=1.0, probability=0.1, min_rank=1, spends=False),
 }
 
 
@@ -124,7 +130,7 @@ class ShardPlan:
 class Plan:
     """What a write would do."""
 
-    goal: str
+    goal: GoalName
     shards: tuple[ShardPlan, ...]
     calibrated: bool
     """Whether ranks rest on a success boundary of this base model and placement."""
@@ -198,14 +204,14 @@ class RankLimits:
 ANY_RANK = RankLimits()
 
 
-def check_request(goal: str, rank: int | None, limits: RankLimits = ANY_RANK) -> None:
+def check_request(goal: GoalName, rank: int | None, limits: RankLimits = ANY_RANK) -> None:
     """Refuse what no plan can follow.
 
     Raises:
-        ValueError: Unknown goal, or a rank outside the limits.
+        UnknownChoice: No such goal.
+        ValueError: A rank outside the limits.
     """
-    if goal not in GOALS:
-        raise ValueError(f"goal must be one of {', '.join(GOALS)}, not {goal!r}")
+    check_choice("goal", goal, tuple(GOALS))
     if rank is not None and not 1 <= rank <= limits.highest:
         remedy = f". Give a lower one, or allow it with max_rank={rank} (--max-rank {rank})" if rank > 0 else ""
         raise ValueError(f"rank must be between 1 and {limits.highest}, not {rank}{remedy}")
@@ -218,7 +224,7 @@ def plan_write(
     price: Callable[[int, int], Price],
     basis: Basis,
     *,
-    goal: str = "fast",
+    goal: GoalName = "fast",
     rank: int | None = None,
     limits: RankLimits = ANY_RANK,
     one_adapter: bool = False,
@@ -268,7 +274,7 @@ def plan_groups(
     price: Callable[[int, int], Price],
     basis: Basis,
     *,
-    goal: str = "fast",
+    goal: GoalName = "fast",
     rank: int | None = None,
     limits: RankLimits = ANY_RANK,
     one_adapter: bool = False,
@@ -293,7 +299,7 @@ def _one_adapter(
     lengths: Sequence[int],
     price: Callable[[int, int], Price],
     basis: Basis,
-    goal: str,
+    goal: GoalName,
     rank: int | None,
     limits: RankLimits,
 ) -> Plan:
@@ -342,7 +348,7 @@ def law_rank(law: MemoryLaw, base_loss: float, length: float) -> LawRank | None:
     return LawRank(rank, low=reaches(1, 0.5), high=reaches(0, 2.0))
 
 
-def _needed(cost_bits: float, length: int, basis: Basis, goal: str, rank: int | None) -> int:
+def _needed(cost_bits: float, length: int, basis: Basis, goal: GoalName, rank: int | None) -> int:
     """The least rank worth trying; the least that can hold it at all if the rank is given."""
     least = math.ceil(cost_bits / (MOST_BITS * basis.parameters_per_rank))
     if rank is not None:
@@ -362,7 +368,7 @@ def _shard(
     price: Price,
     needed: int,
     basis: Basis,
-    goal: str,
+    goal: GoalName,
     rank: int | None,
     limits: RankLimits,
 ) -> ShardPlan:
@@ -375,9 +381,10 @@ def _shard(
             cost_bits=cost,
             rank=limits.most,
         )
-    wanted = max(needed, GOALS[goal].min_rank)
-    if goal == "fast":
-        wanted = max(wanted, min(math.ceil(cost / (GOALS[goal].density * per_rank)), int(basis.size.width / 2)))
+    aim = GOALS[goal]
+    wanted = max(needed, aim.min_rank)
+    if aim.spends:
+        wanted = max(wanted, min(math.ceil(cost / (aim.density * per_rank)), int(basis.size.width / 2)))
     chosen = rank or limits.at_least(max(wanted, 1))
     parameters = chosen * per_rank
     reduction = basis.law.predict(chosen, length) if basis.law else None

@@ -9,8 +9,10 @@ from loramem._util.layout import ADAPTERS
 from loramem.errors import IntegrityError
 from loramem.index.rows import StoredRecord
 from loramem.models.adapter_header import AdapterHeader, read_header
+from loramem.models.dtypes import Dtype
 from loramem.results import AdapterCheck, ChatKeys, Finding, ServingReport
-from loramem.serving.rules import NAMES, PEFT, Server, findings, findings_together
+from loramem.serving.rules import Server, findings, findings_together
+from loramem.serving.targets import NAMES, PEFT, Target
 from loramem.store.integrity import file_problems
 from loramem.store.manifest import Manifest
 from loramem.store.session import Engine
@@ -21,17 +23,16 @@ if TYPE_CHECKING:
 
 def check_store(
     engine: Engine,
-    targets: Sequence[str],
+    targets: Sequence[Target],
     *,
     max_rank: int | None = None,
     base_name: str | None = None,
-    dtype: str | None = None,
+    dtype: Dtype | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> ServingReport:
     """What servers would make of a store's adapters.
 
     Args:
-        targets: Of `loramem.serving.rules.TARGETS`.
         max_rank: The server's maximum, where it runs already.
         base_name: The model name or path that it is started with.
         dtype: Decode every record with base model and adapters cast to it; None decodes nothing.
@@ -39,7 +40,7 @@ def check_store(
 
     Raises:
         IntegrityError: An adapter's files are not what was committed.
-        ValueError: No such target.
+        UnknownChoice: No such target.
     """
     with engine.index.snapshot():
         adapters = list(engine.index.adapters())
@@ -75,7 +76,7 @@ def chat_keys(manifest: Manifest, records: Iterable[StoredRecord]) -> ChatKeys |
 
 def check_folders(
     folders: Sequence[Path],
-    targets: Sequence[str],
+    targets: Sequence[Target],
     *,
     max_rank: int | None = None,
     base_name: str | None = None,
@@ -85,7 +86,6 @@ def check_folders(
 
     Args:
         folders: Of one adapter each.
-        targets: Of `loramem.serving.rules.TARGETS`.
         max_rank: The server's maximum, where it runs already.
         base_name: The model name or path that it is started with.
         model: A base model, by Hub id, local folder or "loramem-tiny": every tensor's path and shape is compared with
@@ -121,7 +121,7 @@ def check_headers(headers: Sequence[AdapterHeader], server: Server) -> list[Find
     return alone + findings_together(headers, server)
 
 
-def server_of(engine: Engine, target: str, max_rank: int | None, base_name: str | None) -> Server:
+def server_of(engine: Engine, target: Target, max_rank: int | None, base_name: str | None) -> Server:
     """What a store says of the server that would load its adapters."""
     is_local = engine.manifest.revision is None  # otherwise its name is a Hub id, wherever it lies here
     return Server(target, max_rank, base_name, is_local, _architecture(engine.base_folder()))

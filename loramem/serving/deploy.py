@@ -14,15 +14,18 @@ from typing import Any
 from safetensors.torch import load, save
 from torch import Tensor
 
+from loramem._util.choices import check_choice
 from loramem._util.files import beside, publish_new, write_directory, write_synced
 from loramem._util.layout import ADAPTERS
 from loramem.errors import AdapterError, IntegrityError, NotServable, StoreError
 from loramem.index.rows import StoredAdapter, StoredRecord
 from loramem.models.adapter_header import CONFIG, WEIGHTS, AdapterHeader, read_header
 from loramem.models.base_model import DTYPES
+from loramem.models.dtypes import Dtype
 from loramem.results import DeployReport, Finding
 from loramem.serving.check import chat_keys, check_headers, notes_of, server_of
 from loramem.serving.guide import guide
+from loramem.serving.targets import Target
 from loramem.store.session import Engine
 
 PROMPT, ROUTING, GUIDE = "prompt.json", "routing.jsonl", "README.md"
@@ -34,20 +37,18 @@ BASE = "FOLDER_OF_THE_BASE_MODEL"
 class Deployment:
     """What the server wants that the store has otherwise."""
 
-    target: str
-    """"peft", "vllm" or "sglang"."""
+    target: Target
     base_name: str | None = None
     """The model name or path that it is started with; None keeps what the adapters say."""
     pad_rank: int | None = None
     """One rank for all adapters, at least their largest; None keeps theirs."""
-    dtype: str = "float32"
-    """Of the weights in the files: "float32", "bfloat16" or "float16"."""
+    dtype: Dtype = "float32"
+    """Of the weights in the files."""
     include_keys: bool = False
     """Write `ROUTING`, which says which adapter answers which key."""
 
     def __post_init__(self) -> None:
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, not {self.dtype!r}")
+        check_choice("dtype", self.dtype, tuple(DTYPES))
 
 
 def deploy(engine: Engine, folder: Path, wanted: Deployment) -> DeployReport:
@@ -179,7 +180,7 @@ def _files(name: str, config: dict[str, Any], tensors: dict[str, Tensor], wanted
     }
 
 
-def _accepted(headers: list[AdapterHeader], found: list[Finding], target: str) -> list[Finding]:
+def _accepted(headers: list[AdapterHeader], found: list[Finding], target: Target) -> list[Finding]:
     """The notes among the findings.
 
     Raises:

@@ -1,19 +1,20 @@
 """The README of a deployed folder: how the server is started, how it is asked, what was not tried."""
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from loramem.models.adapter_header import AdapterHeader
 from loramem.results import ChatKeys, Finding
-from loramem.serving.rules import NAMES, PEFT, SGLANG_BATCH, VLLM, max_rank_option
+from loramem.serving.rules import SGLANG_BATCH, max_rank_option
+from loramem.serving.targets import NAMES, PEFT, SGLANG, VLLM, Target
 
 _EXAMPLE_TOKENS = 64
 
 
 def guide(
     adapters: Sequence[AdapterHeader],
-    target: str,
+    target: Target,
     base_name: str,
     prompt: Mapping[str, Any],
     notes: Sequence[Finding],
@@ -29,12 +30,11 @@ def guide(
         chat: Which keys may be asked by chat; None without a chat template.
         routed: Whether the folder says which adapter answers which key.
     """
-    commands = {PEFT: _peft, VLLM: _vllm}.get(target, _sglang)(adapters, base_name, prompt)
     paragraphs = [
         f"# {len(adapters)} LoRA adapters of `{base_name}` for {NAMES[target]}",
         "Written by `loramem deploy`. Each folder is one adapter in PEFT format; its name is its id in the store. They "
         "hold facts verbatim: whoever has them can extract them.",
-        *commands,
+        *COMMANDS[target](adapters, base_name, prompt),
         _routing(prompt, routed),
         *([_by_chat(chat, routed)] if chat else []),
         *(["\n".join(f"- {note}" for note in notes)] if notes else []),
@@ -101,6 +101,14 @@ def _peft(adapters: Sequence[AdapterHeader], base_name: str, prompt: Mapping[str
         "print(tokenizer.decode(output[0, prompt.shape[1]:], skip_special_tokens=True))",
     ]
     return ["In this folder:", _block("\n".join(lines), "python")]
+
+
+COMMANDS: Mapping[Target, Callable[[Sequence[AdapterHeader], str, Mapping[str, Any]], list[str]]] = {
+    PEFT: _peft,
+    VLLM: _vllm,
+    SGLANG: _sglang,
+}
+"""Paragraphs that say how the server is started and asked."""
 
 
 def _routing(prompt: Mapping[str, Any], routed: bool) -> str:

@@ -15,14 +15,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from loramem import embedded
+from loramem._util.choices import check_choice
 from loramem.models.adapter_config import PLACING, accepted, refusals
 from loramem.models.adapter_header import DTYPES, AdapterHeader
 from loramem.models.adapter_tensors import EMBEDDINGS, absences, disagreements
 from loramem.results import Finding
+from loramem.serving.targets import NAMES, PEFT, SGLANG, TARGETS, VLLM, Target
 
-PEFT, VLLM, SGLANG = "peft", "vllm", "sglang"
-TARGETS = (PEFT, VLLM, SGLANG)
-NAMES = {PEFT: "PEFT", VLLM: "vLLM", SGLANG: "SGLang"}
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What --max-lora-rank may be; a server loads any rank up to its maximum."""
 VLLM_DEFAULT_RANK = 16
@@ -41,8 +40,7 @@ LoRA-GA changes it while it trains, which no loader repeats, PEFT's neither."""
 class Server:
     """What is known of the server that is to load them."""
 
-    target: str
-    """One of `TARGETS`."""
+    target: Target
     max_rank: int | None = None
     """Its maximum, if it is started already; None leaves it to be chosen."""
     base_name: str | None = None
@@ -55,8 +53,7 @@ class Server:
     """Whether the tensors are compared with the base model itself, which knows what modules it has."""
 
     def __post_init__(self) -> None:
-        if self.target not in TARGETS:
-            raise ValueError(f"target must be one of {', '.join(TARGETS)}, not {self.target!r}")
+        check_choice("target", self.target, TARGETS)
 
 
 Rule = Callable[[AdapterHeader, Server], Iterator[Finding]]
@@ -69,7 +66,7 @@ class Feature:
     field: str
     plain: Callable[[Any], bool]
     """Whether a value means that the feature is not used."""
-    fate: Mapping[str, str]
+    fate: Mapping[Target, str]
     """By target, if it is not served as PEFT computes it."""
     remedy: str
 
@@ -174,7 +171,7 @@ def findings(adapter: AdapterHeader, server: Server) -> list[Finding]:
 
 def findings_together(adapters: Sequence[AdapterHeader], server: Server) -> list[Finding]:
     """What the server must be started with so that it takes all of them; notes alone, except of the rank it has."""
-    return list(_together(adapters, server)) if adapters else []
+    return list(RULES_TOGETHER[server.target](adapters, server)) if adapters else []
 
 
 def max_rank_option(rank: int) -> int | None:
@@ -312,37 +309,47 @@ RULES: tuple[Rule, ...] = (_kind, _config, _features, _begun, _rank, _modules, _
 # Rules of all adapters together
 
 
-def _together(adapters: Sequence[AdapterHeader], server: Server) -> Iterator[Finding]:
-    if server.target == PEFT:
-        return
+def _vllm_together(adapters: Sequence[AdapterHeader], server: Server) -> Iterator[Finding]:
     rank, count = max(adapter.rank for adapter in adapters), len(adapters)
-    if server.target == VLLM:
-        if server.max_rank is not None and server.max_rank not in VLLM_RANKS:
-            choices = ", ".join(map(str, VLLM_RANKS))
-            why = f"vLLM takes {choices}"
-            remedy = f"Use {max_rank_option(server.max_rank) or VLLM_RANKS[-1]}."
-            yield Finding(VLLM, None, "rank", True, f"--max-lora-rank {server.max_rank}", why, remedy)
-        elif server.max_rank is None and rank > VLLM_DEFAULT_RANK and (option := max_rank_option(rank)):
-            why = f"vLLM's maximum is {VLLM_DEFAULT_RANK} unless it is told"
-            yield _note(server, "rank", f"rank {rank}", why, f"Start it with --max-lora-rank {option}.")
-        if count > 1:
-            why = "with --max-loras 1, the default, requests for different ones take turns"
-            yield _note(server, "count", f"{count} adapters", why, "Start it with --max-loras as memory allows.")
-    else:
-        sets = Counter(adapter.modules for adapter in adapters)
-        if len(sets) > 1:
-            union = " ".join(sorted(frozenset().union(*sets)))
-            why = "SGLang reserves memory for the modules of those it is started with"
-            remedy = f"Start it with --lora-target-modules {union} --max-lora-rank {rank}."
-            yield _note(server, "modules", f"{len(sets)} different sets of modules", why, remedy)
-        if count > SGLANG_BATCH:
-            why = f"a batch holds {SGLANG_BATCH} different ones, the base model among them"
-            yield _note(
-                server, "count", f"{count} adapters", why, "Start it with --max-loras-per-batch as memory allows."
-            )
+    if server.max_rank is not None and server.max_rank not in VLLM_RANKS:
+        choices = ", ".join(map(str, VLLM_RANKS))
+        why = f"vLLM takes {choices}"
+        remedy = f"Use {max_rank_option(server.max_rank) or VLLM_RANKS[-1]}."
+        yield Finding(VLLM, None, "rank", True, f"--max-lora-rank {server.max_rank}", why, remedy)
+    elif server.max_rank is None and rank > VLLM_DEFAULT_RANK and (option := max_rank_option(rank)):
+        why = f"vLLM's maximum is {VLLM_DEFAULT_RANK} unless it is told"
+        yield _note(server, "rank", f"rank {rank}", why, f"Start it with --max-lora-rank {option}.")
+    if count > 1:
+        why = "with --max-loras 1, the default, requests for different ones take turns"
+        yield _note(server, "count", f"{count} adapters", why, "Start it with --max-loras as memory allows.")
+    yield from _revision(adapters, server)
+
+
+def _sglang_together(adapters: Sequence[AdapterHeader], server: Server) -> Iterator[Finding]:
+    rank, count = max(adapter.rank for adapter in adapters), len(adapters)
+    sets = Counter(adapter.modules for adapter in adapters)
+    if len(sets) > 1:
+        union = " ".join(sorted(frozenset().union(*sets)))
+        why = "SGLang reserves memory for the modules of those it is started with"
+        remedy = f"Start it with --lora-target-modules {union} --max-lora-rank {rank}."
+        yield _note(server, "modules", f"{len(sets)} different sets of modules", why, remedy)
+    if count > SGLANG_BATCH:
+        why = f"a batch holds {SGLANG_BATCH} different ones, the base model among them"
+        yield _note(server, "count", f"{count} adapters", why, "Start it with --max-loras-per-batch as memory allows.")
+    yield from _revision(adapters, server)
+
+
+def _revision(adapters: Sequence[AdapterHeader], server: Server) -> Iterator[Finding]:
     if revisions := {str(found) for adapter in adapters if (found := adapter.config.get("revision"))}:
         why = f"{NAMES[server.target]} does not read it from the adapter"
         yield _note(server, "revision", "a pinned base", why, f"Start it with --revision {min(revisions)}.")
+
+
+RULES_TOGETHER: Mapping[Target, Callable[[Sequence[AdapterHeader], Server], Iterator[Finding]]] = {
+    PEFT: lambda _adapters, _server: iter(()),
+    VLLM: _vllm_together,
+    SGLANG: _sglang_together,
+}
 
 
 def _refused(adapter: AdapterHeader, server: Server, rule: str, what: str, why: str, remedy: str) -> Finding:

@@ -10,6 +10,7 @@ from loramem.errors import IntegrityError
 from loramem.index.rows import StoredRecord
 from loramem.models.adapters import STORED_DTYPE
 from loramem.models.certificate import examine, least_certain, misrecalled
+from loramem.models.dtypes import Dtype
 from loramem.records.prompts import encode_record
 from loramem.records.record import Record
 from loramem.results import AdapterCheck
@@ -20,7 +21,7 @@ from loramem.store.session import Engine
 def recheck(
     engine: Engine,
     adapters: Sequence[str] | None = None,
-    dtype: str | None = None,
+    dtype: Dtype | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[AdapterCheck]:
     """Decode every live record of adapters, as read from disk now, and score its tokens.
@@ -56,7 +57,7 @@ def recheck(
     return checks
 
 
-def _check(engine: Engine, adapter: str, rows: Sequence[StoredRecord], adapter_dtype: str) -> AdapterCheck:
+def _check(engine: Engine, adapter: str, rows: Sequence[StoredRecord], adapter_dtype: Dtype) -> AdapterCheck:
     reader, base, model = engine.reader, engine.base, engine.adapted.model
     if engine.adapted.is_loaded(adapter):
         engine.adapted.remove(adapter)  # what counts is the file, not what an earlier call read of it

@@ -11,8 +11,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import asdict, dataclass, replace
 from math import ceil
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from loramem._util.choices import check_choice
 from loramem._util.events import tell
 from loramem.index.commits import Identity, commit_deletion, commit_oblivion, commit_records
 from loramem.index.index import Index, Load
@@ -116,6 +117,7 @@ def alike(chosen: Iterable[Shard]) -> list[list[Shard]]:
 
 def chosen_for(index: Index, which: Which) -> list[list[Shard]]:
     """Groups of shards to rewrite: those that pay, every one that holds a tombstone, or all."""
+    check_choice("which", which, get_args(Which))
     if which == "advised":
         return worth_compacting(shards(index))
     return alike(shard for shard in shards(index) if which == "all" or shard.dead)

@@ -12,6 +12,7 @@ from loramem.index.commits import seal_index
 from loramem.index.index import NAME as INDEX
 from loramem.index.index import Index
 from loramem.index.lock import HOLDER, LOCK, write_lock
+from loramem.models.dtypes import Dtype
 from loramem.store.manifest import NAME as MANIFEST
 from loramem.store.manifest import Manifest
 from loramem.store.session import ModelRequest
@@ -25,7 +26,7 @@ CREATION_S = 10.0
 
 
 def create_store(
-    path: Path, request: ModelRequest, *, keep_values: bool, serve: Sequence[str] | None = None
+    path: Path, request: ModelRequest, *, keep_values: bool, serve: Sequence[Dtype] | None = None
 ) -> "BaseModel | None":
     """Make a store, and give back the base model that it is bound to; None if another process made it meanwhile.
 

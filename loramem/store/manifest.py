@@ -11,6 +11,7 @@ from loramem import embedded
 from loramem._util.files import write_synced
 from loramem.errors import BaseModelNotFound, IntegrityError, StoreFormatError
 from loramem.index.index import Index
+from loramem.models.dtypes import Dtype
 
 if TYPE_CHECKING:
     from loramem.models.base_model import BaseModel
@@ -21,7 +22,7 @@ FORMAT = 1
 NEEDS = "0.1.0"
 """The first version of loramem that reads this format; what an older one tells its user to get."""
 NAME = "store.json"
-SERVE = ("bfloat16",)
+SERVE: tuple[Dtype, ...] = ("bfloat16",)
 """What servers cast to unless told otherwise."""
 
 
@@ -35,14 +36,14 @@ class Manifest:
     """Where a local base model was found; None for Hub models and the embedded one. Never leaves the store."""
     revision: str | None
     fingerprint: dict[str, str]
-    dtype: str
+    dtype: Dtype
     prompt: dict[str, Any]
     """Fields of `loramem.records.prompts.PromptTemplate`."""
     placement: dict[str, Any]
     """Fields of `loramem.models.placement.Placement`."""
     train_threshold: float
     certify_threshold: float
-    serve: tuple[str, ...] = ()
+    serve: tuple[Dtype, ...] = ()
     """Dtypes beside its own in which every write is proved as well."""
     keep_values: bool = True
     """Whether the index holds the values, or only salted digests of them."""
@@ -98,7 +99,7 @@ class Manifest:
         return Placement(tuple(self.placement["modules"]), tuple(self.placement["layers"]))
 
     @classmethod
-    def of(cls, base: "BaseModel", *, serve: Sequence[str] | None = None, keep_values: bool = True) -> "Manifest":
+    def of(cls, base: "BaseModel", *, serve: Sequence[Dtype] | None = None, keep_values: bool = True) -> "Manifest":
         """The manifest of a new store for a loaded base model.
 
         Args:

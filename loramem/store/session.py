@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from loramem import embedded
 from loramem.errors import BaseModelNotFound
 from loramem.index.index import Index
+from loramem.models.dtypes import Dtype, DtypeChoice
 from loramem.store.manifest import Manifest
 
 if TYPE_CHECKING:
@@ -24,21 +25,21 @@ class ModelRequest:
     name: str | None = None
     revision: str | None = None
     device: str = "auto"
-    dtype: str = "auto"
+    dtype: DtypeChoice = "auto"
 
 
 class Engine:
     """Base model, reader and writer of one store."""
 
     def __init__(
-        self, store: Path, index: Index, manifest: Manifest, request: ModelRequest, adapter_dtype: str | None = None
+        self, store: Path, index: Index, manifest: Manifest, request: ModelRequest, adapter_dtype: Dtype | None = None
     ) -> None:
         self.store, self.index, self.manifest, self._request = store, index, manifest, request
         self._adapter_dtype = adapter_dtype
 
-        self._served = dict[str, Engine]()
+        self._served = dict[Dtype, Engine]()
 
-    def served_in(self, dtype: str) -> "Engine":
+    def served_in(self, dtype: Dtype) -> "Engine":
         """The same store as a server in this dtype holds it: the base model loaded in it, adapters cast to it."""
         if dtype not in self._served:
             request = replace(self._request, dtype=dtype)
@@ -103,7 +104,7 @@ class Engine:
         """Writes records."""
         from loramem.store.write import Transaction
 
-        def served(dtype: str) -> "AdaptedModel":
+        def served(dtype: Dtype) -> "AdaptedModel":
             return self.served_in(dtype).adapted
 
         return Transaction(self.store, self.index, self.manifest, self.adapted, served)

@@ -22,12 +22,13 @@ from loramem.index.index import Index
 from loramem.index.rows import FAILED, StoredAdapter, prompt_digest, stored_record
 from loramem.models.adapters import AdaptedModel
 from loramem.models.decoding import answer_probabilities
+from loramem.models.dtypes import Dtype
 from loramem.models.ending import Ending
 from loramem.models.placement import Placement
 from loramem.models.shard_sizes import cut_groups
 from loramem.planning import calibration, timings
 from loramem.planning.cost import costs_bits
-from loramem.planning.plan import ANY_RANK, Basis, Plan, Price, RankLimits, plan_groups
+from loramem.planning.plan import ANY_RANK, Basis, GoalName, Plan, Price, RankLimits, plan_groups
 from loramem.records.outcome import Outcome
 from loramem.records.prompts import EncodedRecord, encode_records
 from loramem.records.record import Record, deduplicate
@@ -54,7 +55,7 @@ class Transaction:
         index: Index,
         manifest: Manifest,
         adapted: AdaptedModel,
-        served: Callable[[str], AdaptedModel],
+        served: Callable[[Dtype], AdaptedModel],
     ) -> None:
         self.store, self.index, self.adapted, self.serve, self._served = store, index, adapted, manifest.serve, served
         self.template, self.placement = manifest.template(), manifest.placed()
@@ -127,7 +128,7 @@ class Transaction:
     def plan(
         self,
         encoded: Sequence[EncodedRecord],
-        goal: str,
+        goal: GoalName,
         rank: int | None,
         limits: RankLimits = ANY_RANK,
         kind: str | None = None,

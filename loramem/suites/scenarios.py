@@ -26,6 +26,7 @@ from loramem.suites.runner import Known, Request, Result, Table, public_name
 if TYPE_CHECKING:
     from loramem import MemoryStore
     from loramem.index.rows import StoredRecord
+    from loramem.planning.plan import GoalName
     from loramem.records.prompts import PromptTemplate
 
 OPTIONS = ("records", "model")
@@ -42,7 +43,7 @@ class Cell:
     records: int
     data: str
     """Twelve hex digits of the records' sha256: edited ones are another measurement."""
-    goal: str
+    goal: "GoalName"
     seed: int
     """Of the training and of the near misses."""
     model: str

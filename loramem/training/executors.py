@@ -10,6 +10,7 @@ import torch
 
 from loramem.errors import WorkerLost
 from loramem.models.adapters import AdaptedModel
+from loramem.models.dtypes import Dtype
 from loramem.training.processes import end_with_parent, usable_cores
 from loramem.training.progress import ProgressCallback, WriteProgress
 from loramem.training.shards import ShardJob, ShardResult, run_job, write_shard
@@ -18,7 +19,7 @@ from loramem.training.shards import ShardJob, ShardResult, run_job, write_shard
 def run_jobs(
     jobs: Sequence[ShardJob],
     adapted: AdaptedModel,
-    served: Mapping[str, AdaptedModel],
+    served: Mapping[Dtype, AdaptedModel],
     executor: Executor | None = None,
     progress: ProgressCallback | None = None,
 ) -> list[ShardResult]:

@@ -16,6 +16,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from loramem._util.choices import check_choice
 from loramem.training.settings import ObjectiveName
 
 Idle = Literal["sft", "zero"]
@@ -56,10 +57,9 @@ def memft_ot(losses: Tensor, mask: Tensor, threshold: float = 0.5, idle: Idle = 
             ("zero", as its PhoneBook curriculum does; the paper's formula).
 
     Raises:
-        ValueError: Another ``idle``.
+        UnknownChoice: Another ``idle``.
     """
-    if idle not in get_args(Idle):
-        raise ValueError(f'idle must be "sft" or "zero", not {idle!r}')
+    check_choice("idle", idle, get_args(Idle))
     hard = stubborn(losses, mask, threshold)
     if idle == "sft" and not hard.any():
         return sft(losses, mask)

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from loramem._util.choices import check_choice
+
 ObjectiveName = Literal["sft", "memft-ot", "memft-sw"]
 OBJECTIVES: tuple[ObjectiveName, ...] = get_args(ObjectiveName)
 """What each of them is, `loramem.training.objectives` says."""
@@ -21,7 +23,8 @@ class WriterSettings:
     """How an adapter is trained, behind the last attention and through the network alike unless a field says so.
 
     Raises:
-        ValueError: A contradiction, or a name that is not known.
+        UnknownChoice: No such objective.
+        ValueError: A contradiction.
     """
 
     objective: ObjectiveName = "memft-sw"
@@ -41,8 +44,7 @@ class WriterSettings:
     """Of random directions in new rows of A; through the network also of the order of batches."""
 
     def __post_init__(self) -> None:
-        if self.objective not in OBJECTIVES:
-            raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}, not {self.objective!r}")
+        check_choice("objective", self.objective, OBJECTIVES)
         if self.max_rank < 1:
             raise ValueError(f"max_rank must be at least 1, not {self.max_rank}")
         if not 0.5 <= self.certify_threshold <= self.train_threshold < 1:

@@ -23,6 +23,7 @@ from loramem.index.rows import StoredAdapter, now
 from loramem.models.adapters import AdaptedModel, adapter_id, serialize
 from loramem.models.base_model import load_base_model
 from loramem.models.certificate import Proof, free_running, prove
+from loramem.models.dtypes import Dtype
 from loramem.models.ending import Ending
 from loramem.models.features import Features
 from loramem.models.fingerprint import Fingerprint
@@ -50,9 +51,9 @@ class ShardJob:
     """What the store calls it, and so its adapters."""
     revision: str | None
     device: str
-    dtype: str
+    dtype: Dtype
     fingerprint: Fingerprint
-    serve: tuple[str, ...]
+    serve: tuple[Dtype, ...]
     """Dtypes that the adapter is proved in, of base model and adapter; the base's own beside the adapter as saved."""
     records: tuple[EncodedRecord, ...]
     rank: int
@@ -150,7 +151,7 @@ def run_job(job: ShardJob) -> ShardResult:
     Raises as `write_shard`, and OtherBaseModel if this process finds or loads another base model.
     """
 
-    def load(dtype: str, adapter_dtype: str | None = None) -> AdaptedModel:
+    def load(dtype: Dtype, adapter_dtype: Dtype | None = None) -> AdaptedModel:
         adapted = _adapted_model(job.location, job.revision, job.device, dtype, adapter_dtype)
         adapted.base.check(asdict(job.fingerprint), job.dtype)
         adapted.base = adapted.base.known_as(job.base_id, job.revision)
@@ -161,7 +162,7 @@ def run_job(job: ShardJob) -> ShardResult:
 
 @lru_cache(maxsize=4)
 def _adapted_model(
-    location: str, revision: str | None, device: str, dtype: str, adapter_dtype: str | None
+    location: str, revision: str | None, device: str, dtype: Dtype, adapter_dtype: Dtype | None
 ) -> AdaptedModel:
     return AdaptedModel(
         load_base_model(location, revision=revision, device=device, dtype=dtype), adapter_dtype=adapter_dtype
@@ -172,7 +173,7 @@ def write_shard(
     job: ShardJob,
     adapted: AdaptedModel,
     progress: ProgressCallback | None = None,
-    served: Mapping[str, AdaptedModel] | None = None,
+    served: Mapping[Dtype, AdaptedModel] | None = None,
 ) -> ShardResult:
     """Write records into one adapter; stubborn ones get an adapter of their own before they are given up, unless the
     job says that they may not.
@@ -209,7 +210,7 @@ def write_shard(
 def _write_adapter(
     job: ShardJob,
     adapted: AdaptedModel,
-    served: Mapping[str, AdaptedModel],
+    served: Mapping[Dtype, AdaptedModel],
     indices: Sequence[int],
     progress: ProgressCallback | None,
 ) -> tuple[Shard | None, list[int]]:
@@ -292,7 +293,7 @@ def _finished(job: ShardJob) -> ShardResult | None:
 def _save_and_prove(
     job: ShardJob,
     adapted: AdaptedModel,
-    served: Mapping[str, AdaptedModel],
+    served: Mapping[Dtype, AdaptedModel],
     indices: Sequence[int],
     trained: ShardTraining,
     features: Sequence[Features] | None,
