@@ -10,9 +10,9 @@ from .output import note, note_needs_ids, print_facts, print_json
 from .progress import write_bar
 
 if TYPE_CHECKING:
-    from loramem.api.reading import OnConflict
     from loramem.models.dtypes import Dtype
     from loramem.planning.plan import GoalName
+    from loramem.store.request import OnConflict
 
 
 @click.command("write")

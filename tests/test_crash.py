@@ -102,7 +102,7 @@ def test_a_resumed_write_keeps_its_plan_and_gc_what_it_had_proved(base: Path, tm
         assert len(list((store.path / "adapters").iterdir())) == 2
         store.gc(grace_s=0)
         with monkeypatch.context() as patched:
-            patched.setattr("loramem.store.write.Transaction.plan", again)  # it may come to something else by now
+            patched.setattr("loramem.store.planner.Planner.plan", again)  # it may come to something else by now
             patched.setattr("loramem.training.shards.train_shard", again)
             assert store.resume().written == 10
         assert store.verify().ok

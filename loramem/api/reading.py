@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self, get_args
+from typing import TYPE_CHECKING, Any, Self, get_args
 
 from loramem._util.choices import check_choice
 from loramem._util.out_of_memory import memory_errors
@@ -38,14 +38,12 @@ from loramem.serving.targets import TARGETS, Target
 from loramem.store import copies
 from loramem.store.manifest import NAME as MANIFEST
 from loramem.store.manifest import Manifest, read_manifest
+from loramem.store.request import OnConflict, WriteRequest
 from loramem.store.session import Engine, ModelRequest
 from loramem.store.stats import history, quick_check, stats
 
 if TYPE_CHECKING:
     from loramem.models.base_model import BaseModel
-
-
-OnConflict = Literal["error", "skip", "replace"]
 
 
 class Memory:
@@ -187,13 +185,14 @@ class Memory:
         check_request(goal, rank, limits)
         check_choice("on_conflict", on_conflict, get_args(OnConflict))
         with self._turn():
-            encoded, _ = self._engine.transaction.admit(as_records(records, namespace), on_conflict)
-            return self._engine.transaction.plan(encoded, goal, rank, limits, kind, one_adapter=one_adapter)
+            encoded, _ = self._engine.planner.admit(as_records(records, namespace), on_conflict)
+            request = WriteRequest(goal, rank, one_adapter=one_adapter)
+            return self._engine.planner.plan(encoded, request, limits, kind)
 
     def basis(self, kind: str | None = None) -> Basis:
         """What plans for this store rest on: success boundary, pace, and the law of a kind of data."""
         with self._turn():
-            return self._engine.transaction.basis(None, 0, kind, self._index.outcomes())
+            return self._engine.planner.basis(None, 0, kind, self._index.outcomes())
 
     def outcomes(self) -> list[Outcome]:
         """What the writes to this store came to at their first rank, oldest first."""

@@ -6,10 +6,9 @@ This module is the order of things that change a store: what is checked before w
 
 import logging
 import sqlite3
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -17,7 +16,7 @@ from loramem._util.choices import check_choice
 from loramem._util.events import tell
 from loramem._util.out_of_memory import memory_errors
 from loramem.api.namespace import Namespace
-from loramem.api.reading import Memory, OnConflict
+from loramem.api.reading import Memory
 from loramem.errors import (
     ConflictingRecord,
     StoreError,
@@ -29,10 +28,10 @@ from loramem.errors import (
 from loramem.index.commits import commit_deletion, commit_records, end_write
 from loramem.index.connection import sqlite_errors
 from loramem.index.lock import write_lock
-from loramem.index.rows import DISCARDED, RENAMED, PendingWrite
+from loramem.index.rows import DISCARDED, RENAMED, Ended, PendingWrite
 from loramem.index.sealed_database import VACUUM_DUE
 from loramem.models.dtypes import Dtype, DtypeChoice
-from loramem.planning.plan import GoalName, Plan, RankLimits, check_request
+from loramem.planning.plan import GoalName
 from loramem.records.record import Record, RecordLike, as_records
 from loramem.results import (
     CompactReport,
@@ -45,6 +44,7 @@ from loramem.store import compact, copies
 from loramem.store.create import create_store
 from loramem.store.manifest import NAME as MANIFEST
 from loramem.store.repair import repair
+from loramem.store.request import OnConflict, WriteRequest
 from loramem.store.session import ModelRequest
 from loramem.store.staging import GRACE_S, clean, collect
 from loramem.training.settings import WriterSettings
@@ -52,7 +52,6 @@ from loramem.training.settings import WriterSettings
 if TYPE_CHECKING:
     from concurrent.futures import Executor
 
-    from loramem.records.prompts import EncodedRecord
     from loramem.training.progress import ProgressCallback
 
 
@@ -183,12 +182,12 @@ class MemoryStore(Memory):
             UnknownChoice: No such goal or conflict rule.
             ValueError: A rank above the highest allowed.
         """
-        _check(goal, rank, settings)
-        _check_conflict(on_conflict)
+        request = WriteRequest(goal, rank, settings or WriterSettings(), one_adapter, partial)
+        request.check()
+        check_choice("on_conflict", on_conflict, get_args(OnConflict))
         with self._lock, self._writing():
-            encoded, skipped = self._engine.transaction.admit(as_records(records, namespace), on_conflict)
-            request = {"goal": goal, "rank": rank, "partial": partial, "settings": settings, "one_adapter": one_adapter}
-            return self._write(encoded, skipped, request, progress, executor)
+            given = as_records(records, namespace)
+            return self._engine.transaction.write(given, request, on_conflict, progress, executor)
 
     def update(
         self,
@@ -211,7 +210,8 @@ class MemoryStore(Memory):
         Raises:
             KeyNotFound: There is no such record; otherwise as `write`.
         """
-        _check(goal, rank, settings)
+        request = WriteRequest(goal, rank, settings or WriterSettings())
+        request.check()
         with self._lock, self._writing():
             known = self._find(key, namespace)
             kept = known.metadata if metadata is None else dict(metadata)
@@ -219,10 +219,8 @@ class MemoryStore(Memory):
                 Record(key, value or " ", namespace, kept)  # raises if the metadata cannot be kept
                 commit_records(self._index, [replace(known, metadata=kept)])
                 return WriteReport.nothing(1)
-            transaction = self._engine.transaction
-            encoded, _ = transaction.admit([Record(key, value, namespace, kept)], "replace")
-            request = {"goal": goal, "rank": rank, "partial": False, "settings": settings}
-            return self._write(encoded, 0, request, progress)
+            record = Record(key, value, namespace, kept)
+            return self._engine.transaction.write([record], request, "replace", progress)
 
     def rename(
         self,
@@ -241,16 +239,16 @@ class MemoryStore(Memory):
             KeyNotFound: There is no such record.
             ConflictingRecord: The new key is there already; otherwise as `write`.
         """
-        _check(goal, rank, settings)
+        ended = (Ended(namespace, key, RENAMED, new_key),)
+        request = WriteRequest(goal, rank, settings or WriterSettings(), ended=ended)
+        request.check()
         with self._lock, self._writing():
             known = self._find(key, namespace)
             if self._index.find(namespace, new_key) is not None:
                 raise ConflictingRecord(f"Key {new_key!r} is in the store already. Use another one.", key=new_key)
             value = self._engine.reader.values([known])[namespace, key]
-            encoded, _ = self._engine.transaction.admit([Record(new_key, value, namespace, known.metadata)])
-            ended = [[namespace, key, RENAMED, new_key]]
-            request = {"goal": goal, "rank": rank, "partial": False, "settings": settings, "ended": ended}
-            return self._write(encoded, 0, request, progress)
+            record = Record(new_key, value, namespace, known.metadata)
+            return self._engine.transaction.write([record], request, progress=progress)
 
     def delete(self, keys: str | Iterable[str], namespace: str = "") -> int:
         """Stop recalling one record or several, in one commit; returns how many.
@@ -274,16 +272,7 @@ class MemoryStore(Memory):
             WriteError: There is none; or as `write`.
         """
         with self._lock, self._writing(resuming=True):
-            pending = self._require_pending()
-            started, transaction, request = time.monotonic(), self._engine.transaction, pending.request
-            encoded = transaction.encode(pending.records)
-            limits = RankLimits(request["settings"]["max_rank"])
-            if "plan" in request:  # what a plan would come to now may differ, and nothing that was finished fit it
-                plan = Plan.of(request["plan"])
-            else:
-                keep = executor is None
-                plan = transaction.plan(encoded, request["goal"], request["rank"], limits, keep_features=keep)
-            return transaction.run(pending.id, encoded, plan, request, 0, progress, executor, started=started)
+            return self._engine.transaction.resume(self._require_pending(), progress, executor)
 
     def discard(self) -> int:
         """Forget the interrupted write; returns how many records it held.
@@ -448,32 +437,6 @@ class MemoryStore(Memory):
 
     # Helpers
 
-    def _write(
-        self,
-        encoded: "Sequence[EncodedRecord]",
-        skipped: int,
-        request: dict[str, Any],
-        progress: "ProgressCallback | None",
-        executor: "Executor | None" = None,
-    ) -> WriteReport:
-        """Journal, train and commit admitted records."""
-        if not encoded:
-            return WriteReport.nothing(skipped)
-        started, transaction = time.monotonic(), self._engine.transaction
-        settings = request["settings"] or WriterSettings()
-        plan = transaction.plan(
-            encoded,
-            request["goal"],
-            request["rank"],
-            RankLimits(settings.max_rank),
-            one_adapter=request.get("one_adapter", False),
-            keep_features=executor is None,
-        )
-        request = {**request, "settings": asdict(settings), "plan": asdict(plan)}
-        write_id = self._index.begin_write((entry.record for entry in encoded), request)
-        tell("journalled", records=len(encoded))
-        return transaction.run(write_id, encoded, plan, request, skipped, progress, executor, started=started)
-
     @contextmanager
     def _writing(self, *, resuming: bool = False) -> Iterator[None]:
         """Hold the store's lock, after finishing what an earlier writer was killed in.
@@ -525,12 +488,3 @@ class MemoryStore(Memory):
 
 def _several(keys: str | Iterable[str]) -> Iterable[str]:
     return [keys] if isinstance(keys, str) else keys
-
-
-def _check(goal: GoalName, rank: int | None, settings: WriterSettings | None) -> None:
-    """Refuse what no plan of a write with these settings can follow."""
-    check_request(goal, rank, RankLimits((settings or WriterSettings()).max_rank))
-
-
-def _check_conflict(on_conflict: str) -> None:
-    check_choice("on_conflict", on_conflict, get_args(OnConflict))

@@ -14,6 +14,7 @@ from loramem.index.rows import (
     DELETED,
     PENDING,
     REPLACED,
+    Ended,
     StoredAdapter,
     StoredRecord,
     adapter_row,
@@ -48,16 +49,18 @@ def commit_write(
     adapters: Iterable[StoredAdapter],
     records: Sequence[StoredRecord],
     learnt: Iterable[Outcome] = (),
-    ended: Mapping[Identity, tuple[str, str | None]] | None = None,
+    ended: Iterable[Ended] = (),
 ) -> None:
     """Make adapters and records visible, all or nothing; records they take the place of end.
 
     Args:
-        ended: Other records that end with this write: identity -> how (such as "renamed"), and the new key if any.
+        ended: Other records that end with this write.
     """
+    replaced = {(record.namespace, record.key): (REPLACED, None) for record in records}
+    others = {(namespace, key): (how, successor) for namespace, key, how, successor in ended}
     with index.change() as change:
         added = _add_adapters(change, adapters)
-        left = _end(index, change, {**{(r.namespace, r.key): (REPLACED, None) for r in records}, **(ended or {})})
+        left = _end(index, change, {**replaced, **others})
         for record in records:
             change.put("records", record_row(record))
         _end_write(index, change, write_id, COMMITTED)

@@ -248,7 +248,7 @@ class Index(SealedDatabase):
 
     # The journal
 
-    def begin_write(self, records: Iterable[Record], request: dict[str, Any]) -> int:
+    def begin_write(self, records: Iterable[Record], request: Mapping[str, Any]) -> int:
         """Journal a write durably before training starts; returns its id."""
         with self.change() as change:
             write, count = self.next_id("writes"), 0

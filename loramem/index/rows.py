@@ -6,7 +6,7 @@ import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, NamedTuple
 
 from loramem.errors import IntegrityError
 from loramem.records.record import Record
@@ -51,6 +51,17 @@ class StoredRecord:
     def has(self, metadata: Mapping[str, str]) -> bool:
         """Whether every one of these is in the record's metadata; what is not a string is compared as JSON text."""
         return all(name in self.metadata and _text(self.metadata[name]) == text for name, text in metadata.items())
+
+
+class Ended(NamedTuple):
+    """A record that ends with a write, which does not replace it."""
+
+    namespace: str
+    key: str
+    how: str
+    """Such as "renamed"."""
+    successor: str | None
+    """The new key, if it was renamed."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +109,7 @@ class PendingWrite:
     started_at: str
     records: list[Record]
     request: dict[str, Any]
+    """`loramem.store.request.WriteRequest` as JSON, and the plan; what they say is none of the index's business."""
 
 
 def digest_of(salt: str, namespace: str, key: str, value: str) -> str:

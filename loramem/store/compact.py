@@ -5,13 +5,12 @@ from its live records alone in the order they were written. So the new adapter i
 which never held the others would have: nothing of them can be left in it.
 """
 
-import json
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Executor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from math import ceil
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 from loramem._util.choices import check_choice
 from loramem._util.events import tell
@@ -19,19 +18,17 @@ from loramem.index.commits import Identity, commit_deletion, commit_oblivion, co
 from loramem.index.index import Index, Load
 from loramem.index.rows import StoredAdapter, StoredRecord, prompt_digest
 from loramem.models.shard_sizes import Size
-from loramem.planning.plan import RankLimits
 from loramem.records.record import Record
 from loramem.results import CompactReport, EraseReport
+from loramem.store.request import WriteRequest
 from loramem.store.session import Engine
 from loramem.store.staging import clean, collect
-from loramem.training.settings import WriterSettings
 
 if TYPE_CHECKING:
     from loramem.store.written import Trained
     from loramem.training.progress import ProgressCallback
 
 Which = Literal["advised", "dead", "all"]
-DEFAULT_REQUEST: Mapping[str, Any] = {"goal": "fast", "rank": None, "one_adapter": False}
 
 
 @dataclass(frozen=True)
@@ -45,7 +42,7 @@ class Shard:
     cost_bits: float
     size: Size
     """Of the placement."""
-    request: dict[str, Any]
+    request: WriteRequest
     """How it was asked to be written."""
     alive: Load
     dead: int
@@ -63,13 +60,6 @@ class Shard:
     @property
     def small(self) -> bool:
         return self.held * 2 < self.size.shard_tokens()
-
-
-def request_of(adapter: StoredAdapter) -> dict[str, Any]:
-    """How an adapter was asked to be written: goal, rank, one_adapter and settings, those that are retired left out."""
-    training = adapter.training
-    settings = asdict(WriterSettings.saved(training["settings"]))
-    return {**DEFAULT_REQUEST, **training.get("request", {}), "settings": settings}  # an older store's says less
 
 
 def _size(adapter: StoredAdapter) -> Size:
@@ -92,7 +82,7 @@ def shards(index: Index, loads: Mapping[str, Load] | None = None) -> list[Shard]
             adapter.parameters,
             adapter.training["cost_bits"],
             _size(adapter),
-            request_of(adapter),
+            WriteRequest.of_adapter(adapter.training),
             loads[adapter.id],
             dead.get(adapter.id, 0),
         )
@@ -106,12 +96,12 @@ def alike(chosen: Iterable[Shard]) -> list[list[Shard]]:
 
     Where one of them was asked to hold its whole namespace, all do, and it comes first, as the one that is asked how.
     """
-    groups: dict[str, list[Shard]] = {}
-    first = sorted(chosen, key=lambda shard: not shard.request["one_adapter"])
-    whole = {shard.namespace for shard in first if shard.request["one_adapter"]}
+    groups: dict[tuple[str, WriteRequest | None], list[Shard]] = {}
+    first = sorted(chosen, key=lambda shard: not shard.request.one_adapter)
+    whole = {shard.namespace for shard in first if shard.request.one_adapter}
     for shard in first:
         request = None if shard.namespace in whole else shard.request
-        groups.setdefault(json.dumps([shard.namespace, request], sort_keys=True), []).append(shard)
+        groups.setdefault((shard.namespace, request), []).append(shard)
     return list(groups.values())
 
 
@@ -128,7 +118,7 @@ def worth_compacting(present: Iterable[Shard]) -> list[list[Shard]]:
     of a namespace that is to have one."""
     chosen = []
     for group in alike(present):
-        if group[0].request["one_adapter"] and len(group) > 1:
+        if group[0].request.one_adapter and len(group) > 1:
             chosen.append(group)
             continue
         half_dead = [shard for shard in group if shard.half_dead]
@@ -184,14 +174,14 @@ class Rewritten:
     """Records of one namespace, trained and proved again, staged."""
 
     before: Sequence[StoredRecord]
-    request: dict[str, Any]
+    request: WriteRequest
     trained: "Trained"
 
 
 def rewrite(
     engine: Engine,
     before: Sequence[StoredRecord],
-    request: dict[str, Any],
+    request: WriteRequest,
     progress: "ProgressCallback | None",
     executor: Executor | None,
     values: Mapping[Identity, str] | None = None,
@@ -205,17 +195,14 @@ def rewrite(
     """
     from loramem.store.written import stubborn
 
-    transaction, settings = engine.transaction, WriterSettings.saved(request["settings"])
     if values is None:
         values = engine.reader.values(before)
     kept = {(record.namespace, record.key): record.prompt for record in before if record.prompt is not None}
-    encoded = transaction.encode([Record(r.key, values[r.namespace, r.key], r.namespace) for r in before], kept)
-    limits = RankLimits(settings.max_rank)
-    one_adapter: bool = request["one_adapter"]
-    plan = transaction.plan(encoded, request["goal"], request["rank"], limits, one_adapter=one_adapter, as_new=True)
-    trained = transaction.train(encoded, plan, settings, progress, executor)
+    encoded = engine.planner.encode([Record(r.key, values[r.namespace, r.key], r.namespace) for r in before], kept)
+    plan = engine.planner.plan(encoded, request, as_new=True)
+    trained = engine.transaction.train(encoded, plan, request.settings, progress, executor)
     if trained.given_up:
-        raise stubborn(trained.given_up, settings.max_rank, len(encoded) if one_adapter else None)
+        raise stubborn(trained.given_up, request.settings.max_rank, len(encoded) if request.one_adapter else None)
     return Rewritten(before, request, trained)
 
 

@@ -6,7 +6,7 @@ A value is trusted if it agrees with its salted digest, or if the row and the we
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Executor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from loramem._util.events import tell
@@ -15,11 +15,11 @@ from loramem.index.commits import Identity, commit_repair
 from loramem.index.index import Index
 from loramem.index.rows import StoredRecord, adapter_of, digest_of, prompt_digest, record_of
 from loramem.results import RepairReport
-from loramem.store.compact import DEFAULT_REQUEST, publish, request_of, rewrite
+from loramem.store.compact import publish, rewrite
 from loramem.store.integrity import file_problems
+from loramem.store.request import WriteRequest
 from loramem.store.session import Engine
 from loramem.store.staging import clean
-from loramem.training.settings import WriterSettings
 
 if TYPE_CHECKING:
     from loramem.training.progress import ProgressCallback
@@ -34,7 +34,7 @@ class Damage:
     values: Mapping[Identity, str]
     """Theirs, which the rows of a store without values never hold."""
     lost: list[StoredRecord]
-    requests: Mapping[str, dict[str, Any]]
+    requests: Mapping[str, WriteRequest]
     """How each of these adapters was asked to be written, where that is known."""
     healthy: frozenset[str]
     missing: int
@@ -65,7 +65,7 @@ def repair(
     damage = assess(engine)
     rewritten = []
     for adapter, group in damage.records.items():
-        request = damage.requests.get(adapter, {**DEFAULT_REQUEST, "settings": asdict(WriterSettings())})
+        request = damage.requests.get(adapter, WriteRequest())
         for namespace in sorted({record.namespace for record in group}):
             mine = [record for record in group if record.namespace == namespace]
             rewritten.append(rewrite(engine, mine, request, progress, executor, damage.values))
@@ -109,7 +109,7 @@ def assess(engine: Engine) -> Damage:
         for id, adapter in sealed.items()
         if id not in retired
     )
-    requests = {id: request_of(adapter) for id, adapter in sealed.items()}
+    requests = {id: WriteRequest.of_adapter(adapter.training) for id, adapter in sealed.items()}
     return Damage(groups, values, lost, requests, healthy, missing)
 
 

@@ -14,6 +14,7 @@ from loramem.store.manifest import Manifest
 if TYPE_CHECKING:
     from loramem.models.adapters import AdaptedModel
     from loramem.models.base_model import BaseModel
+    from loramem.store.planner import Planner
     from loramem.store.read import Reader
     from loramem.store.write import Transaction
 
@@ -100,6 +101,13 @@ class Engine:
         return Reader(self.store, self.index, self.adapted, self.manifest.template())
 
     @cached_property
+    def planner(self) -> "Planner":
+        """Admits records and plans their adapters."""
+        from loramem.store.planner import Planner
+
+        return Planner(self.index, self.manifest, self.adapted)
+
+    @cached_property
     def transaction(self) -> "Transaction":
         """Writes records."""
         from loramem.store.write import Transaction
@@ -107,4 +115,4 @@ class Engine:
         def served(dtype: Dtype) -> "AdaptedModel":
             return self.served_in(dtype).adapted
 
-        return Transaction(self.store, self.index, self.manifest, self.adapted, served)
+        return Transaction(self.store, self.index, self.manifest, self.planner, served)

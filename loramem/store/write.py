@@ -1,247 +1,127 @@
-"""One write: admit, plan, train, prove, commit. Everything before the commit can be thrown away."""
+"""One write: admit, plan, journal, train, prove, commit. Everything before the commit can be thrown away."""
 
 import logging
-import math
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Executor
-from dataclasses import replace
-from itertools import groupby
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import mean
-from typing import Any
-
-import torch
 
 from loramem._util.events import tell
 from loramem._util.files import make_directory, publish_directory
 from loramem._util.layout import ADAPTERS, STAGING
-from loramem.errors import ConflictingRecord, PromptCollision, RecallError, WriteError
+from loramem.errors import RecallError, WriteError
 from loramem.index.commits import commit_write, end_write
 from loramem.index.index import Index
-from loramem.index.rows import FAILED, StoredAdapter, prompt_digest, stored_record
+from loramem.index.rows import FAILED, PendingWrite, StoredAdapter, stored_record
 from loramem.models.adapters import AdaptedModel
-from loramem.models.decoding import answer_probabilities
 from loramem.models.dtypes import Dtype
-from loramem.models.ending import Ending
-from loramem.models.placement import Placement
-from loramem.models.shard_sizes import cut_groups
-from loramem.planning import calibration, timings
-from loramem.planning.cost import costs_bits
-from loramem.planning.plan import ANY_RANK, Basis, GoalName, Plan, Price, RankLimits, plan_groups
+from loramem.planning import timings
+from loramem.planning.plan import Plan
 from loramem.records.outcome import Outcome
-from loramem.records.prompts import EncodedRecord, encode_records
-from loramem.records.record import Record, deduplicate
+from loramem.records.prompts import EncodedRecord
+from loramem.records.record import Record
 from loramem.results import WriteReport
 from loramem.store.manifest import Manifest
+from loramem.store.planner import Planner
+from loramem.store.request import OnConflict, WriteRequest
 from loramem.store.staging import clean, take_back
 from loramem.store.written import Trained, Written, misrecalled_alone, more_careful, report_of, stubborn
 from loramem.training.executors import run_jobs
 from loramem.training.progress import ProgressCallback
 from loramem.training.settings import WriterSettings
-from loramem.training.shard_training import features_of
 from loramem.training.shards import ShardJob, stored_adapter
-from loramem.training.trainer import autocast_dtype
 
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Journalled:
+    """A write as the journal has it: all that is settled before its training."""
+
+    id: int
+    encoded: Sequence[EncodedRecord]
+    plan: Plan
+    request: WriteRequest
+
+
 class Transaction:
-    """The steps of a write to one store; the caller holds its locks."""
+    """Takes writes to one store from admission to commit; the caller holds its locks."""
 
     def __init__(
         self,
         store: Path,
         index: Index,
         manifest: Manifest,
-        adapted: AdaptedModel,
+        planner: Planner,
         served: Callable[[Dtype], AdaptedModel],
     ) -> None:
-        self.store, self.index, self.adapted, self.serve, self._served = store, index, adapted, manifest.serve, served
-        self.template, self.placement = manifest.template(), manifest.placed()
-        self.keep_values = manifest.keep_values
+        self.store, self.index, self.planner, self.serve, self._served = store, index, planner, manifest.serve, served
+        self.adapted, self.placement, self.keep_values = planner.adapted, planner.placement, manifest.keep_values
 
-    def admit(self, records: Sequence[Record], on_conflict: str = "error") -> tuple[list[EncodedRecord], int]:
-        """Records to write as token ids, and how many are not written.
+    def write(
+        self,
+        records: Sequence[Record],
+        request: WriteRequest,
+        on_conflict: OnConflict = "error",
+        progress: ProgressCallback | None = None,
+        executor: Executor | None = None,
+    ) -> WriteReport:
+        """Write what of the records is new, once it stands in the journal.
 
-        Args:
-            on_conflict: What becomes of a record whose key is there with another value: "error", "skip" or "replace".
+        Raises as `Planner.admit` and `Planner.plan`, before anything is changed.
 
         Raises:
-            RecordError: A record cannot be written, or its key has another value; see the subclasses.
+            StubbornRecords, TrainingDiverged, RecallError: Nothing was committed, and the journal entry is closed.
         """
-        fresh, repeated = deduplicate(records)
-        new = []
-        for record in fresh:
-            known = self.index.find(record.namespace, record.key)
-            if known is None:
-                new.append(record)
-            elif known.holds(record.value) or on_conflict == "skip":
-                repeated.append(record)
-            elif on_conflict == "replace":
-                new.append(record)
-            else:
-                raise ConflictingRecord(
-                    f"Key {record.key!r} is in the store with another value. Replace it "
-                    '(on_conflict="replace", --on-conflict replace), skip it, or use another key.',
-                    key=record.key,
-                    line=record.line,
-                )
-        if repeated:
-            log.info("%d records are in the store already and were skipped", len(repeated))
-        return self.encode(new), len(repeated)
-
-    def encode(
-        self, records: Sequence[Record], kept: Mapping[tuple[str, str], Mapping[str, Any]] | None = None
-    ) -> list[EncodedRecord]:
-        """Records as token ids, grouped by namespace: a shard never mixes them, as equal keys are equal prompts.
-
-        Args:
-            kept: Prompts of records that are written anew, by namespace and key.
-        """
-
-        def holder(record: Record, prompt_ids: Sequence[int]) -> str | None:
-            other = self.index.find_prompt(record.namespace, prompt_digest(prompt_ids))
-            return None if other == record.key else other
-
-        encoded = encode_records(
-            records,
-            (base := self.adapted.base).tokenizer,
-            self.template,
-            base.max_tokens,
-            base.unreachable,
-            base.vocabulary,
-            kept=kept,
-            taken=lambda record, prompt_ids: holder(record, prompt_ids) is not None,
+        encoded, skipped = self.planner.admit(records, on_conflict)
+        if not encoded:
+            return WriteReport.nothing(skipped)
+        started = time.monotonic()
+        plan = self.planner.plan(encoded, request, keep_features=executor is None)
+        write_id = self.index.begin_write(
+            (entry.record for entry in encoded), {**request.to_json(), "plan": asdict(plan)}
         )
-        for entry in encoded:
-            record = entry.record
-            if (other := holder(record, entry.prompt_ids)) is not None:
-                raise PromptCollision(
-                    f"Key {record.key!r} gives the same prompt token ids as the stored key {other!r}. Rename it.",
-                    other=other,
-                    key=record.key,
-                    line=record.line,
-                )
-        return sorted(encoded, key=lambda entry: entry.record.namespace)
+        tell("journalled", records=len(encoded))
+        return self._finish(Journalled(write_id, encoded, plan, request), skipped, started, progress, executor)
 
-    def plan(
+    def resume(
+        self, pending: PendingWrite, progress: ProgressCallback | None = None, executor: Executor | None = None
+    ) -> WriteReport:
+        """Go on with a journalled write; shards that were proved before are kept.
+
+        Raises as `write`.
+        """
+        started, request = time.monotonic(), WriteRequest.from_json(pending.request)
+        encoded = self.planner.encode(pending.records)
+        if "plan" in pending.request:  # what a plan would come to now may differ, and nothing that was finished fit it
+            plan = Plan.of(pending.request["plan"])
+        else:  # an older journal
+            plan = self.planner.plan(encoded, request, keep_features=executor is None)
+        return self._finish(Journalled(pending.id, encoded, plan, request), 0, started, progress, executor)
+
+    def _finish(
         self,
-        encoded: Sequence[EncodedRecord],
-        goal: GoalName,
-        rank: int | None,
-        limits: RankLimits = ANY_RANK,
-        kind: str | None = None,
-        *,
-        one_adapter: bool = False,
-        as_new: bool = False,
-        keep_features: bool = False,
-    ) -> Plan:
-        """Shards and ranks for encoded records.
-
-        Args:
-            kind: Of data, whose law is asked; the calibrated one that costs most nearly as much if None.
-            one_adapter: One shard for each namespace.
-            as_new: Plan as a new store would, with nothing learnt from the writes to this one.
-            keep_features: See `base_probabilities`.
-
-        Raises:
-            DoesNotFit: See `plan_write`.
-        """
-        groups = groupby(encoded, key=lambda entry: entry.record.namespace)
-        sizes = [len(list(group)) for _, group in groups]
-        values = [entry.answer_ids[:-1] for entry in encoded]
-        most = None if one_adapter else self.placement.size(self.adapted.model).shard_tokens()
-        probs = [
-            prob
-            for first, last in cut_groups(sizes, [len(entry.answer_ids) for entry in encoded], most)
-            for prob in self.base_probabilities(encoded[first:last], keep_features=keep_features)
-        ]
-
-        def price(first: int, last: int) -> Price:
-            tokens = [prob for each in probs[first:last] for prob in each]
-            loss = -sum(math.log(max(prob, 1e-30)) for prob in tokens) / len(tokens)
-            return Price(sum(costs_bits(values[first:last], probs[first:last])), loss)
-
-        learnt = [] if as_new else self.index.outcomes()
-        whole = price(0, len(encoded)) if encoded else None
-        basis = self.basis(whole, sum(map(len, values)), kind, learnt)
-        lengths = [len(value) for value in values]
-        return plan_groups(sizes, lengths, price, basis, goal=goal, rank=rank, limits=limits, one_adapter=one_adapter)
-
-    def basis(self, price: Price | None, length: int, kind: str | None, learnt: Sequence[Outcome]) -> Basis:
-        """What a plan rests on: what is known of the base model and what this store's writes taught.
-
-        Args:
-            price: Of ``length`` answer tokens, by which the law's kind is chosen unless it is given.
-            learnt: Outcomes of the store's writes.
-        """
-        base, model, place = self.adapted.base, self.adapted.model, (self.placement.modules, self.placement.layers)
-        weights = base.fingerprint.weights[:12]
-        known = calibration.load(weights)
-        if kind is None and known is not None and price is not None:
-            kind = calibration.nearest_kind(known, price.cost_bits, length)
-        return calibration.basis(
-            known,
-            place,
-            self.placement.parameters_per_rank(model),
-            kind,
-            learnt,
-            timings.seconds_per_visit(weights, base.device.type),
-            [each.size(model) for each in self._ladder()[1:]],
-        )
-
-    def _ladder(self) -> list[Placement]:
-        """The store's placement and those that hold more."""
-        ladder = self.adapted.ladder
-        return ladder[ladder.index(self.placement) :] if self.placement in ladder else [self.placement]
-
-    def base_probabilities(self, encoded: Sequence[EncodedRecord], *, keep_features: bool = False) -> list[list[float]]:
-        """Probability of every answer token under the plain base, of records that are trained together.
-
-        Args:
-            keep_features: For this training, which follows.
-        """
-        adapted = self.adapted
-        if (features := features_of([adapted], encoded, self.placement)) is not None:
-            if keep_features:
-                adapted.kept_features.keep(encoded, features[0])
-            with adapted.disabled():
-                losses, _ = Ending(adapted.model, features[0]).scores()
-            answers = torch.exp(-losses).split([len(entry.answer_ids) for entry in encoded])
-            return [each[:-1].tolist() for each in answers]
-        cast = autocast_dtype(adapted.base.device)  # an estimate may be half precise
-        with adapted.disabled(), torch.autocast(adapted.base.device.type, cast, enabled=cast is not None):
-            probs = dict(answer_probabilities(adapted.model, encoded))
-        return [probs[index][:-1].tolist() for index in range(len(encoded))]
-
-    def run(
-        self,
-        write_id: int,
-        encoded: Sequence[EncodedRecord],
-        plan: Plan,
-        request: Mapping[str, Any],
+        write: Journalled,
         skipped: int,
+        started: float,
         progress: ProgressCallback | None,
         executor: Executor | None,
-        *,
-        started: float,
     ) -> WriteReport:
-        """Train, prove and commit a journalled write; shards that an interrupted run had proved are kept.
+        """Train, prove and commit.
 
         A typed error closes the journal entry; anything else (an interrupt, a crash) leaves it to be resumed.
-
-        Raises:
-            StubbornRecords, TrainingDiverged, RecallError: Nothing was committed.
         """
-        settings, learnt = WriterSettings.saved(request["settings"]), list[Outcome]()
+        request, plan, learnt = write.request, write.plan, list[Outcome]()
         try:
-            trained = self.train(encoded, plan, settings, progress, executor)
+            trained = self.train(write.encoded, plan, request.settings, progress, executor)
             learnt = trained.outcomes
-            if trained.given_up and not (request["partial"] and trained.written):
-                raise stubborn(trained.given_up, settings.max_rank, len(encoded) if plan.one_adapter else None)
+            if trained.given_up and not (request.partial and trained.written):
+                of = len(write.encoded) if plan.one_adapter else None
+                raise stubborn(trained.given_up, request.settings.max_rank, of)
         except (WriteError, RecallError):
-            end_write(self.index, write_id, FAILED, learnt)
+            end_write(self.index, write.id, FAILED, learnt)
             clean(self.store, self.index)
             raise
         adapters = self.publish(trained.written, request)
@@ -258,9 +138,7 @@ class Transaction:
             for one in trained.written
             for entry, min_prob in one.proved()
         ]
-        # An older journal has no "ended"; a tuple is no JSON key, so they are rows of namespace, key, how and new key.
-        ended = {(namespace, key): (how, new) for namespace, key, how, new in request.get("ended", ())}
-        commit_write(self.index, write_id, adapters, records, learnt, ended)
+        commit_write(self.index, write.id, adapters, records, learnt, request.ended)
         tell("committed", adapters=len(adapters), records=len(records))
         clean(self.store, self.index)
         if executor is None:  # workers share the cores: their times are not those of a write alone
@@ -301,19 +179,18 @@ class Transaction:
         tell("trained", shards=len(jobs), records=len(encoded))
         return trained
 
-    def publish(self, written: Sequence[Written], request: Mapping[str, Any]) -> list[StoredAdapter]:
+    def publish(self, written: Sequence[Written], request: WriteRequest) -> list[StoredAdapter]:
         """Put proved adapters, synced in staging, where the rows that are committed next will look for them."""
         target = self.store / ADAPTERS
         make_directory(target)
-        asked = {"goal": request["goal"], "rank": request["rank"], "one_adapter": request.get("one_adapter", False)}
-        rows = [stored_adapter(one.job, one.shard, one.cost_bits, asked) for one in written]
+        rows = [stored_adapter(one.job, one.shard, one.cost_bits, request.kept) for one in written]
         for one in written:
             publish_directory(one.job.folder / one.shard.adapter, target / one.shard.adapter)
         tell("published", adapters=len(rows))
         return rows
 
     def _jobs(self, plan: Plan, encoded: Sequence[EncodedRecord], settings: WriterSettings) -> list[ShardJob]:
-        base, ladder = self.adapted.base, self._ladder()
+        base, ladder = self.adapted.base, self.planner.ladder()
         return [
             ShardJob(
                 location=base.location,
