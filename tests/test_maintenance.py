@@ -5,6 +5,7 @@ import pkgutil
 import shutil
 import sqlite3
 import threading
+from collections.abc import Callable
 from contextlib import closing
 from functools import partialmethod
 from pathlib import Path
@@ -16,6 +17,7 @@ from loramem import KeyNotFound, MemoryStore, Record
 from loramem.errors import StoreChanged, StoreError, StoreLocked, StubbornRecords, TrainingDiverged
 from loramem.index.commits import commit_publication
 from loramem.index.index import Index
+from loramem.index.rows import Located
 
 from .conftest import numbers
 
@@ -159,6 +161,39 @@ def test_a_reader_that_misses_a_file_reads_the_index_again(store: MemoryStore) -
         store.gc(grace_s=0)
         assert {r.key: r.value for r in [first, *going]} == {**FIRST, **SECOND, "secret": SECRET}
         assert reader.recall("secret") == SECRET
+
+
+def _compacted(store: MemoryStore) -> None:
+    store.compact()
+
+
+def _replaced(store: MemoryStore) -> None:
+    store.update("secret", "7")
+    store.compact(which="dead")
+
+
+@pytest.mark.parametrize(("change", "value"), [(_compacted, SECRET), (_replaced, "7")])
+def test_what_is_read_of_one_key_is_read_where_it_is_now(
+    store: MemoryStore, monkeypatch: pytest.MonkeyPatch, change: Callable[[MemoryStore], None], value: str
+) -> None:
+    """Another process changes and collects between the look at the index and that at the adapter's file."""
+    before, looks = store._index.locate("", "secret"), list[Located | None]()
+    change(store)
+    store.gc(grace_s=0)
+    locate = Index.locate
+
+    def late(index: Index, namespace: str, key: str) -> Located | None:
+        looks.append(locate(index, namespace, key))
+        return before if len(looks) % 2 else looks[-1]
+
+    monkeypatch.setattr(Index, "locate", late)
+    with MemoryStore(store.path, create=False) as reader:
+        assert reader.recall("secret") == value
+        explained = reader.explain("secret")
+        assert (explained.value, explained.adapter) == (value, store._index.find("", "secret").adapter)
+        reader.load("secret")
+        assert reader._engine.adapted.is_loaded(explained.adapter)
+    assert len(looks) == 6
 
 
 def test_a_reader_never_mixes_two_states(store: MemoryStore) -> None:

@@ -62,7 +62,7 @@ def test_in_a_servers_dtype_base_and_adapter_are_cast_and_the_store_is_not(writt
         assert store.recall("key 0") == RECORDS["key 0"]
         adapter = store.adapters()[0]
         served = store._engine.served_in(dtype)
-        served.reader.activate(adapter.id)
+        served.reader.activate(adapter)
         assert {tensor.dtype for tensor in served.adapted.weights(adapter.id).values()} == {getattr(torch, dtype)}
         assert served.adapted.model.dtype == getattr(torch, dtype)
 

@@ -8,15 +8,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, get_args
+from typing import TYPE_CHECKING, Any, Self, TypeVar, get_args
 
 from loramem._util.choices import check_choice
 from loramem._util.out_of_memory import memory_errors
-from loramem.errors import KeyNotFound, StoreChanged, StoreReadOnly
+from loramem.errors import IntegrityError, KeyNotFound, StoreReadOnly
 from loramem.index.connection import sqlite_errors
 from loramem.index.index import NAME as INDEX
 from loramem.index.index import Index
-from loramem.index.rows import PendingWrite, StoredAdapter, StoredRecord, hidden_names
+from loramem.index.rows import Located, PendingWrite, StoredAdapter, StoredRecord, hidden_names
 from loramem.index.snapshot import Spool
 from loramem.models.dtypes import Dtype
 from loramem.planning.plan import ANY_RANK, Basis, GoalName, Plan, RankLimits, check_request
@@ -44,6 +44,8 @@ from loramem.store.stats import history, quick_check, stats
 
 if TYPE_CHECKING:
     from loramem.models.base_model import BaseModel
+
+_Read = TypeVar("_Read")
 
 
 class Memory:
@@ -210,12 +212,7 @@ class Memory:
             IntegrityError: The adapter's files are not what was committed.
             OtherBaseModel: The base model is not the one the store was written with.
         """
-        with self._turn():
-            record = self._find(key, namespace)
-            try:
-                return next(self._engine.reader.decode_current([record])).value
-            except StoreChanged:  # deleted or replaced since the line above: what it is now
-                return next(self._engine.reader.decode([self._find(key, namespace)])).value
+        return self._read(key, namespace, lambda found: self._engine.reader.value(found))
 
     def recall_many(
         self, keys: Iterable[str] | None = None, namespace: str = "", *, ordered: bool = True
@@ -263,11 +260,13 @@ class Memory:
         The value is decoded from the weights first, then scored under teacher forcing in a batch of one.
         Raises as `recall`.
         """
-        with self._turn():
-            record = self._find(key, namespace)
-            value = next(self._engine.reader.decode_current([record])).value
-            record = self._find(key, namespace)  # its adapter may have changed
-            return Explanation(key, value, record.adapter, self._engine.reader.token_probabilities(record, value))
+
+        def explained(found: Located) -> Explanation:
+            value = self._engine.reader.value(found)
+            tokens = self._engine.reader.token_probabilities(found, value)
+            return Explanation(key, value, found.adapter.id, tokens)
+
+        return self._read(key, namespace, explained)
 
     def load(self, key: str, namespace: str = "") -> tuple[Any, list[int]]:
         """The base model with the adapter of ``key`` active, and the prompt's ids, for your own ``generate``.
@@ -275,10 +274,12 @@ class Memory:
         It stays active until the next call that decodes or writes; after any other the model is the plain base.
         Raises as `recall`, except RecallError.
         """
-        with self._turn():
-            record = self._find(key, namespace)
-            self._engine.reader.activate(record.adapter)
-            return self._engine.adapted.model, self._engine.reader.prompt_ids(record)
+
+        def loaded(found: Located) -> tuple[Any, list[int]]:
+            self._engine.reader.activate(found.adapter)
+            return self._engine.adapted.model, self._engine.reader.prompt_ids(found.record)
+
+        return self._read(key, namespace, loaded)
 
     def verify(
         self, *, quick: bool = False, resume: bool = False, progress: Callable[[int, int], None] | None = None
@@ -472,6 +473,24 @@ class Memory:
     def _stored_name(self, namespace: str) -> str:
         salt = self.manifest.key_salt
         return namespace if salt is None else hidden_names(salt, namespace, "")[0]
+
+    def _read(self, key: str, namespace: str, read: Callable[[Located], _Read]) -> _Read:
+        """What is read of a record where it is; once more where its adapter went in between, as compaction has it."""
+        with self._turn():
+            found = self._locate(key, namespace)
+            try:
+                return read(found)
+            except IntegrityError:
+                now = self._locate(key, namespace)
+                if now.adapter.id == found.adapter.id:
+                    raise
+                return read(now)
+
+    def _locate(self, key: str, namespace: str) -> Located:
+        found = self._index.locate(namespace, key)
+        if found is None:
+            raise self._unknown(key, namespace)
+        return found
 
     def _find(self, key: str, namespace: str) -> StoredRecord:
         record = self._index.find(namespace, key)

@@ -6,7 +6,7 @@ Only reading and the journal are here; `loramem.index.commits` holds what change
 import difflib
 import heapq
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -17,6 +17,7 @@ from loramem.index.rows import (
     PENDING,
     RENAMED,
     REPLACED,
+    Located,
     PendingWrite,
     StoredAdapter,
     StoredRecord,
@@ -70,6 +71,28 @@ class Index(SealedDatabase):
         names = (namespace, key) if self.key_salt is None else hidden_names(self.key_salt, namespace, key)
         row = self._row("records", names)
         return None if row is None else replace(record_of(row), namespace=namespace, key=key)
+
+    def locate(self, namespace: str, key: str) -> Located | None:
+        """A live record and its adapter, of one state.
+
+        Raises:
+            IntegrityError: One of the rows is not what was committed, or the adapter's is not there.
+        """
+        with self.snapshot():
+            record = self.find(namespace, key)
+            return None if record is None else self.located([record])[0]
+
+    def located(self, records: Sequence[StoredRecord]) -> list[Located]:
+        """Records of one adapter, with it.
+
+        Raises:
+            IntegrityError: Its row is not what was committed, or not there.
+        """
+        id = records[0].adapter
+        adapter = self.adapter(id)
+        if adapter is None:
+            raise IntegrityError(f"The index has no adapter {id!r}.", what=id)
+        return [Located(record, adapter) for record in records]
 
     def find_prompt(self, namespace: str, prompt_sha256: str) -> str | None:
         """The key that has these prompt token ids, if any."""

@@ -102,6 +102,14 @@ class StoredAdapter:
 
 
 @dataclass(frozen=True)
+class Located:
+    """A live record and the adapter that holds it, as the index had both at one moment."""
+
+    record: StoredRecord
+    adapter: StoredAdapter
+
+
+@dataclass(frozen=True)
 class PendingWrite:
     """A journalled write that has not been committed."""
 

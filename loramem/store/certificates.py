@@ -7,7 +7,7 @@ certificates of a store in float32 are worth: this measures it, through PEFT, in
 from collections.abc import Callable, Iterator, Sequence
 
 from loramem.errors import IntegrityError
-from loramem.index.rows import StoredRecord
+from loramem.index.rows import StoredAdapter, StoredRecord
 from loramem.models.adapters import STORED_DTYPE
 from loramem.models.certificate import examine, least_certain, misrecalled
 from loramem.models.dtypes import Dtype
@@ -41,8 +41,8 @@ def recheck(
         UnsupportedBaseModel: Unknown dtype, or one that the device cannot compute in.
     """
     with engine.index.snapshot():
-        committed = [adapter.id for adapter in engine.index.adapters()]
-        chosen = committed if adapters is None else list(adapters)
+        committed = {adapter.id: adapter for adapter in engine.index.adapters()}
+        chosen = list(committed) if adapters is None else list(adapters)
         records = {adapter: list(engine.index.records(adapter=adapter)) for adapter in chosen}
     if missing := [adapter for adapter in chosen if adapter not in committed]:
         raise IntegrityError(f"The index has no adapter {missing[0]!r} with live records.", what=missing[0])
@@ -50,17 +50,17 @@ def recheck(
     done, total = 0, sum(map(len, records.values()))
     checks = []
     for adapter, rows in records.items():
-        checks.append(_check(served, adapter, rows, dtype or STORED_DTYPE))
+        checks.append(_check(served, committed[adapter], rows, dtype or STORED_DTYPE))
         done += len(rows)
         if progress is not None:
             progress(done, total)
     return checks
 
 
-def _check(engine: Engine, adapter: str, rows: Sequence[StoredRecord], adapter_dtype: Dtype) -> AdapterCheck:
+def _check(engine: Engine, adapter: StoredAdapter, rows: Sequence[StoredRecord], adapter_dtype: Dtype) -> AdapterCheck:
     reader, base, model = engine.reader, engine.base, engine.adapted.model
-    if engine.adapted.is_loaded(adapter):
-        engine.adapted.remove(adapter)  # what counts is the file, not what an earlier call read of it
+    if engine.adapted.is_loaded(adapter.id):
+        engine.adapted.remove(adapter.id)  # what counts is the file, not what an earlier call read of it
     template = engine.manifest.template()
     known = dict(_values(engine, rows))
     encoded = [
@@ -74,7 +74,7 @@ def _check(engine: Engine, adapter: str, rows: Sequence[StoredRecord], adapter_d
         wrong = {encoded[index].record.key for index in (*found.wrong, *misrecalled(model, encoded, alone))}
     failed = tuple(row.key for row in rows if row.key in wrong or row.key not in known)
     return AdapterCheck(
-        adapter=adapter,
+        adapter=adapter.id,
         records=len(rows),
         exact=len(rows) - len(failed),
         failed=failed,

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from loramem._util.layout import ADAPTERS
 from loramem.errors import IntegrityError, RecallError, StoreChanged
 from loramem.index.index import Index
-from loramem.index.rows import StoredRecord
+from loramem.index.rows import Located, StoredAdapter, StoredRecord
 from loramem.models.adapters import AdaptedModel
 from loramem.models.decoding import DECODE_RECORDS, DECODE_TOKENS, answer_probabilities, greedy_decode
 from loramem.records.chat import Chat
@@ -27,15 +27,21 @@ class Reader:
     def __init__(self, store: Path, index: Index, adapted: AdaptedModel, template: PromptTemplate) -> None:
         self.store, self.index, self.adapted, self.template = store, index, adapted, template
 
-    def decode(self, records: Sequence[StoredRecord]) -> Iterator[Recall]:
+    def value(self, found: Located) -> str:
+        """The committed value of a record, decoded in a batch of one. Raises as `decode`."""
+        (recall,) = self.decode([found])
+        return recall.value
+
+    def decode(self, found: Sequence[Located]) -> Iterator[Recall]:
         """Decode records of one adapter in one batch, in their order.
 
         Raises:
             RecallError: A value is not the committed one; it is never returned.
             IntegrityError: The adapter's files are not what was committed.
         """
-        for record, value in self.try_decode(records):
-            if value is None:
+        for each, value in zip(found, self._decoded(found), strict=True):
+            record = each.record
+            if not record.holds(value):
                 raise RecallError(
                     f"Adapter {record.adapter} did not give back the committed value of {record.key!r}. Run "
                     "loramem verify; the value is not returned.",
@@ -53,7 +59,7 @@ class Reader:
             StoreChanged: A record was replaced or deleted in the meantime, and its adapter removed.
         """
         try:
-            decoded = list(self.decode(records))
+            decoded = list(self.decode(self.index.located(records)))
         except IntegrityError:
             current = [self._current(record) for record in records]
             if all(now.adapter == before.adapter for now, before in zip(current, records, strict=True)):
@@ -61,7 +67,7 @@ class Reader:
             found = {
                 (record.namespace, record.key): recall
                 for batch in decode_batches(current)
-                for record, recall in zip(batch, self.decode(batch), strict=True)
+                for record, recall in zip(batch, self.decode(self.index.located(batch)), strict=True)
             }
             decoded = [found[record.namespace, record.key] for record in records]
         yield from decoded
@@ -74,7 +80,7 @@ class Reader:
         kept = {(r.namespace, r.key): r.value for r in records if r.value is not None and r.holds(r.value)}
         missing = [record for record in records if (record.namespace, record.key) not in kept]
         for batch in decode_batches(missing):
-            for record, recall in zip(batch, self.decode(batch), strict=True):
+            for record, recall in zip(batch, self.decode(self.index.located(batch)), strict=True):
                 kept[record.namespace, record.key] = recall.value
         return kept
 
@@ -85,12 +91,16 @@ class Reader:
 
     def decode_any(self, records: Sequence[StoredRecord]) -> list[tuple[StoredRecord, str]]:
         """Records of one adapter with what was decoded, whether it is the committed value or not: for checks only."""
-        tokenizer = self.adapted.base.tokenizer
+        return list(zip(records, self._decoded(self.index.located(records)), strict=True))
+
+    def _decoded(self, found: Sequence[Located]) -> list[str]:
+        """What is decoded for records of one adapter, in one batch."""
+        records, tokenizer = [each.record for each in found], self.adapted.base.tokenizer
         prompts = [self.prompt_ids(record) for record in records]
         most = max(record.answer_tokens for record in records) + 2  # the end token, and one beyond: it must have ended
-        with self.active(records[0].adapter):
+        with self.active(found[0].adapter):
             ids = greedy_decode(self.adapted.model, prompts, most, self.template.end_id)
-        return list(zip(records, (decode_answer(tokenizer, row) for row in ids), strict=True))
+        return [decode_answer(tokenizer, row) for row in ids]
 
     def prompt_ids(self, record: StoredRecord) -> list[int]:
         """Ids that the record was trained with, whatever the chat template gives today."""
@@ -115,12 +125,12 @@ class Reader:
         """Answer tokens of a value."""
         return encode_record(Record("?", value), self.adapted.base.tokenizer, self.template).length
 
-    def token_probabilities(self, record: StoredRecord, value: str) -> tuple[TokenProbability, ...]:
+    def token_probabilities(self, found: Located, value: str) -> tuple[TokenProbability, ...]:
         """Every answer token and the end token of a decoded value, with the adapter and without it, batch of one."""
-        tokenizer = self.adapted.base.tokenizer
+        record, tokenizer = found.record, self.adapted.base.tokenizer
         asked = Record(record.key, value, record.namespace)
         encoded = encode_record(asked, tokenizer, self.template, self.prompt_ids(record))
-        with self.active(record.adapter):
+        with self.active(found.adapter):
             ((_, probs),) = answer_probabilities(self.adapted.model, [encoded])
         ((_, base_probs),) = answer_probabilities(self.adapted.model, [encoded])
         return tuple(
@@ -129,7 +139,7 @@ class Reader:
         )
 
     @contextmanager
-    def active(self, adapter: str) -> Iterator[None]:
+    def active(self, adapter: StoredAdapter) -> Iterator[None]:
         """`activate`, and the plain base again afterwards: no later computation meets the adapter unasked."""
         self.activate(adapter)
         try:
@@ -137,31 +147,28 @@ class Reader:
         finally:
             self.adapted.rest()
 
-    def activate(self, adapter: str) -> None:
+    def activate(self, adapter: StoredAdapter) -> None:
         """Load an adapter from disk if it is not loaded, after checking its files; it stays active.
 
         Raises:
-            IntegrityError: No such adapter, or its files are not what was committed.
+            IntegrityError: Its files are not what was committed.
         """
-        if not self.adapted.is_loaded(adapter):
+        if not self.adapted.is_loaded(adapter.id):
             self.check(adapter)
         try:
-            self.adapted.load(adapter, self.store / ADAPTERS / adapter)
+            self.adapted.load(adapter.id, self.store / ADAPTERS / adapter.id)
         except (OSError, ValueError, SafetensorError):
             self.check(adapter)  # gone between the check and now
             raise
 
-    def check(self, adapter: str) -> None:
+    def check(self, adapter: StoredAdapter) -> None:
         """Compare an adapter's files with their sha256.
 
         Raises:
-            IntegrityError: No such adapter, or its files are not what was committed.
+            IntegrityError: They are not what was committed.
         """
-        row = self.index.adapter(adapter)
-        if row is None:
-            raise IntegrityError(f"The index has no adapter {adapter!r}.", what=adapter)
-        if problems := file_problems(self.store, row):
-            raise IntegrityError(f"{problems[0]}. Values from it are not returned.", what=adapter)
+        if problems := file_problems(self.store, adapter):
+            raise IntegrityError(f"{problems[0]}. Values from it are not returned.", what=adapter.id)
 
     def _current(self, record: StoredRecord) -> StoredRecord:
         current = self.index.find(record.namespace, record.key)

@@ -123,7 +123,7 @@ def _check_batch(engine: Engine, batch: Sequence[StoredRecord], findings: Findin
     reader = engine.reader
     try:
         if not decode:
-            reader.check(batch[0].adapter)
+            reader.check(engine.index.located(batch)[0].adapter)
             return
         for record, value in reader.try_decode(batch):
             if value is None:
