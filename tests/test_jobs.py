@@ -149,9 +149,9 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     seen: list[int] = []
     train = shards.train_shard
 
-    def counted(adapted: Any, name: str, records: Any, *rest: Any) -> Any:
+    def counted(adapted: Any, name: str, records: Any, *rest: Any, **named: Any) -> Any:
         seen.append(len(records))
-        return train(adapted, name, records, *rest)
+        return train(adapted, name, records, *rest, **named)
 
     monkeypatch.setattr(shards, "train_shard", counted)
     return seen
