@@ -65,10 +65,7 @@ def command(
     model: str | None,
     device: str,
     as_json: bool,
-    format_: str | None,
-    delimiter: str | None,
-    key_field: str,
-    value_field: str,
+    fields: options.InputOptions,
 ) -> None:
     """Train adapters of several ranks on answers of several lengths, and fit the memory law to them.
 
@@ -85,7 +82,7 @@ def command(
     place, records = options.placement(base.model, modules, layers), []
     if data is not None:
         kind = data.name
-        records = options.read_input(data, format_, delimiter, key_field, value_field)
+        records = fields.read(data)
     request = Request(
         kind,
         place,

@@ -2,7 +2,7 @@
 
 import math
 import tempfile
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +13,7 @@ from .output import note, print_facts, print_json, print_markdown
 
 if TYPE_CHECKING:
     from loramem.planning.calibration import Calibration, KindSamples
-    from loramem.planning.plan import Basis, GoalName, Plan, RankLimits, ShardPlan
+    from loramem.planning.plan import Basis, Plan, RankLimits, ShardPlan
     from loramem.store.manifest import Manifest
 
 TOKENS_PER_RECORD = 10
@@ -33,7 +33,7 @@ LARGEST_SAMPLE = 4000  # answer tokens: what longer ones cost is proportional
     "tokens), random (tokens), or a file that was calibrated with. With FILE it names the law that is asked; the one "
     "nearest in cost unless given.",
 )
-@click.option("--ranks", type=options.Numbers(), help="The only ranks allowed, such as 8,16,32.")
+@click.option("--ranks", "choices", type=options.Numbers(), help="The only ranks allowed, such as 8,16,32.")
 @click.option(
     "--plot", type=options.OutputPath(path_type=Path), help="Draw the law for the first adapter: .png, .svg or .pdf."
 )
@@ -47,20 +47,13 @@ def command(
     length: int | None,
     records: int | None,
     kind: str | None,
-    max_rank: int,
-    ranks: tuple[int, ...] | None,
+    choices: tuple[int, ...] | None,
     plot: Path | None,
-    store: Path,
-    model: str | None,
-    device: str,
+    store: options.StoreOptions,
     as_json: bool,
-    format_: str | None,
-    delimiter: str | None,
-    key_field: str,
-    value_field: str,
+    fields: options.InputOptions,
     namespace: str,
-    goal: "GoalName",
-    rank: int | None,
+    ranks: options.RankOptions,
     one_adapter: bool,
 ) -> None:
     """Say how many adapters of which rank FILE takes, or --length answer tokens of a --kind. Nothing is written.
@@ -69,23 +62,25 @@ def command(
     """
     if (file is None) == (length is None):
         raise click.UsageError("Give a FILE (- for stdin), or --length.")
-    limits = _limits(goal, max_rank, ranks, rank)
+    limits = ranks.limits(choices or ())
     if file is None:
         assert length is not None
         count = records or max(1, round(length / TOKENS_PER_RECORD))
         if count > length:
             raise click.UsageError(f"--records {count} cannot share {length} answer tokens: each needs one.")
         plan, basis, name, location = _plan_length(
-            length, count, kind or "phonebook", store, model, device, goal, rank, limits, one_adapter
+            length, count, kind or "phonebook", store, ranks, limits, one_adapter
         )
     elif records:
         raise click.UsageError("--records goes with --length; a FILE says how many it holds.")
     else:
-        found = options.read_input(file, format_, delimiter, key_field, value_field, namespace)
+        found = fields.read(file, namespace)
         with tempfile.TemporaryDirectory() as scratch:
-            place = store if (store / "store.json").exists() else Path(scratch) / "store"
-            with options.open_store(place, model, device, create=True) as opened:
-                plan = opened.plan(found, goal=goal, rank=rank, limits=limits, kind=kind, one_adapter=one_adapter)
+            path = store.path if (store.path / "store.json").exists() else Path(scratch) / "store"
+            with replace(store, path=path).open(create=True) as opened:
+                plan = opened.plan(
+                    found, goal=ranks.goal, rank=ranks.rank, limits=limits, kind=kind, one_adapter=one_adapter
+                )
                 basis, name, location = opened.basis(plan.kind), opened.manifest.base_model, opened.base.location
     if plot is not None:
         _draw(plan, basis, plot)
@@ -96,26 +91,12 @@ def command(
     _show(plan, name, location)
 
 
-def _limits(goal: "GoalName", max_rank: int, ranks: tuple[int, ...] | None, rank: int | None) -> "RankLimits":
-    from loramem.planning.plan import RankLimits, check_request
-
-    try:
-        limits = RankLimits(max_rank, ranks or ())
-        check_request(goal, rank, limits)
-    except ValueError as error:
-        raise click.UsageError(f"{error}.") from None
-    return limits
-
-
 def _plan_length(
     length: int,
     records: int,
     kind: str,
-    store: Path,
-    model: str | None,
-    device: str,
-    goal: "GoalName",
-    rank: int | None,
+    store: options.StoreOptions,
+    ranks: options.RankOptions,
     limits: "RankLimits",
     one_adapter: bool,
 ) -> "tuple[Plan, Basis, str, str]":
@@ -127,9 +108,10 @@ def _plan_length(
     from loramem.planning import calibration, timings
     from loramem.planning.runs import KINDS
 
-    outcomes, place, weights, name, manifest = [], None, None, model or embedded.NAME, None
-    if (store / "store.json").exists():
-        with options.open_store(store, None, device) as opened:
+    model, name = store.model, store.model or embedded.NAME
+    outcomes, place, weights, manifest = [], None, None, None
+    if (store.path / "store.json").exists():
+        with replace(store, model=None).open() as opened:
             manifest = opened.manifest
             if model in (None, manifest.base_model, manifest.location) or _is_base_of(manifest, model):
                 outcomes, name = opened.outcomes(), model or manifest.location or manifest.base_model
@@ -149,7 +131,7 @@ def _plan_length(
             )
         if model is None and manifest is not None:
             name = manifest.place()
-        known, samples = _measured(name, device, kind, length, known)
+        known, samples = _measured(name, store.device, kind, length, known)
     if math.ceil(length / records) > known.context_tokens:
         raise click.UsageError(
             f"A value of {math.ceil(length / records)} tokens exceeds the context of {known.base_model}, "
@@ -159,7 +141,7 @@ def _plan_length(
     above = known.above if place in (None, known.place) else ()
     basis = calibration.basis(known, place or known.place, known.parameters_per_rank, kind, outcomes, seconds, above)
     plan = calibration.plan_length(
-        samples, basis, length, records, goal=goal, rank=rank, limits=limits, one_adapter=one_adapter
+        samples, basis, length, records, goal=ranks.goal, rank=ranks.rank, limits=limits, one_adapter=one_adapter
     )
     return plan, basis, known.base_model, name
 

@@ -38,9 +38,7 @@ def command(
     max_rank: int | None,
     base_name: str | None,
     dtype: Dtype | None,
-    store: Path,
-    model: str | None,
-    device: str,
+    store: options.StoreOptions,
     as_json: bool,
 ) -> None:
     """Say whether PEFT, vLLM and SGLang load the adapters of the store (./memory unless named) as they are.
@@ -56,9 +54,9 @@ def command(
             raise click.UsageError("--dtype decodes the records of a store; what a FOLDER holds is not known.")
         from loramem.serving.check import check_folders
 
-        report = check_folders(folders, targets, max_rank=max_rank, base_name=base_name, model=model)
+        report = check_folders(folders, targets, max_rank=max_rank, base_name=base_name, model=store.model)
     else:
-        with options.open_store(store, model, device) as opened:
+        with store.open() as opened:
             report = opened.check(targets, max_rank=max_rank, base_name=base_name, dtype=dtype)
     if as_json:
         certificates = [{**asdict(one), "margin": one.margin} for one in report.certificates]

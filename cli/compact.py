@@ -1,6 +1,5 @@
 """loramem compact: small and half-dead adapters written anew."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -22,11 +21,8 @@ if TYPE_CHECKING:
 @options.workers_option
 def command(
     which: "Which | None",
-    store: Path,
-    model: str | None,
-    device: str,
+    store: options.StoreOptions,
     as_json: bool,
-    wait_s: float,
     workers: int | None,
 ) -> None:
     """Rewrite small and half-dead adapters of the store (./memory unless named) from the frozen base, in one commit.
@@ -34,7 +30,7 @@ def command(
     Nothing of deleted records is left in the new ones. The old files go with gc, after its grace.
     """
     with (
-        options.open_store(store, model, device, wait_s=wait_s) as opened,
+        store.open() as opened,
         options.pool(workers) as pool,
         write_bar() as progress,
     ):

@@ -32,16 +32,14 @@ def command(
     pad_rank: int | None,
     dtype: Dtype,
     include_keys: bool,
-    store: Path,
-    model: str | None,
-    device: str,
+    store: options.StoreOptions,
     as_json: bool,
 ) -> None:
     """Write the adapters of the store (./memory unless named) to the new folder DIR, as a server takes them.
 
     Its README.md says how the server is started and asked. Exit code 7 when the server would refuse the result.
     """
-    with options.open_store(store, model, device) as opened:
+    with store.open() as opened:
         report = opened.deploy(
             target, folder, base_name=base_name, pad_rank=pad_rank, dtype=dtype, include_keys=include_keys
         )

@@ -1,7 +1,5 @@
 """loramem erase: records gone from every file."""
 
-from pathlib import Path
-
 import click
 
 from . import options
@@ -16,11 +14,8 @@ from .progress import write_bar
 @options.namespace_option
 def command(
     keys: tuple[str, ...],
-    store: Path,
-    model: str | None,
-    device: str,
+    store: options.StoreOptions,
     as_json: bool,
-    wait_s: float,
     workers: int | None,
     namespace: str,
 ) -> None:
@@ -30,7 +25,7 @@ def command(
     of the store holds their values; backups and exports are out of reach.
     """
     with (
-        options.open_store(store, model, device, wait_s=wait_s) as opened,
+        store.open() as opened,
         options.pool(workers) as pool,
         write_bar() as progress,
     ):

@@ -1,7 +1,6 @@
 """loramem explain: the probability of every token of a value."""
 
 from dataclasses import asdict
-from pathlib import Path
 
 import click
 
@@ -13,12 +12,12 @@ from .output import print_json
 @click.argument("key")
 @options.store_options
 @options.namespace_option
-def command(key: str, store: Path, model: str | None, device: str, as_json: bool, namespace: str) -> None:
+def command(key: str, store: options.StoreOptions, as_json: bool, namespace: str) -> None:
     """Show why KEY is recalled: p of every answer token and the end token, with and without the adapter.
 
     A token is ordered when p > 0.5, and stubborn otherwise. The store is ./memory unless named.
     """
-    with options.open_store(store, model, device) as opened:
+    with store.open() as opened:
         explanation = opened.explain(key, namespace)
     if as_json:
         print_json({**asdict(explanation), "min_prob": explanation.min_prob})

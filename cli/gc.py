@@ -1,7 +1,5 @@
 """loramem gc: files that no live record needs."""
 
-from pathlib import Path
-
 import click
 
 from . import options
@@ -19,9 +17,9 @@ from .output import note, print_json
     help="Keep adapters that were retired less than so long ago, for readers that began before.",
 )
 @options.change_options
-def command(grace_s: float, store: Path, model: str | None, device: str, as_json: bool, wait_s: float) -> None:
+def command(grace_s: float, store: options.StoreOptions, as_json: bool) -> None:
     """Remove adapters that no live record of the store (./memory unless named) needs any more."""
-    with options.open_store(store, model, device, wait_s=wait_s) as opened:
+    with store.open() as opened:
         report = opened.gc(grace_s)
     if as_json:
         print_json(report)

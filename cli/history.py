@@ -1,7 +1,6 @@
 """loramem history: what a key held, without values."""
 
 from dataclasses import asdict
-from pathlib import Path
 
 import click
 
@@ -13,12 +12,12 @@ from .output import print_json, print_table
 @click.argument("key")
 @options.store_options
 @options.namespace_option
-def command(key: str, store: Path, model: str | None, device: str, as_json: bool, namespace: str) -> None:
+def command(key: str, store: options.StoreOptions, as_json: bool, namespace: str) -> None:
     """Show when KEY was written, replaced, renamed and deleted in the store (./memory unless named).
 
     Values are not shown: recall decodes the present one, earlier ones are not kept. With --json, one object a line.
     """
-    with options.open_store(store, model, device) as opened:
+    with store.open() as opened:
         versions = opened.history(key, namespace)
     if as_json:
         for version in versions:

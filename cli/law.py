@@ -28,7 +28,7 @@ LAST_WRITES = 10
 @click.option("--plot", type=options.OutputPath(path_type=Path), help="Draw the one law chosen: .png, .svg or .pdf.")
 @options.runs_option
 @options.store_option
-@click.option("--json", "as_json", is_flag=True, help="JSON on stdout.")
+@options.json_option
 def command(
     kind: str | None,
     modules: str | None,
@@ -189,7 +189,7 @@ def _show_writes(store: Path) -> None:
     """The last writes of a store, and where they move its success boundary."""
     from loramem.planning import calibration
 
-    with options.open_store(store, None, "auto") as opened:
+    with options.StoreOptions(store, None, "auto").open() as opened:
         outcomes, manifest = opened.outcomes(), opened.manifest
     if not outcomes:
         return

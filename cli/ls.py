@@ -2,7 +2,6 @@
 
 from dataclasses import asdict
 from datetime import datetime
-from pathlib import Path
 
 import click
 
@@ -26,16 +25,14 @@ def command(
     since: datetime | None,
     until: datetime | None,
     meta: tuple[str, ...],
-    store: Path,
-    model: str | None,
-    device: str,
+    store: options.StoreOptions,
     as_json: bool,
 ) -> None:
     """List the records of the store (./memory unless named) with certificate and adapter.
 
     Values are not shown: recall decodes them. With --json, one object a line.
     """
-    with options.open_store(store, model, device) as opened:
+    with store.open() as opened:
         wanted = options.named_values(meta)
         if adapter is not None:
             adapter = _whole(adapter, [stored.id for stored in opened.adapters()])

@@ -4,6 +4,8 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
     from loramem import MemoryStore, Record
     from loramem.models.dtypes import Dtype
     from loramem.models.placement import Placement
-    from loramem.planning.plan import GoalName
+    from loramem.planning.plan import GoalName, RankLimits
 
 Command = Callable[..., Any]
 
@@ -88,9 +90,96 @@ _ONE_ADAPTER = click.option(
 _JSON = click.option("--json", "as_json", is_flag=True, help="JSON on stdout.")
 
 
+@dataclass(frozen=True)
+class StoreOptions:
+    """Which store, with which base model, and how long to wait for it."""
+
+    path: Path
+    model: str | None
+    device: str
+    wait_s: float = 0.0
+
+    def open(
+        self, *, create: bool = False, keep_values: bool | None = None, serve: "Sequence[Dtype] | None" = None
+    ) -> "MemoryStore":
+        """The store; see `loramem.MemoryStore`."""
+        from loramem import MemoryStore
+
+        return MemoryStore(
+            self.path,
+            self.model,
+            device=self.device,
+            create=create,
+            keep_values=keep_values,
+            serve=serve,
+            wait_s=self.wait_s,
+        )
+
+
+@dataclass(frozen=True)
+class InputOptions:
+    """How a file of records is read."""
+
+    format: str | None
+    delimiter: str | None
+    key_field: str
+    value_field: str
+
+    def read(self, file: Path, namespace: str = "") -> "list[Record]":
+        """Records of a file, or of stdin for -.
+
+        Raises:
+            InputError, RecordError: See `loramem.read_records`; also if there are none.
+        """
+        from loramem import read_records
+        from loramem.errors import InputError
+
+        records = read_records(
+            sys.stdin.buffer if str(file) == "-" else file,
+            format=self.format,
+            delimiter=self.delimiter,
+            key_field=self.key_field,
+            value_field=self.value_field,
+            namespace=namespace,
+        )
+        if not records:
+            raise InputError(f"{'Standard input' if str(file) == '-' else file} holds no records.")
+        return records
+
+
+@dataclass(frozen=True)
+class RankOptions:
+    """Which ranks adapters get."""
+
+    goal: "GoalName"
+    rank: int | None
+    max_rank: int
+
+    def limits(self, choices: tuple[int, ...] = ()) -> "RankLimits":
+        """The ranks allowed; a first rank beyond them is a wrong option."""
+        from loramem.planning.plan import RankLimits, check_request
+
+        try:
+            limits = RankLimits(self.max_rank, choices)
+            check_request(self.goal, self.rank, limits)
+        except ValueError as error:
+            raise click.UsageError(f"{error}.") from None
+        return limits
+
+    def settings(self, seed: int = 0) -> WriterSettings:
+        """How to train within the ranks allowed; raises as `limits`."""
+        self.limits()
+        return WriterSettings(max_rank=self.max_rank, seed=seed)
+
+
 def store_options(command: Command) -> Command:
-    """--store, --model, --device and --json."""
-    return _STORE(model_options(command))
+    """--store, --model, --device and --json; the first three, and --wait, as ``store``, `StoreOptions`."""
+
+    @wraps(command)
+    def with_store(*, store: Path, model: str | None, device: str, wait_s: float = 0.0, **others: Any) -> Any:
+        return command(store=StoreOptions(store, model, device, wait_s), **others)
+
+    return _STORE(model_options(with_store))
 
 
 def model_options(command: Command) -> Command:
@@ -109,7 +198,7 @@ def json_option(command: Command) -> Command:
 
 
 def change_options(command: Command) -> Command:
-    """--store, --model, --device, --json and --wait, of commands that change the store."""
+    """`store_options` and --wait, of commands that change the store."""
     return store_options(_WAIT(command))
 
 
@@ -127,7 +216,12 @@ def runs_option(command: Command) -> Command:
 
 
 def goal_options(command: Command) -> Command:
-    """--goal, --rank and --max-rank."""
+    """--goal, --rank and --max-rank, as ``ranks``, `RankOptions`."""
+
+    @wraps(command)
+    def with_ranks(*, goal: "GoalName", rank: int | None, max_rank: int, **others: Any) -> Any:
+        return command(ranks=RankOptions(goal, rank, max_rank), **others)
+
     goal = click.option(
         "--goal", type=click.Choice(["fast", "small"]), default="fast", show_default=True, help="Seconds or parameters."
     )
@@ -135,22 +229,11 @@ def goal_options(command: Command) -> Command:
     max_rank = click.option(
         "--max-rank", type=click.IntRange(1), default=MAX_RANK, show_default=True, help="Highest rank allowed."
     )
-    return goal(rank(max_rank(command)))
+    return goal(rank(max_rank(with_ranks)))
 
 
 def one_adapter_option(command: Command) -> Command:
     return _ONE_ADAPTER(command)
-
-
-def writer_settings(goal: "GoalName", rank: int | None, max_rank: int, seed: int = 0) -> WriterSettings:
-    """How to train within the ranks allowed; a rank beyond them is a wrong option."""
-    from loramem.planning.plan import RankLimits, check_request
-
-    try:
-        check_request(goal, rank, RankLimits(max_rank))
-    except ValueError as error:
-        raise click.UsageError(f"{error}.") from None
-    return WriterSettings(max_rank=max_rank, seed=seed)
 
 
 def _delimiter(_ctx: click.Context, _param: click.Parameter, value: str | None) -> str | None:
@@ -158,7 +241,15 @@ def _delimiter(_ctx: click.Context, _param: click.Parameter, value: str | None) 
 
 
 def input_options(command: Command) -> Command:
-    """--format, --delimiter, --key-field and --value-field."""
+    """--format, --delimiter, --key-field and --value-field, as ``fields``, `InputOptions`."""
+
+    @wraps(command)
+    def with_fields(
+        *, format_: str | None, delimiter: str | None, key_field: str, value_field: str, **others: Any
+    ) -> Any:
+        return command(fields=InputOptions(format_, delimiter, key_field, value_field), **others)
+
+    decorated: Command = with_fields
     for option in (
         click.option("--value-field", default="value", show_default=True, help="Field that holds the value."),
         click.option("--key-field", default="key", show_default=True, help="Field that holds the key."),
@@ -175,53 +266,8 @@ def input_options(command: Command) -> Command:
             help="Format of FILE; by its suffix unless given, jsonl for stdin.",
         ),
     ):
-        command = option(command)
-    return command
-
-
-def read_input(
-    file: Path,
-    format_: str | None,
-    delimiter: str | None,
-    key_field: str,
-    value_field: str,
-    namespace: str = "",
-) -> "list[Record]":
-    """Records of a file, or of stdin for -.
-
-    Raises:
-        InputError, RecordError: See `loramem.read_records`; also if there are none.
-    """
-    from loramem import read_records
-    from loramem.errors import InputError
-
-    records = read_records(
-        sys.stdin.buffer if str(file) == "-" else file,
-        format=format_,
-        delimiter=delimiter,
-        key_field=key_field,
-        value_field=value_field,
-        namespace=namespace,
-    )
-    if not records:
-        raise InputError(f"{'Standard input' if str(file) == '-' else file} holds no records.")
-    return records
-
-
-def open_store(
-    store: Path,
-    model: str | None,
-    device: str,
-    *,
-    create: bool = False,
-    keep_values: bool | None = None,
-    serve: "Sequence[Dtype] | None" = None,
-    wait_s: float = 0.0,
-) -> "MemoryStore":
-    """The store that the options name."""
-    from loramem import MemoryStore
-
-    return MemoryStore(store, model, device=device, create=create, keep_values=keep_values, serve=serve, wait_s=wait_s)
+        decorated = option(decorated)
+    return decorated
 
 
 def named_values(given: Sequence[str]) -> dict[str, str]:

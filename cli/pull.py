@@ -1,7 +1,5 @@
 """loramem pull: a published store, checked and made a store here."""
 
-from pathlib import Path
-
 import click
 
 from . import options
@@ -19,9 +17,7 @@ from .progress import count_bar
 @click.option("--max-bytes", type=click.IntRange(min=1), help="Refuse larger adapters, taken together.  [16 GiB]")
 def command(
     repo: str,
-    store: Path,
-    model: str | None,
-    device: str,
+    store: options.StoreOptions,
     as_json: bool,
     revision: str | None,
     verify: bool,
@@ -37,10 +33,10 @@ def command(
         count_bar("verifying") as progress,
         MemoryStore.pull(
             repo,
-            store,
-            model,
+            store.path,
+            store.model,
             revision=revision,
-            device=device,
+            device=store.device,
             verify=verify,
             max_bytes=max_bytes,
             progress=progress,
@@ -51,6 +47,6 @@ def command(
         print_json({"records": stats.records, "adapters": stats.adapters, "keys": keys, "verified": verify and keys})
         return
     checked = "each decoded here" if verify and keys else "not decoded"
-    note(f"Pulled {stats.records:,} records in {stats.adapters:,} adapters to {store}, {checked}.")
+    note(f"Pulled {stats.records:,} records in {stats.adapters:,} adapters to {store.path}, {checked}.")
     if not keys:
         note("Keys were not published: recall works by key given, and the store can only be read.")

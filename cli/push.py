@@ -1,6 +1,5 @@
 """loramem push: the store on the Hub."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -24,9 +23,7 @@ if TYPE_CHECKING:
 @click.option("--yes", is_flag=True, help="Do not ask.")
 def command(
     repo: str,
-    store: Path,
-    model: str | None,
-    device: str,
+    store: options.StoreOptions,
     as_json: bool,
     include_keys: bool,
     include_values: bool,
@@ -53,7 +50,7 @@ def command(
         if not yes:
             click.confirm("Push?", abort=True, err=True)
 
-    with options.open_store(store, model, device) as opened:
+    with store.open() as opened:
         report = opened.push(
             repo,
             include_keys=include_keys,

@@ -1,7 +1,5 @@
 """loramem recall: values decoded from the weights."""
 
-from pathlib import Path
-
 import click
 
 from . import options
@@ -16,9 +14,7 @@ from .output import print_exact, print_json
 def command(
     keys: tuple[str, ...],
     everything: bool,
-    store: Path,
-    model: str | None,
-    device: str,
+    store: options.StoreOptions,
     as_json: bool,
     namespace: str,
 ) -> None:
@@ -29,7 +25,7 @@ def command(
     """
     if bool(keys) == everything:
         raise click.UsageError("Give one or more keys, or --all.")
-    with options.open_store(store, model, device) as opened:
+    with store.open() as opened:
         for recall in opened.recall_many(None if everything else keys, namespace):
             if as_json:
                 print_json(recall)

@@ -1,16 +1,10 @@
 """loramem rename: the same value under another key."""
 
-from pathlib import Path
-from typing import TYPE_CHECKING
-
 import click
 
 from . import options
 from .output import note, note_needs_ids, print_json
 from .progress import write_bar
-
-if TYPE_CHECKING:
-    from loramem.planning.plan import GoalName
 
 
 @click.command("rename")
@@ -22,21 +16,16 @@ if TYPE_CHECKING:
 def command(
     key: str,
     new_key: str,
-    store: Path,
-    model: str | None,
-    device: str,
+    store: options.StoreOptions,
     as_json: bool,
-    wait_s: float,
     namespace: str,
-    goal: "GoalName",
-    rank: int | None,
-    max_rank: int,
+    ranks: options.RankOptions,
 ) -> None:
     """Write the value of KEY under NEW_KEY and end KEY, in one commit of the store (./memory unless named)."""
-    settings = options.writer_settings(goal, rank, max_rank)
-    with options.open_store(store, model, device, wait_s=wait_s) as opened, write_bar() as progress:
+    settings = ranks.settings()
+    with store.open() as opened, write_bar() as progress:
         report = opened.rename(
-            key, new_key, namespace=namespace, goal=goal, rank=rank, settings=settings, progress=progress
+            key, new_key, namespace=namespace, goal=ranks.goal, rank=ranks.rank, settings=settings, progress=progress
         )
     if as_json:
         print_json(report)

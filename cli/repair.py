@@ -1,7 +1,5 @@
 """loramem repair: damaged adapters and rows written anew."""
 
-from pathlib import Path
-
 import click
 
 from . import options
@@ -17,11 +15,8 @@ RECALL_INCOMPLETE = 3
 @options.workers_option
 def command(
     drop_lost: bool,
-    store: Path,
-    model: str | None,
-    device: str,
+    store: options.StoreOptions,
     as_json: bool,
-    wait_s: float,
     workers: int | None,
 ) -> None:
     """Write damaged adapters and rows of the store (./memory unless named) anew from the values it keeps.
@@ -29,7 +24,7 @@ def command(
     Exit code 3 when records are lost; they are named.
     """
     with (
-        options.open_store(store, model, device, wait_s=wait_s) as opened,
+        store.open() as opened,
         options.pool(workers) as pool,
         write_bar() as progress,
     ):

@@ -1,7 +1,5 @@
 """loramem stats: counts and sizes."""
 
-from pathlib import Path
-
 import click
 
 from . import options
@@ -10,9 +8,9 @@ from .output import note, print_facts, print_json
 
 @click.command("stats")
 @options.store_options
-def command(store: Path, model: str | None, device: str, as_json: bool) -> None:
+def command(store: options.StoreOptions, as_json: bool) -> None:
     """Show what the store (./memory unless named) holds and what it costs."""
-    with options.open_store(store, model, device) as opened:
+    with store.open() as opened:
         stats = opened.stats()
     if as_json:
         print_json(stats)

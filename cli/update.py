@@ -1,16 +1,10 @@
 """loramem update: another value or other metadata for a record."""
 
-from pathlib import Path
-from typing import TYPE_CHECKING
-
 import click
 
 from . import options
 from .output import note, note_needs_ids, print_json
 from .progress import write_bar
-
-if TYPE_CHECKING:
-    from loramem.planning.plan import GoalName
 
 
 @click.command("update")
@@ -24,15 +18,10 @@ def command(
     key: str,
     value: str | None,
     meta: tuple[str, ...],
-    store: Path,
-    model: str | None,
-    device: str,
+    store: options.StoreOptions,
     as_json: bool,
-    wait_s: float,
     namespace: str,
-    goal: "GoalName",
-    rank: int | None,
-    max_rank: int,
+    ranks: options.RankOptions,
 ) -> None:
     """Give KEY another VALUE in the store (./memory unless named); the old one is not recalled from then on.
 
@@ -41,15 +30,15 @@ def command(
     """
     if value is None and not meta:
         raise click.UsageError("Give a VALUE, or --meta.")
-    settings = options.writer_settings(goal, rank, max_rank)
-    with options.open_store(store, model, device, wait_s=wait_s) as opened, write_bar() as progress:
+    settings = ranks.settings()
+    with store.open() as opened, write_bar() as progress:
         report = opened.update(
             key,
             value,
             namespace=namespace,
             metadata=options.named_values(meta) if meta else None,
-            goal=goal,
-            rank=rank,
+            goal=ranks.goal,
+            rank=ranks.rank,
             settings=settings,
             progress=progress,
         )

@@ -1,7 +1,5 @@
 """loramem verify: every file hashed, every record decoded."""
 
-from pathlib import Path
-
 import click
 
 from . import options
@@ -15,14 +13,14 @@ RECALL_INCOMPLETE, DAMAGED = 3, 4
 @click.option("--quick", is_flag=True, help="Structure and hashes alone; the base model is not loaded.")
 @click.option("--resume", is_flag=True, help="Go on where an interrupted verify stopped, if nothing has changed since.")
 @options.store_options
-def command(quick: bool, resume: bool, store: Path, model: str | None, device: str, as_json: bool) -> None:
+def command(quick: bool, resume: bool, store: options.StoreOptions, as_json: bool) -> None:
     """Check every file and row of the store (./memory unless named) and decode every record.
 
     Exit code 3 when a record does not come back, 4 when something is damaged.
     """
     if quick and resume:
         raise click.UsageError("--quick decodes nothing that could be resumed: give one of the two.")
-    with options.open_store(store, model, device) as opened:
+    with store.open() as opened:
         if quick:
             report = opened.verify(quick=True)
         else:

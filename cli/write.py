@@ -11,7 +11,6 @@ from .progress import write_bar
 
 if TYPE_CHECKING:
     from loramem.models.dtypes import Dtype
-    from loramem.planning.plan import GoalName
     from loramem.store.request import OnConflict
 
 
@@ -43,18 +42,11 @@ if TYPE_CHECKING:
 @click.option("--discard", is_flag=True, help="Forget an interrupted write; takes no FILE.")
 def command(
     file: Path | None,
-    store: Path,
-    model: str | None,
-    device: str,
+    store: options.StoreOptions,
     as_json: bool,
-    format_: str | None,
-    delimiter: str | None,
-    key_field: str,
-    value_field: str,
+    fields: options.InputOptions,
     namespace: str,
-    goal: "GoalName",
-    rank: int | None,
-    max_rank: int,
+    ranks: options.RankOptions,
     one_adapter: bool,
     on_conflict: "OnConflict",
     no_values: bool,
@@ -64,7 +56,6 @@ def command(
     partial: bool,
     resume: bool,
     discard: bool,
-    wait_s: float,
 ) -> None:
     """Write the records of FILE (JSONL, JSON, CSV or TSV; - for stdin) and prove that each is recalled.
 
@@ -73,32 +64,28 @@ def command(
     """
     if (file is not None) + resume + discard != 1:
         raise click.UsageError("Give a FILE (- for stdin), or --resume, or --discard.")
-    settings = options.writer_settings(goal, rank, max_rank, seed)
+    settings = ranks.settings(seed)
     if discard:
-        with options.open_store(store, model, device, wait_s=wait_s) as opened:
+        with store.open() as opened:
             count = opened.discard()
         print_json({"discarded": count}) if as_json else note(f"Discarded an interrupted write of {count} records.")
         return
 
     if file is None:
         with (
-            options.open_store(store, model, device, wait_s=wait_s) as opened,
+            store.open() as opened,
             options.pool(workers) as pool,
             write_bar() as progress,
         ):
             report = opened.resume(progress, pool)
     else:
-        records = options.read_input(file, format_, delimiter, key_field, value_field, namespace)
+        records = fields.read(file, namespace)
         keep_values = False if no_values else None  # unless said, as the store does
         with (
-            options.open_store(
-                store,
-                model,
-                device,
+            store.open(
                 create=True,
                 keep_values=keep_values,
                 serve=None if serve is None else cast("list[Dtype]", serve.split(",")),
-                wait_s=wait_s,
             ) as opened,
             options.pool(workers) as pool,
             write_bar() as progress,
@@ -106,8 +93,8 @@ def command(
             report = opened.write(
                 records,
                 on_conflict=on_conflict,
-                goal=goal,
-                rank=rank,
+                goal=ranks.goal,
+                rank=ranks.rank,
                 one_adapter=one_adapter,
                 partial=partial,
                 settings=settings,
