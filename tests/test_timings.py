@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from loramem.planning import timings
 from loramem.planning.timings import KEPT, default_file, note_time, seconds_per_visit
 
 WEIGHTS = "0123456789ab"
@@ -75,7 +74,7 @@ def test_a_file_that_cannot_be_replaced_is_no_error(monkeypatch: pytest.MonkeyPa
         raise PermissionError("read-only")
 
     note_time(WEIGHTS, "cpu", 3.0, 1)
-    monkeypatch.setattr(timings.Path, "replace", refuse)
+    monkeypatch.setattr(Path, "replace", refuse)
     note_time(WEIGHTS, "cpu", 5.0, 1)
     assert seconds_per_visit(WEIGHTS) == 3
 

@@ -5,21 +5,16 @@ Names are hints. A model that was moved, copied, saved anew or cut into other fi
 
 import hashlib
 import json
-import logging
 import mmap
 import re
-import tempfile
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import platformdirs
-
+from loramem._util.cache import JsonFile, cache_folder
 from loramem.errors import BaseModelNotFound, OtherBaseModel, UnsupportedBaseModel
-
-log = logging.getLogger(__name__)
 
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 HOW_SAVED = frozenset(
@@ -187,6 +182,10 @@ class _WeightsFile:
     tensors: Mapping[str, str] | None
     """SHA-256 of the values, by name, dtype and shape in one string; None if this is no whole safetensors file."""
 
+    @classmethod
+    def of(cls, known: Any) -> "_WeightsFile":
+        return cls(str(known["sha256"]), {str(name): str(sha256) for name, sha256 in known["tensors"].items()})
+
 
 def _read_by_transformers(folder: Path, files: set[str]) -> set[str]:
     """The files that are the model's: a folder may hold a second copy in another layout."""
@@ -205,24 +204,14 @@ def _weights_file(path: Path, rehash: bool) -> _WeightsFile:
     """
     stat = path.stat()
     place = f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ino}"
-    entry = platformdirs.user_cache_path("loramem") / "fingerprints" / f"{_digest([place])[:32]}.json"
-    if not rehash:
-        try:
-            known = json.loads(entry.read_text())
-            return _WeightsFile(str(known["sha256"]), {str(name): str(of) for name, of in known["tensors"].items()})
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            log.debug("%s is not in the cache, or its entry is damaged", path)
+    entry = JsonFile(cache_folder() / "fingerprints" / f"{_digest([place])[:32]}.json", _WeightsFile.of)
+    if not rehash and (known := entry.known()) is not None:
+        return known
     found = _hashed(path)
     now = path.stat()
     unchanged = (now.st_size, now.st_mtime_ns, now.st_ino) == (stat.st_size, stat.st_mtime_ns, stat.st_ino)
     if unchanged and found.tensors is not None:
-        try:
-            entry.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile("w", dir=entry.parent, suffix=".partial", delete=False) as partial:
-                json.dump(asdict(found), partial)
-            Path(partial.name).replace(entry)
-        except OSError:
-            log.debug("the cache of fingerprints at %s is not writable", entry.parent)
+        entry.remember(asdict(found))
     return found
 
 

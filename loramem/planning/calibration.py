@@ -13,9 +13,8 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-import platformdirs
-
 from loramem import embedded
+from loramem._util.cache import DAMAGED, JsonFile, cache_folder
 from loramem.errors import BoundaryError, InputError, LawError
 from loramem.models.shard_sizes import Size
 from loramem.planning import law_fit, success, visits
@@ -136,11 +135,12 @@ class Calibration:
         return next((entry for entry in self.boundaries if entry.place == place), None)
 
     def save(self, path: Path) -> None:
-        """Write it beside and move it there."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_suffix(".partial")
-        beside.write_text(json.dumps({"format": FORMAT, **asdict(self)}, indent=1, allow_nan=False) + "\n")
-        beside.replace(path)
+        """Replace the file by it.
+
+        Raises:
+            OSError: It cannot be written.
+        """
+        JsonFile(path, dict).save({"format": FORMAT, **asdict(self)})
 
 
 def summarise(bare: Calibration, runs: Iterable[Run]) -> Calibration:
@@ -274,7 +274,7 @@ def _placed(place: Place, parameters_per_rank: int, outcomes: Sequence[Outcome])
 
 def cached(base_weights: str) -> Path:
     """Where `loramem calibrate` leaves what it learnt of a base model."""
-    return platformdirs.user_cache_path("loramem") / f"calibration-{base_weights}.json"
+    return cache_folder() / f"calibration-{base_weights}.json"
 
 
 def load(base_weights: str | None = None) -> Calibration | None:
@@ -295,31 +295,26 @@ def load(base_weights: str | None = None) -> Calibration | None:
 
 def _read(path: Path) -> Calibration:
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-        found = fields.pop("format")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _damaged(path, error) from None
-    if found != FORMAT:
-        raise InputError(f"{path} has format {found}, this version of loramem reads {FORMAT}. Calibrate again.")
-    try:
-        fields["kinds"] = tuple(
-            KindSamples(entry["kind"], tuple(Sample(**sample) for sample in entry["samples"]))
-            for entry in fields["kinds"]
-        )
-        fields["laws"] = tuple(
-            PlacedLaw(entry["kind"], *_place(entry), MemoryLaw.from_json(json.dumps(entry["law"])))
-            for entry in fields["laws"]
-        )
-        fields["boundaries"] = tuple(map(_boundary, fields["boundaries"]))
-        fields["above"] = tuple(Size(**size) for size in fields.get("above", ()))  # older files have none
-        fields["modules"], fields["layers"] = _place(fields)
-        return Calibration(**fields)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _damaged(path, error) from None
+        fields = JsonFile(path, dict).load()
+        if (found := fields.pop("format")) == FORMAT:
+            return _calibration(fields)
+    except DAMAGED as error:  # hours of runs: said, not passed over as a cache would be
+        raise InputError(f"{path} is not a calibration ({error!r}). Delete it and run loramem calibrate.") from None
+    raise InputError(f"{path} has format {found}, this version of loramem reads {FORMAT}. Calibrate again.")
 
 
-def _damaged(path: Path, error: Exception) -> InputError:
-    return InputError(f"{path} is not a calibration ({error!r}). Delete it and run loramem calibrate.")
+def _calibration(fields: dict[str, Any]) -> Calibration:
+    fields["kinds"] = tuple(
+        KindSamples(entry["kind"], tuple(Sample(**sample) for sample in entry["samples"])) for entry in fields["kinds"]
+    )
+    fields["laws"] = tuple(
+        PlacedLaw(entry["kind"], *_place(entry), MemoryLaw.from_json(json.dumps(entry["law"])))
+        for entry in fields["laws"]
+    )
+    fields["boundaries"] = tuple(map(_boundary, fields["boundaries"]))
+    fields["above"] = tuple(Size(**size) for size in fields.get("above", ()))  # older files have none
+    fields["modules"], fields["layers"] = _place(fields)
+    return Calibration(**fields)
 
 
 def _place(entry: dict[str, Any]) -> Place:

@@ -10,9 +10,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import platformdirs
-
 from loramem import embedded
+from loramem._util.cache import cache_folder
 from loramem.errors import InputError
 from loramem.planning.law import Point
 from loramem.planning.law_fit import SATURATED
@@ -94,7 +93,7 @@ def identity(*parts: object) -> str:
 
 def default_file() -> Path:
     """Where calibration runs of any base model are kept: the user's cache."""
-    return platformdirs.user_cache_path("loramem") / "calibrations.jsonl"
+    return cache_folder() / "calibrations.jsonl"
 
 
 def shipped_file() -> Path:

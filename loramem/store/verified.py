@@ -11,8 +11,7 @@ from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
-import platformdirs
-
+from loramem._util.cache import cache_folder
 from loramem.models.base_model import BaseModel
 from loramem.models.fingerprint import Fingerprint
 from loramem.store.manifest import Manifest
@@ -30,7 +29,7 @@ class Verified:
 
     def __init__(self, store: Path, state: str) -> None:
         name = hashlib.sha256(str(store.resolve()).encode()).hexdigest()[:32]
-        self.path, self.state = platformdirs.user_cache_path("loramem") / "verify" / name, state
+        self.path, self.state = cache_folder() / "verify" / name, state
 
     def adapters(self) -> frozenset[str]:
         """Those noted before; one whose line was cut off is verified again."""
