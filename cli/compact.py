@@ -9,7 +9,7 @@ from .output import note, print_facts, print_json
 from .progress import write_bar
 
 if TYPE_CHECKING:
-    from loramem.store.compact import Which
+    from loramem import CompactChoice
 
 
 @click.command("compact")
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 @options.change_options
 @options.workers_option
 def command(
-    which: "Which | None",
+    which: "CompactChoice | None",
     store: options.StoreOptions,
     as_json: bool,
     workers: int | None,

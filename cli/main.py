@@ -42,6 +42,7 @@ from .output import prepare_streams
 
 # First match wins, so subclasses stand before their bases. Documented in README.
 EXIT_CODES: tuple[tuple[type[Exception], int], ...] = (
+    (errors.ArgumentError, 2),
     (errors.RecallError, 3),
     (errors.IntegrityError, 4),
     (errors.StubbornRecords, 5),

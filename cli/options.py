@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from loramem.errors import ArgumentError, InputError
 from loramem.training.settings import MAX_RANK, WriterSettings
 
 if TYPE_CHECKING:
@@ -18,10 +19,10 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
-    from loramem import MemoryStore, Record
+    from loramem import MemoryStore, RankLimits, Record
     from loramem.models.dtypes import Dtype
     from loramem.models.placement import Placement
-    from loramem.planning.plan import GoalName, RankLimits
+    from loramem.planning.plan import GoalName
 
 Command = Callable[..., Any]
 
@@ -132,7 +133,6 @@ class InputOptions:
             InputError, RecordError: See `loramem.read_records`; also if there are none.
         """
         from loramem import read_records
-        from loramem.errors import InputError
 
         records = read_records(
             sys.stdin.buffer if str(file) == "-" else file,
@@ -162,7 +162,7 @@ class RankOptions:
         try:
             limits = RankLimits(self.max_rank, choices)
             check_request(self.goal, self.rank, limits)
-        except ValueError as error:
+        except ArgumentError as error:
             raise click.UsageError(f"{error}.") from None
         return limits
 
@@ -285,7 +285,7 @@ def pool(workers: int | None) -> "Iterator[Executor | None]":
     if workers is None:
         yield None
         return
-    from loramem.training.executors import process_pool
+    from loramem import process_pool
 
     with process_pool(workers) as pool:
         yield pool
@@ -301,5 +301,5 @@ def placement(model: "PreTrainedModel", modules: str | None, layers: str | None)
         raise click.UsageError(f"--layers takes numbers from 0, such as 4,5, not {layers!r}.")
     try:
         return Placement.named(model, names, tuple(sorted(map(int, layers.split(",")))) if layers else default.layers)
-    except ValueError as error:
+    except ArgumentError as error:
         raise click.UsageError(str(error)) from None

@@ -10,8 +10,8 @@ from .output import note, note_needs_ids, print_facts, print_json
 from .progress import write_bar
 
 if TYPE_CHECKING:
+    from loramem import OnConflict
     from loramem.models.dtypes import Dtype
-    from loramem.store.request import OnConflict
 
 
 @click.command("write")

@@ -8,43 +8,112 @@ if TYPE_CHECKING:
     from loramem.api.store import MemoryStore
     from loramem.embedded import base_path
     from loramem.errors import KeyNotFound, LoramemError
-    from loramem.planning.plan import Plan
+    from loramem.index.rows import PendingWrite, StoredAdapter, StoredRecord
+    from loramem.models.base_model import BaseModel
+    from loramem.models.dtypes import Dtype, DtypeChoice
+    from loramem.planning.plan import Basis, GoalName, LawRank, Plan, RankLimits, ShardPlan
     from loramem.records.input_files import read_records
-    from loramem.records.record import Record
-    from loramem.results import Explanation, Recall, VerifyReport, WriteReport
-    from loramem.training.settings import WriterSettings
+    from loramem.records.outcome import Outcome
+    from loramem.records.record import Record, RecordLike
+    from loramem.results import (
+        AdapterCheck,
+        ChatKeys,
+        CompactReport,
+        DeployReport,
+        EraseReport,
+        Explanation,
+        Finding,
+        GcReport,
+        PushPlan,
+        PushReport,
+        Recall,
+        RepairReport,
+        ServingReport,
+        Stats,
+        TokenProbability,
+        VerifyReport,
+        Version,
+        WriteReport,
+    )
+    from loramem.serving.targets import Target
+    from loramem.store.compact import CompactChoice
+    from loramem.store.request import OnConflict
+    from loramem.training.executors import process_pool
+    from loramem.training.progress import ProgressCallback, WriteProgress
+    from loramem.training.settings import ObjectiveName, WriterSettings
 
 __all__ = [
+    "AdapterCheck",
+    "BaseModel",
+    "Basis",
+    "ChatKeys",
+    "CompactChoice",
+    "CompactReport",
+    "DeployReport",
+    "Dtype",
+    "DtypeChoice",
+    "EraseReport",
     "Explanation",
+    "Finding",
+    "GcReport",
+    "GoalName",
     "KeyNotFound",
+    "LawRank",
     "LoramemError",
     "MemoryStore",
     "Namespace",
+    "ObjectiveName",
+    "OnConflict",
+    "Outcome",
+    "PendingWrite",
     "Plan",
+    "ProgressCallback",
+    "PushPlan",
+    "PushReport",
+    "RankLimits",
     "Recall",
     "Record",
+    "RecordLike",
+    "RepairReport",
+    "ServingReport",
+    "ShardPlan",
+    "Stats",
+    "StoredAdapter",
+    "StoredRecord",
+    "Target",
+    "TokenProbability",
     "VerifyReport",
+    "Version",
+    "WriteProgress",
     "WriteReport",
     "WriterSettings",
     "base_path",
+    "process_pool",
     "read_records",
 ]
 
-_HOME = {
-    "Explanation": "results",
-    "KeyNotFound": "errors",
-    "LoramemError": "errors",
-    "MemoryStore": "api.store",
-    "Namespace": "api.namespace",
-    "Plan": "planning.plan",
-    "Recall": "results",
-    "Record": "records.record",
-    "VerifyReport": "results",
-    "WriteReport": "results",
-    "WriterSettings": "training.settings",
-    "base_path": "embedded",
-    "read_records": "records.input_files",
+_HOMES = {
+    "api.namespace": "Namespace",
+    "store.request": "OnConflict",
+    "api.store": "MemoryStore",
+    "embedded": "base_path",
+    "errors": "KeyNotFound LoramemError",
+    "index.rows": "PendingWrite StoredAdapter StoredRecord",
+    "models.base_model": "BaseModel",
+    "models.dtypes": "Dtype DtypeChoice",
+    "planning.plan": "Basis GoalName LawRank Plan RankLimits ShardPlan",
+    "records.input_files": "read_records",
+    "records.outcome": "Outcome",
+    "records.record": "Record RecordLike",
+    "results": "AdapterCheck ChatKeys CompactReport DeployReport EraseReport Explanation Finding GcReport "
+    "PushPlan PushReport Recall RepairReport ServingReport Stats TokenProbability VerifyReport Version WriteReport",
+    "serving.targets": "Target",
+    "store.compact": "CompactChoice",
+    "training.executors": "process_pool",
+    "training.progress": "ProgressCallback WriteProgress",
+    "training.settings": "ObjectiveName WriterSettings",
 }
+_HOME = {name: module for module, names in _HOMES.items() for name in names.split()}
 
 
 def __getattr__(name: str) -> Any:  # PEP 562: importing loramem imports none of this, torch least of all

@@ -11,7 +11,8 @@
     │   ├── UnreachableToken          the base model's head cannot tell one of the value's tokens from another
     │   └── TooLong                   prompt and answer exceed the base model's context
     ├── InputError (ValueError)       the input as a whole: unknown format, not UTF-8, broken JSON
-    ├── UnknownChoice (ValueError)    an argument is none of the strings that it may be
+    ├── ArgumentError (ValueError)    an argument or setting cannot be, or contradicts another
+    │   └── UnknownChoice             it is none of the strings that it may be
     ├── KeyNotFound (KeyError)        no committed record has this key
     ├── RecallError                   the weights did not give a value back; no value is returned
     ├── WriteError
@@ -151,16 +152,26 @@ class TooLong(RecordError):
         self.tokens, self.limit = tokens, limit
 
 
-class UnknownChoice(LoramemError, ValueError):
-    """An argument is none of the strings that it may be. Attributes: ``argument``, ``value``, ``choices``."""
-
-    def __init__(self, argument: str, value: str, choices: Sequence[str]) -> None:
-        super().__init__(f"{argument} must be one of {', '.join(choices)}, not {value!r}")
-        self.argument, self.value, self.choices = argument, value, tuple(choices)
-
-
 class InputError(LoramemError, ValueError):
     """The input cannot be read at all."""
+
+
+class ArgumentError(LoramemError, ValueError):
+    """An argument or a setting cannot be, or contradicts another. Attributes ``argument`` (its name), ``value``."""
+
+    def __init__(self, message: str, *, argument: str, value: object) -> None:
+        super().__init__(message)
+        self.argument, self.value = argument, value
+
+
+class UnknownChoice(ArgumentError):
+    """An argument is none of the strings that it may be. Attribute ``choices``: what it may be."""
+
+    def __init__(self, argument: str, value: str, choices: Sequence[str]) -> None:
+        super().__init__(
+            f"{argument} must be one of {', '.join(choices)}, not {value!r}", argument=argument, value=value
+        )
+        self.choices = tuple(choices)
 
 
 class KeyNotFound(LoramemError, KeyError):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from loramem import KeyNotFound, MemoryStore, Record
-from loramem.errors import ConflictingRecord, InvalidField, StoreFormatError
+from loramem.errors import ArgumentError, ConflictingRecord, InvalidField, StoreFormatError
 
 from .conftest import ROOT, numbers
 
@@ -42,8 +42,10 @@ def test_skipping_conflicts_keeps_the_old_value(store: MemoryStore) -> None:
 
 
 def test_an_unknown_way_with_conflicts_is_refused(store: MemoryStore) -> None:
-    with pytest.raises(ValueError, match="replace"):
-        store.write({"key 1": "new!"}, on_conflict="overwrite")  # type: ignore[arg-type]
+    for call in (store.write, store.plan):
+        with pytest.raises(ArgumentError, match="error, skip, replace, not 'overwrite'") as caught:
+            call({"key 1": "new!"}, on_conflict="overwrite")  # type: ignore[operator]
+        assert (caught.value.argument, caught.value.value) == ("on_conflict", "overwrite")
 
 
 def test_update_changes_value_and_metadata(store: MemoryStore) -> None:

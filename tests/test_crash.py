@@ -13,7 +13,7 @@ import pytest
 
 from loramem import MemoryStore, Record, WriterSettings
 from loramem._util import files
-from loramem.errors import StoreLocked, UnfinishedWrite, WriteError
+from loramem.errors import StoreFormatError, StoreLocked, UnfinishedWrite, WriteError
 from loramem.records.record import as_records
 
 from .conftest import numbers
@@ -184,7 +184,7 @@ def test_a_journal_that_names_retired_settings_is_resumed(base: Path, tmp_path: 
         store._index.begin_write(as_records(LATER), request)
         assert store.resume().written == 5
         assert next(store._index.adapters()).training["settings"] == asdict(WriterSettings(max_rank=64))
-    with pytest.raises(TypeError, match="unknown"):
+    with pytest.raises(StoreFormatError, match="unknown"):
         WriterSettings.saved({**old, "unknown": 1})
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from loramem import MemoryStore, base_path
-from loramem.errors import AdapterError, IntegrityError, NotServable, StoreError
+from loramem.errors import AdapterError, ArgumentError, IntegrityError, NotServable, StoreError
 from loramem.models.adapter_header import read_header
 from loramem.serving.deploy import pad
 
@@ -209,7 +209,7 @@ def test_what_a_server_would_refuse_is_not_written(store: MemoryStore, tmp_path:
         store.deploy("vllm", tmp_path / "out", base_name="someone/model", pad_rank=600)
     with pytest.raises(AdapterError, match="above --pad-rank 1"):
         store.deploy("peft", tmp_path / "out", pad_rank=1)
-    with pytest.raises(ValueError, match="dtype must be"):
+    with pytest.raises(ArgumentError, match="dtype must be"):
         store.deploy("peft", tmp_path / "out", dtype="int8")
     assert list(tmp_path.iterdir()) == []
 

@@ -63,7 +63,7 @@ def test_a_text_is_cut_where_its_tokens_are_read_again(tokenizer: PreTrainedToke
 def test_a_text_that_is_too_short_is_refused(tokenizer: PreTrainedTokenizerBase) -> None:
     with pytest.raises(InputError, match=r"has 1 tokens of this base model, 1,000 are asked for"):
         text_ids(tokenizer, "a", 1000)
-    with pytest.raises(ValueError, match="length at least 1"):
+    with pytest.raises(ValueError, match="length must be at least 1"):
         text_ids(tokenizer, "a", 0)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from loramem import KeyNotFound, MemoryStore, Record
-from loramem.errors import StoreChanged, StoreError, StoreLocked, StubbornRecords, TrainingDiverged
+from loramem.errors import ArgumentError, StoreChanged, StoreError, StoreLocked, StubbornRecords, TrainingDiverged
 from loramem.index.commits import commit_publication
 from loramem.index.index import Index
 from loramem.index.rows import Located
@@ -52,6 +52,14 @@ def contents(store: Path) -> dict[str, bytes]:
 def holding(store: Path, text: str) -> list[Path]:
     """Files of a store, directories of a file system apart, that hold a text as UTF-8."""
     return [path for path in store.rglob("*") if path.is_file() and text.encode() in path.read_bytes()]
+
+
+def test_an_unknown_choice_of_adapters_is_refused(tmp_path: Path) -> None:
+    with (
+        MemoryStore(tmp_path / "memory") as store,
+        pytest.raises(ArgumentError, match="advised, dead, all, not 'some'"),
+    ):
+        store.compact(which="some")  # type: ignore[arg-type]
 
 
 def test_compaction_gives_the_bytes_of_writing_the_remaining_records_alone(

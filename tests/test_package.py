@@ -5,12 +5,15 @@ import pickle
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from dataclasses import is_dataclass
 from pathlib import Path
+from typing import get_origin
 
 import pytest
 
 import loramem
-from loramem import errors
+from loramem import errors, results
 
 from .conftest import ROOT
 
@@ -32,24 +35,97 @@ PACKAGES = (
 
 def test_the_public_names_are_these() -> None:
     assert loramem.__all__ == [
+        "AdapterCheck",
+        "BaseModel",
+        "Basis",
+        "ChatKeys",
+        "CompactChoice",
+        "CompactReport",
+        "DeployReport",
+        "Dtype",
+        "DtypeChoice",
+        "EraseReport",
         "Explanation",
+        "Finding",
+        "GcReport",
+        "GoalName",
         "KeyNotFound",
+        "LawRank",
         "LoramemError",
         "MemoryStore",
         "Namespace",
+        "ObjectiveName",
+        "OnConflict",
+        "Outcome",
+        "PendingWrite",
         "Plan",
+        "ProgressCallback",
+        "PushPlan",
+        "PushReport",
+        "RankLimits",
         "Recall",
         "Record",
+        "RecordLike",
+        "RepairReport",
+        "ServingReport",
+        "ShardPlan",
+        "Stats",
+        "StoredAdapter",
+        "StoredRecord",
+        "Target",
+        "TokenProbability",
         "VerifyReport",
+        "Version",
+        "WriteProgress",
         "WriteReport",
         "WriterSettings",
         "base_path",
+        "process_pool",
         "read_records",
     ]
     for name in loramem.__all__:
-        assert getattr(loramem, name).__doc__
+        assert getattr(loramem, name).__doc__ or get_origin(getattr(loramem, name))  # a type alias has none
     with pytest.raises(AttributeError, match="nonsense"):
         _ = loramem.nonsense
+
+
+@pytest.mark.parametrize("module", ["reading", "store", "namespace"])
+def test_what_public_methods_take_and_return_is_exported(module: str) -> None:
+    tree = ast.parse((ROOT / "loramem" / "api" / f"{module}.py").read_text())
+    ours = {  # names of the package, also those that are imported for annotations alone
+        alias.asname or alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("loramem")
+        for alias in node.names
+    }
+    methods = [
+        node
+        for kind in tree.body
+        if isinstance(kind, ast.ClassDef) and not kind.name.startswith("_")
+        for node in kind.body
+        if isinstance(node, ast.FunctionDef)
+        if not node.name.startswith("_") or (node.name == "__init__" and kind.name in loramem.__all__)
+    ]
+    used = {name for method in methods for name in annotated(method)} & ours
+    assert used and used <= set(loramem.__all__)
+
+
+def annotated(method: ast.FunctionDef) -> Iterator[str]:
+    """Names in the annotations of a method, quoted or not."""
+    arguments = method.args
+    every = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]
+    found = [method.returns, *(argument.annotation for argument in every)]
+    for annotation in filter(None, found):
+        for node in ast.walk(annotation):
+            if isinstance(node, ast.Name):
+                yield node.id
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                yield from (part.id for part in ast.walk(ast.parse(node.value)) if isinstance(part, ast.Name))
+
+
+def test_every_result_is_exported() -> None:
+    kinds = {name for name, kind in vars(results).items() if is_dataclass(kind)}
+    assert kinds <= set(loramem.__all__)
 
 
 def test_every_error_has_one_root_and_stands_in_the_tree_of_the_docstring() -> None:
@@ -68,6 +144,7 @@ def test_every_error_has_one_root_and_stands_in_the_tree_of_the_docstring() -> N
         errors.TrainingDiverged("not finite", step=3, learning_rate=0.1),
         errors.RecallError("not exact", key="a", adapter="0" * 32),
         errors.KeyNotFound("a", namespace="n", close=["b"]),
+        errors.ArgumentError("rank must be at least 1, not 0", argument="rank", value=0),
         errors.PromptCollision("the same prompt", other="b", key="a", line=3),
         errors.OtherBaseModel("another model", expected="1", got="2"),
         errors.UnfinishedWrite("a write waits", write_id=1, records=2),
@@ -116,6 +193,15 @@ def test_imports_go_one_way() -> None:
 def test_every_package_says_what_lives_there() -> None:
     for path in (ROOT / "loramem").rglob("__init__.py"):
         assert ast.get_docstring(ast.parse(path.read_text())), path
+
+
+def test_what_a_user_may_meet_is_an_error_of_ours() -> None:
+    validators = {"hub/admission.py", "hub/publication.py"}  # whose callers say RefusedRepository
+    for path in (ROOT / "loramem").rglob("*.py"):
+        raised = [node.exc for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Raise)]
+        called = {call.func.id for call in raised if isinstance(call, ast.Call) and isinstance(call.func, ast.Name)}
+        if path.relative_to(ROOT / "loramem").as_posix() not in validators:
+            assert not called & {"ValueError", "TypeError", "KeyError", "RuntimeError", "Exception"}, path
 
 
 def test_no_print_in_the_library() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from loramem.errors import ArgumentError
 from loramem.training import executors, processes
 from loramem.training.processes import usable_cores
 
@@ -82,6 +83,11 @@ def test_workers_share_these_cores(
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads_here)
     with executors.process_pool(workers):
         assert pools == [(threads,)]
+
+
+def test_no_workers_are_refused() -> None:
+    with pytest.raises(ArgumentError, match="at least 1, not 0"), executors.process_pool(0):
+        pass
 
 
 def test_nothing_else_counts_the_machines_cores() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from loramem.errors import UnreadableAdapter
+from loramem.errors import ArgumentError, UnreadableAdapter
 from loramem.models.adapter_header import AdapterHeader, TensorHeader, read_header
 from loramem.models.adapter_tensors import disagreements
 from loramem.models.adapters import portable_config
@@ -203,7 +203,7 @@ def test_several_adapters_together_say_how_the_server_must_be_started() -> None:
 
 
 def test_an_unknown_target_is_refused() -> None:
-    with pytest.raises(ValueError, match="peft, vllm, sglang"):
+    with pytest.raises(ArgumentError, match="peft, vllm, sglang"):
         Server("ollama")
 
 

@@ -14,6 +14,7 @@ from loramem.index.lock import write_lock
 from loramem.index.sealed_database import VACUUM_DUE
 from loramem.results import CompactReport, EraseReport, GcReport, RepairReport
 from loramem.store import compact
+from loramem.store.compact import CompactChoice
 from loramem.store.repair import repair
 from loramem.store.staging import GRACE_S, collect
 
@@ -37,7 +38,7 @@ class Maintained(Publishing):
     def compact(
         self,
         *,
-        which: compact.Which = "advised",
+        which: CompactChoice = "advised",
         progress: "ProgressCallback | None" = None,
         executor: "Executor | None" = None,
     ) -> CompactReport:

@@ -38,7 +38,7 @@ class Publishing(Memory):
 
         Raises:
             IntegrityError: An adapter's files are not what was committed.
-            UnknownChoice: No such target.
+            UnknownChoice: No such target or dtype.
         """
         with self._turn():
             return check_store(
@@ -131,7 +131,7 @@ class Publishing(Memory):
             DeletedInWeights: Adapters still hold records that were deleted or replaced: compact first.
             StoreReadOnly: The commit could not be noted.
             StoreError: The store does not hold the keys or values that are to be published.
-            ValueError: Values without keys.
+            ArgumentError: Values without keys.
         """
         from loramem.hub.push import push
 

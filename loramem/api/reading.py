@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar, get_args
 
 from loramem._util.choices import check_choice
 from loramem._util.out_of_memory import memory_errors
-from loramem.errors import IntegrityError, KeyNotFound
+from loramem.errors import ArgumentError, IntegrityError, KeyNotFound
 from loramem.index.connection import sqlite_errors
 from loramem.index.index import NAME as INDEX
 from loramem.index.index import Index
@@ -172,9 +172,10 @@ class Memory:
             one_adapter: As in `MemoryStore.write`.
 
         Raises:
-            UnknownChoice: No such goal or conflict rule.
             RecordError: A record cannot be written.
             DoesNotFit: A value, or all with ``one_adapter``, is too much for the highest rank allowed.
+            UnknownChoice: No such goal or conflict rule.
+            ArgumentError: A rank outside the limits.
         """
         check_request(goal, rank, limits)
         check_choice("on_conflict", on_conflict, get_args(OnConflict))
@@ -289,10 +290,12 @@ class Memory:
 
         Raises:
             OtherBaseModel: The base model given is not the store's at all.
-            ValueError: ``quick`` and ``resume``: a quick check decodes nothing that could be left out.
+            ArgumentError: ``quick`` and ``resume``: a quick check decodes nothing that could be left out.
         """
         if quick and resume:
-            raise ValueError("A quick check decodes nothing: give quick or resume, not both.")
+            raise ArgumentError(
+                "A quick check decodes nothing: give quick or resume, not both.", argument="resume", value=resume
+            )
         with self._turn():
             if quick or self.manifest.key_salt is not None:
                 return quick_check(self.path, self._index)

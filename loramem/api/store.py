@@ -141,8 +141,7 @@ class MemoryStore(Maintained):
             partial: Commit the certified records even if others could not be certified.
             settings: How to train; measured defaults otherwise.
             progress: Called after every training step; after every shard with an executor.
-            executor: Writes shards side by side; `loramem.training.executors.process_pool` makes one that shares out
-            the cores.
+            executor: Writes shards side by side; `loramem.process_pool` makes one that shares out the cores.
 
         Raises:
             RecordError: A record cannot be written (its subclass says why); nothing was changed.
@@ -154,7 +153,7 @@ class MemoryStore(Maintained):
             RecallError: A saved adapter did not decode what training had certified; nothing was committed.
             OutOfMemory: A batch did not fit into memory; the write waits to be resumed or discarded.
             UnknownChoice: No such goal or conflict rule.
-            ValueError: A rank above the highest allowed.
+            ArgumentError: A rank above the highest allowed.
         """
         request = WriteRequest(goal, rank, settings or WriterSettings(), one_adapter, partial)
         request.check()

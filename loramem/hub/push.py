@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from loramem._util.events import tell
 from loramem._util.layout import ADAPTERS as STORED
-from loramem.errors import DeletedInWeights, HubConflict, IntegrityError, PublicRepository, StoreError
+from loramem.errors import ArgumentError, DeletedInWeights, HubConflict, IntegrityError, PublicRepository, StoreError
 from loramem.hub import publication
 from loramem.hub.card import model_card
 from loramem.hub.client import Hub
@@ -68,7 +68,11 @@ def push(
 ) -> PushReport:
     """Make a repository hold what the store holds now; see `MemoryStore.push`, whose arguments and errors these are."""
     if include_values and not include_keys:
-        raise ValueError("Values are published with their keys: include_keys=True too (--include-keys).")
+        raise ArgumentError(
+            "Values are published with their keys: include_keys=True too (--include-keys).",
+            argument="include_values",
+            value=include_values,
+        )
     with index.snapshot():
         if damaged := next(problems(store, index), None):
             raise IntegrityError(f"{damaged}. Damage is not published: run loramem repair first.", what="store")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import PreTrainedModel
 
-from loramem.errors import UnsupportedBaseModel
+from loramem.errors import ArgumentError, UnsupportedBaseModel
 from loramem.models.layers import LastLayer, adaptable, decoder_layers, features, linear_paths
 from loramem.models.module_names import exact_names, is_named, module_paths
 from loramem.models.shard_sizes import Size
@@ -54,20 +54,32 @@ class Placement:
         """These modules of these layers (0-based).
 
         Raises:
-            ValueError: The model has no such linear module or layer, or PEFT takes the name for something else.
+            ArgumentError: The model has no such linear module or layer, or PEFT takes the name for something else.
         """
         every = decoder_layers(model)
         if not layers or not all(0 <= layer < len(every) for layer in layers):
-            raise ValueError(f"The layers are 0 to {len(every) - 1}, not {', '.join(map(str, layers)) or 'none'}.")
+            raise ArgumentError(
+                f"The layers are 0 to {len(every) - 1}, not {', '.join(map(str, layers)) or 'none'}.",
+                argument="layers",
+                value=tuple(layers),
+            )
         layers = tuple(sorted(set(layers)))
         known = _adaptable(model, layers)
         meant = {path: module for path, module in known.items() if is_named(path, modules)}
         if not modules or not all(any(is_named(path, [name]) for path in known) for name in modules):
             names = sorted({path.rpartition(".")[2] for path in known})
-            raise ValueError(f"The linear modules are {', '.join(names)}, not {', '.join(modules) or 'none'}.")
+            raise ArgumentError(
+                f"The linear modules are {', '.join(names)}, not {', '.join(modules) or 'none'}.",
+                argument="modules",
+                value=tuple(modules),
+            )
         exact, found = exact_names(model, meant, layers)
         if found != set(meant):
-            raise ValueError(f"PEFT cannot attach to {min(set(meant) - found)} of {type(model).__name__} alone.")
+            raise ArgumentError(
+                f"PEFT cannot attach to {min(set(meant) - found)} of {type(model).__name__} alone.",
+                argument="modules",
+                value=tuple(modules),
+            )
         return cls(exact, layers)
 
     @classmethod
@@ -94,7 +106,7 @@ class Placement:
         steps = [dense[-1:], dense, [*dense, *attention]] if dense else [attention]
         rungs = list[Placement]()
         for modules in steps:
-            with suppress(ValueError):  # PEFT cannot attach there alone
+            with suppress(ArgumentError):  # PEFT cannot attach there alone
                 rung = cls.named(model, [paths[module] for module in modules], [layer])
                 rungs += [rung] if rung not in rungs else []
         return [*rungs, widest]

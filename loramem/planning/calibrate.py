@@ -22,7 +22,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from loramem._util.choices import check_choice
-from loramem.errors import InputError
+from loramem.errors import ArgumentError, InputError
 from loramem.models.adapters import AdaptedModel
 from loramem.models.base_model import BaseModel
 from loramem.models.decoding import answer_probabilities
@@ -61,7 +61,11 @@ high: 400 phone numbers at rank 1 stay at 2.29 nats per token, and end at 0.19 a
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be calibrated."""
+    """What is to be calibrated.
+
+    Raises:
+        ArgumentError: No such kind or objective, or no rank or length.
+    """
 
     kind: str
     """One of `KINDS`, or a name for ``data``."""
@@ -78,10 +82,13 @@ class Request:
 
     def __post_init__(self) -> None:
         check_choice("objective", self.objective, OBJECTIVES)
-        if self.kind not in KINDS and not self.data:
-            raise ValueError(f"kind must be one of {', '.join(KINDS)}, not {self.kind!r}")
-        if not self.ranks or not self.lengths or min(*self.ranks, *self.lengths) < 1:
-            raise ValueError("ranks and lengths must be whole numbers above 0, at least one of each")
+        if not self.data:
+            check_choice("kind", self.kind, KINDS)
+        for name, numbers in (("ranks", self.ranks), ("lengths", self.lengths)):
+            if min(numbers, default=0) < 1:
+                raise ArgumentError(
+                    f"{name} must be whole numbers above 0, at least one, not {numbers}", argument=name, value=numbers
+                )
 
 
 def calibrate(

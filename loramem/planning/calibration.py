@@ -230,7 +230,7 @@ def plan_length(
     """The plan for so many records with so many answer tokens together, of a kind whose cost is known.
 
     Raises:
-        ValueError: See `check_request`.
+        ArgumentError: See `check_request`.
         DoesNotFit: See `plan_write`.
     """
     lengths = [length // records + (index < length % records) for index in range(records)]

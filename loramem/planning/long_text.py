@@ -12,7 +12,7 @@ from itertools import takewhile
 from transformers import PreTrainedTokenizerBase
 
 from loramem.embedded.corpus import StandardLibrary, is_held_out
-from loramem.errors import InputError, RecordError
+from loramem.errors import ArgumentError, InputError, RecordError
 
 WINDOW = 16  # tokens before and after a drawn one that a tokenizer could merge it with
 DRAWS = 200
@@ -27,7 +27,7 @@ def long_text(tokenizer: PreTrainedTokenizerBase, length: int, noise: float, see
         seed: Of the random tokens, and of the document that the text begins with; 0 is the first.
 
     Raises:
-        ValueError: The noise is not a share, or the length is not positive.
+        ArgumentError: The noise is not a share, or the length is not positive.
         InputError: There is not as much source.
         RecordError: The tokenizer does not give the drawn tokens back.
     """
@@ -39,7 +39,7 @@ def text_ids(tokenizer: PreTrainedTokenizerBase, text: str, length: int) -> list
     """The first ``length`` tokens of a text, or a few fewer: no cut inside what the tokenizer reads as one.
 
     Raises:
-        ValueError: The length is not positive.
+        ArgumentError: The length is not positive.
         InputError: The text is shorter, or its tokens are not read again as they are anywhere near the end.
     """
     _check(length, 0.0)
@@ -68,7 +68,7 @@ def with_noise(
         excluded: Tokens that are not drawn, besides the special ones that have a role.
 
     Raises:
-        ValueError: The noise is not a share, or there are no tokens.
+        ArgumentError: The noise is not a share, or there are no tokens.
         RecordError: The tokenizer does not give the drawn tokens back.
     """
     _check(len(ids), noise)
@@ -85,8 +85,10 @@ def noise_places(length: int, noise: float) -> set[int]:
 
 
 def _check(length: int, noise: float) -> None:
-    if not 0 <= noise <= 1 or length < 1:
-        raise ValueError(f"noise must be between 0 and 1 and length at least 1, not {noise} and {length}")
+    if not 0 <= noise <= 1:
+        raise ArgumentError(f"noise must be between 0 and 1, not {noise}", argument="noise", value=noise)
+    if length < 1:
+        raise ArgumentError(f"length must be at least 1, not {length}", argument="length", value=length)
 
 
 def _source(tokenizer: PreTrainedTokenizerBase, length: int, seed: int) -> list[int]:

@@ -20,7 +20,7 @@ from functools import partial
 from typing import Any, Literal
 
 from loramem._util.choices import check_choice
-from loramem.errors import DoesNotFit, OutOfReach
+from loramem.errors import ArgumentError, DoesNotFit, OutOfReach
 from loramem.models.shard_sizes import Size, cut
 from loramem.planning.law import MemoryLaw
 from loramem.planning.law_fit import SATURATED
@@ -179,7 +179,11 @@ class Plan:
 
 @dataclass(frozen=True)
 class RankLimits:
-    """Ranks that an adapter may have."""
+    """Ranks that an adapter may have.
+
+    Raises:
+        ArgumentError: They allow none.
+    """
 
     highest: int = MAX_RANK
     choices: tuple[int, ...] = ()
@@ -187,9 +191,13 @@ class RankLimits:
 
     def __post_init__(self) -> None:
         if self.highest < 1 or any(rank < 1 for rank in self.choices):
-            raise ValueError(f"ranks must be at least 1, not {min(self.highest, *self.choices, 1)}")
+            least = min(self.highest, *self.choices, 1)
+            raise ArgumentError(f"ranks must be at least 1, not {least}", argument="limits", value=least)
         if self.choices and min(self.choices) > self.highest:
-            raise ValueError(f"none of the ranks {', '.join(map(str, self.choices))} is at most {self.highest}")
+            choices = ", ".join(map(str, self.choices))
+            raise ArgumentError(
+                f"none of the ranks {choices} is at most {self.highest}", argument="limits", value=self.choices
+            )
 
     @property
     def most(self) -> int:
@@ -209,14 +217,18 @@ def check_request(goal: GoalName, rank: int | None, limits: RankLimits = ANY_RAN
 
     Raises:
         UnknownChoice: No such goal.
-        ValueError: A rank outside the limits.
+        ArgumentError: A rank outside the limits.
     """
     check_choice("goal", goal, tuple(GOALS))
     if rank is not None and not 1 <= rank <= limits.highest:
         remedy = f". Give a lower one, or allow it with max_rank={rank} (--max-rank {rank})" if rank > 0 else ""
-        raise ValueError(f"rank must be between 1 and {limits.highest}, not {rank}{remedy}")
+        raise ArgumentError(
+            f"rank must be between 1 and {limits.highest}, not {rank}{remedy}", argument="rank", value=rank
+        )
     if rank is not None and limits.choices and rank not in limits.choices:
-        raise ValueError(f"rank must be one of {', '.join(map(str, limits.choices))}, not {rank}")
+        raise ArgumentError(
+            f"rank must be one of {', '.join(map(str, limits.choices))}, not {rank}", argument="rank", value=rank
+        )
 
 
 def plan_write(
@@ -241,7 +253,7 @@ def plan_write(
         one_adapter: All records in one shard, which begins at a placement that holds them.
 
     Raises:
-        ValueError: See `check_request`.
+        ArgumentError: See `check_request`.
         DoesNotFit: A record alone, or all with ``one_adapter``, exceed 3.6 bits per parameter at the highest rank
             allowed.
     """

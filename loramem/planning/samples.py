@@ -11,6 +11,7 @@ import string
 import click
 
 from loramem.embedded.corpus import StandardLibrary, is_held_out
+from loramem.errors import ArgumentError
 from loramem.records.record import Record
 
 FIRST = (
@@ -65,7 +66,7 @@ def _values(kind: str, rng: random.Random):  # type: ignore[no-untyped-def]  # a
         held_out = (text for name, text in library.documents.items() if is_held_out(name))
         lines = sorted({line.strip() for text in held_out for line in text.splitlines()})
         return iter(rng.sample([line for line in lines if 20 <= len(line) <= 60], k=len(lines) // 4)).__next__
-    raise ValueError(f"kind must be one of {', '.join(KINDS)}, not {kind!r}")
+    raise ArgumentError(f"kind must be one of {', '.join(KINDS)}, not {kind!r}", argument="kind", value=kind)
 
 
 @click.command()

@@ -5,11 +5,12 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from loramem._util.choices import check_choice
 from loramem._util.layout import ADAPTERS
 from loramem.errors import IntegrityError
 from loramem.index.rows import StoredRecord
 from loramem.models.adapter_header import AdapterHeader, read_header
-from loramem.models.dtypes import Dtype
+from loramem.models.dtypes import DTYPES, Dtype
 from loramem.results import AdapterCheck, ChatKeys, Finding, ServingReport
 from loramem.serving.rules import Server, findings, findings_together
 from loramem.serving.targets import NAMES, PEFT, Target
@@ -40,8 +41,10 @@ def check_store(
 
     Raises:
         IntegrityError: An adapter's files are not what was committed.
-        UnknownChoice: No such target.
+        UnknownChoice: No such target or dtype.
     """
+    if dtype is not None:
+        check_choice("dtype", dtype, DTYPES)
     with engine.index.snapshot():
         adapters = list(engine.index.adapters())
         for adapter in adapters:

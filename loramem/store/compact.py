@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from loramem.store.written import Trained
     from loramem.training.progress import ProgressCallback
 
-Which = Literal["advised", "dead", "all"]
+CompactChoice = Literal["advised", "dead", "all"]
 
 
 @dataclass(frozen=True)
@@ -105,9 +105,9 @@ def alike(chosen: Iterable[Shard]) -> list[list[Shard]]:
     return list(groups.values())
 
 
-def chosen_for(index: Index, which: Which) -> list[list[Shard]]:
+def chosen_for(index: Index, which: CompactChoice) -> list[list[Shard]]:
     """Groups of shards to rewrite: those that pay, every one that holds a tombstone, or all."""
-    check_choice("which", which, get_args(Which))
+    check_choice("which", which, get_args(CompactChoice))
     if which == "advised":
         return worth_compacting(shards(index))
     return alike(shard for shard in shards(index) if which == "all" or shard.dead)

@@ -42,7 +42,7 @@ class WriteRequest:
 
         Raises:
             UnknownChoice: No such goal.
-            ValueError: A rank that the settings do not allow.
+            ArgumentError: A rank that the settings do not allow.
         """
         check_request(self.goal, self.rank, self.limits)
 
@@ -60,7 +60,7 @@ class WriteRequest:
         """What `to_json` gave, or a journal of an older version, which names less or settings that are retired.
 
         Raises:
-            TypeError: A setting that there never was.
+            StoreFormatError: A setting of a newer version.
         """
         names = ("goal", "rank", "one_adapter", "partial")
         return cls(
@@ -74,6 +74,6 @@ class WriteRequest:
         """How an adapter was asked to be written, as far as its row says (see `kept`).
 
         Raises:
-            TypeError: A setting that there never was.
+            StoreFormatError: A setting of a newer version.
         """
         return cls.from_json({**training.get("request", {}), "settings": training["settings"]})

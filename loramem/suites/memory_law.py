@@ -12,7 +12,7 @@ from operator import attrgetter
 from statistics import median
 from typing import Any
 
-from loramem.errors import InputError
+from loramem.errors import ArgumentError, InputError
 from loramem.planning.law_tables import LAW_COLUMNS, FittedRuns, fit_groups, joint_rows
 from loramem.planning.runs import KINDS, MIXTURES, Run, by_kind, place_name, read_runs, shipped_file
 from loramem.suites.figures import Axis, HeatMap, Plot, Point, Series, point
@@ -107,7 +107,7 @@ def run(cell: Cell) -> Result:
     layer = paper_layer(len(decoder_layers(base.model))) if cell.layer is None else cell.layer
     try:
         placement = Placement.named(base.model, (cell.module,), (layer,))
-    except ValueError as error:
+    except ArgumentError as error:
         raise InputError(f"{error} Choose with --unit and --layer.") from None
     wanted = calibrate.Request(cell.kind, placement, (cell.length,), (cell.rank,), cell.seed)
     bench = calibrate.Bench(AdaptedModel(base), wanted, cell.length)

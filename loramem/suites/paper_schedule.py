@@ -8,6 +8,8 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from loramem.errors import ArgumentError
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -57,12 +59,14 @@ class Schedule:
         """Records trained on in each epoch.
 
         Raises:
-            ValueError: Batches do not divide the records, so that some would never be trained on.
+            ArgumentError: Batches do not divide the records, so that some would never be trained on.
         """
         from loramem.training.objectives import exposed_records, exposure
 
         if records % self.batch_records:
-            raise ValueError(f"Batches of {self.batch_records} do not divide {records} records.")
+            raise ArgumentError(
+                f"Batches of {self.batch_records} do not divide {records} records.", argument="records", value=records
+            )
         if not self.boundaries:
             return [records] * self.epochs
         return [

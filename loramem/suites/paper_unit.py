@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from loramem.errors import InputError, UnsupportedBaseModel
+from loramem.errors import ArgumentError, InputError, UnsupportedBaseModel
 from loramem.models.layers import decoder_layers, features, linears
 
 DROPOUT = 0.1
@@ -37,7 +37,7 @@ class PaperUnit(nn.Module):
     Raises:
         UnsupportedBaseModel: The layer has no module named "mlp", or that no linear module.
         InputError: No such layer.
-        ValueError: No such kind.
+        ArgumentError: No such kind.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class PaperUnit(nn.Module):
         if kind == "down_proj":
             width, outputs = features(_down_projection(model, self.layer))
         elif kind != "branch":
-            raise ValueError(f'kind must be "branch" or "down_proj", not {kind!r}')
+            raise ArgumentError(f'kind must be "branch" or "down_proj", not {kind!r}', argument="kind", value=kind)
         bound = rank**-0.5
         generator = torch.Generator().manual_seed(seed)
         self.A = nn.Parameter(torch.empty(width, rank).uniform_(-bound, bound, generator=generator))

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from loramem._util.choices import check_choice
+from loramem.errors import ArgumentError
 from loramem.models.base_model import BaseModel
 from loramem.models.batches import Batch, per_position, token_losses
 from loramem.models.trunk import Trunk
@@ -79,7 +81,7 @@ def train_published(
         layer: K (0-based); at the paper's depth if None.
 
     Raises:
-        ValueError: No such method, unit or layer; batches that do not divide the records; the sliding window, or a
+        ArgumentError: No such method, unit or layer; batches that do not divide the records; the sliding window, or a
             curriculum for another method, where it does not belong.
         UnsupportedBaseModel: See `PaperUnit`.
     """
@@ -171,9 +173,12 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
 
 
 def _check(method: str, records: int, schedule: Schedule) -> None:
-    if method not in PUBLISHED:
-        raise ValueError(f"method must be one of {', '.join(PUBLISHED)}, not {method!r}")
+    check_choice("method", method, PUBLISHED)
     if method != "memft-sw" and schedule.boundaries:
-        raise ValueError(f"A curriculum belongs to memft-sw, not to {method}.")
+        raise ArgumentError(f"A curriculum belongs to memft-sw, not to {method}.", argument="method", value=method)
     if method == "memft-sw" and not schedule.boundaries and records != 1:
-        raise ValueError(f"The sliding window is for one long record, not for {records}: give a curriculum.")
+        raise ArgumentError(
+            f"The sliding window is for one long record, not for {records}: give a curriculum.",
+            argument="records",
+            value=records,
+        )

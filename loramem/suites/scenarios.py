@@ -17,7 +17,7 @@ from statistics import mean
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from loramem.errors import KeyNotFound, RecordError, StubbornRecords
+from loramem.errors import InputError, KeyNotFound, RecordError, StubbornRecords
 from loramem.records.input_files import read_records
 from loramem.records.record import Record
 from loramem.suites.figures import Axis, Plot, Series, point
@@ -209,7 +209,7 @@ def near_miss(key: str, accept: Callable[[str], bool], rng: random.Random) -> st
         accept: What else must hold; asked until it does.
 
     Raises:
-        ValueError: No such key is accepted.
+        InputError: No such key is accepted.
     """
     places = [place for place, character in enumerate(key) if _kind(character)]
     for place in rng.sample(places, len(places)):
@@ -217,7 +217,7 @@ def near_miss(key: str, accept: Callable[[str], bool], rng: random.Random) -> st
         for other in rng.sample(others, len(others)):
             if accept(near := key[:place] + other + key[place + 1 :]):
                 return near
-    raise ValueError(f"No near miss of {key!r} is accepted.")
+    raise InputError(f"No near miss of {key!r} is accepted.")
 
 
 def _kind(character: str) -> str:

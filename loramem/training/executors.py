@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import torch
 
-from loramem.errors import WorkerLost
+from loramem.errors import ArgumentError, WorkerLost
 from loramem.models.adapters import AdaptedModel
 from loramem.models.dtypes import Dtype
 from loramem.training.processes import end_with_parent, usable_cores
@@ -64,7 +64,12 @@ def process_pool(workers: int) -> Iterator[Executor]:
     """Spawned processes that share the cores this one may use: each computes with as many threads as its share.
 
     Never with more than this process does, so that OMP_NUM_THREADS holds for each of them.
+
+    Raises:
+        ArgumentError: No workers at all.
     """
+    if workers < 1:
+        raise ArgumentError(f"workers must be at least 1, not {workers}", argument="workers", value=workers)
     threads = max(1, min(usable_cores() // workers, torch.get_num_threads()))
     with ProcessPoolExecutor(
         workers,

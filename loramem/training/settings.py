@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from loramem._util.choices import check_choice
+from loramem.errors import ArgumentError, StoreFormatError
 
 ObjectiveName = Literal["sft", "memft-ot", "memft-sw"]
 OBJECTIVES: tuple[ObjectiveName, ...] = get_args(ObjectiveName)
@@ -24,7 +25,7 @@ class WriterSettings:
 
     Raises:
         UnknownChoice: No such objective.
-        ValueError: A contradiction.
+        ArgumentError: A contradiction.
     """
 
     objective: ObjectiveName = "memft-sw"
@@ -46,11 +47,15 @@ class WriterSettings:
     def __post_init__(self) -> None:
         check_choice("objective", self.objective, OBJECTIVES)
         if self.max_rank < 1:
-            raise ValueError(f"max_rank must be at least 1, not {self.max_rank}")
+            raise ArgumentError(
+                f"max_rank must be at least 1, not {self.max_rank}", argument="max_rank", value=self.max_rank
+            )
         if not 0.5 <= self.certify_threshold <= self.train_threshold < 1:
-            raise ValueError(
+            raise ArgumentError(
                 "thresholds must satisfy 0.5 <= certify_threshold <= train_threshold < 1, not "
-                f"{self.certify_threshold} and {self.train_threshold}"
+                f"{self.certify_threshold} and {self.train_threshold}",
+                argument="certify_threshold",
+                value=self.certify_threshold,
             )
 
     @classmethod
@@ -58,6 +63,12 @@ class WriterSettings:
         """Settings as a journal, an adapter's row or a manifest holds them, without those that were `RETIRED` since.
 
         Raises:
-            TypeError: An unknown name.
+            StoreFormatError: There are others, of a newer version.
         """
-        return cls(**{name: value for name, value in settings.items() if name not in RETIRED})
+        kept = {name: value for name, value in settings.items() if name not in RETIRED}
+        if unknown := kept.keys() - cls.__dataclass_fields__:
+            raise StoreFormatError(
+                f"The store was written with the setting {min(unknown)!r}, which this version of loramem does not "
+                "know. Upgrade loramem."
+            )
+        return cls(**kept)
