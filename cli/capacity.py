@@ -13,7 +13,8 @@ from .output import note, print_facts, print_json, print_markdown
 
 if TYPE_CHECKING:
     from loramem.planning.calibration import Calibration, KindSamples
-    from loramem.planning.plan import Basis, Plan, RankLimits, ShardPlan
+    from loramem.planning.limits import RankLimits
+    from loramem.planning.plan import Basis, Plan, ShardPlan
     from loramem.store.manifest import Manifest
 
 TOKENS_PER_RECORD = 10

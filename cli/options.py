@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from loramem import MemoryStore, RankLimits, Record
     from loramem.models.dtypes import Dtype
     from loramem.models.placement import Placement
-    from loramem.planning.plan import GoalName
+    from loramem.planning.limits import GoalName
 
 Command = Callable[..., Any]
 
@@ -157,7 +157,7 @@ class RankOptions:
 
     def limits(self, choices: tuple[int, ...] = ()) -> "RankLimits":
         """The ranks allowed; a first rank beyond them is a wrong option."""
-        from loramem.planning.plan import RankLimits, check_request
+        from loramem.planning.limits import RankLimits, check_request
 
         try:
             limits = RankLimits(self.max_rank, choices)

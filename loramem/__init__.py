@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from loramem.index.rows import PendingWrite, StoredAdapter, StoredRecord
     from loramem.models.base_model import BaseModel
     from loramem.models.dtypes import Dtype, DtypeChoice
-    from loramem.planning.plan import Basis, GoalName, LawRank, Plan, RankLimits, ShardPlan
+    from loramem.planning.limits import GoalName, RankLimits
+    from loramem.planning.plan import Basis, LawRank, Plan, ShardPlan
     from loramem.records.input_files import read_records
     from loramem.records.outcome import Outcome
     from loramem.records.record import Record, RecordLike
@@ -101,7 +102,8 @@ _HOMES = {
     "index.rows": "PendingWrite StoredAdapter StoredRecord",
     "models.base_model": "BaseModel",
     "models.dtypes": "Dtype DtypeChoice",
-    "planning.plan": "Basis GoalName LawRank Plan RankLimits ShardPlan",
+    "planning.limits": "GoalName RankLimits",
+    "planning.plan": "Basis LawRank Plan ShardPlan",
     "records.input_files": "read_records",
     "records.outcome": "Outcome",
     "records.record": "Record RecordLike",

@@ -24,7 +24,8 @@ from loramem.planning.calibration import (
     plan_length,
     summarise,
 )
-from loramem.planning.plan import GOALS, Basis
+from loramem.planning.limits import GOALS
+from loramem.planning.plan import Basis
 from loramem.planning.runs import Run
 from loramem.records.outcome import Outcome
 

@@ -13,19 +13,11 @@ from loramem.errors import DoesNotFit
 from loramem.models.shard_sizes import FILL, Size, cut
 from loramem.planning.law import MemoryLaw
 from loramem.planning.law_fit import SATURATED
-from loramem.planning.plan import (
-    GOALS,
-    MAX_RANK,
-    Basis,
-    Plan,
-    Price,
-    RankLimits,
-    law_rank,
-    plan_groups,
-    plan_write,
-)
+from loramem.planning.limits import GOALS, RankLimits
+from loramem.planning.plan import Basis, Plan, Price, law_rank, plan_groups, plan_write
 from loramem.planning.success import SuccessBoundary
 from loramem.planning.visits import Pace
+from loramem.training.settings import MAX_RANK
 
 PARAMETERS = 1000  # per rank
 BASIS = Basis(PARAMETERS, matrices=8)

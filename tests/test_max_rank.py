@@ -9,7 +9,7 @@ import pytest
 from loramem_cli.main import cli, run
 
 from loramem import MemoryStore, WriterSettings
-from loramem.planning.plan import RankLimits
+from loramem.planning.limits import RankLimits
 from loramem.training.settings import MAX_RANK
 
 HIGH = WriterSettings(max_rank=256)

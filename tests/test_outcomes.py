@@ -9,7 +9,7 @@ from loramem import MemoryStore, WriterSettings
 from loramem.errors import DoesNotFit, StubbornRecords
 from loramem.models import shard_sizes
 from loramem.planning import plan, timings
-from loramem.planning.plan import RankLimits
+from loramem.planning.limits import RankLimits
 from loramem.records.outcome import Outcome
 from loramem.training import shard_training, shards
 from loramem.training.feature_writer import train_on_features

@@ -15,7 +15,7 @@ from loramem._util.events import NAMES
 from loramem.errors import ConflictingRecord, LoramemError, RecordError, StoreFormatError, StoreNotFound
 from loramem.index.index import Index
 from loramem.index.rows import record_row, stored_record
-from loramem.planning.plan import RankLimits
+from loramem.planning.limits import RankLimits
 
 from .conftest import numbers
 from .test_integrity import flip_bit

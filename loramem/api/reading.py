@@ -18,7 +18,8 @@ from loramem.index.index import NAME as INDEX
 from loramem.index.index import Index
 from loramem.index.rows import Located, PendingWrite, StoredAdapter, StoredRecord, hidden_names
 from loramem.index.snapshot import Spool
-from loramem.planning.plan import ANY_RANK, Basis, GoalName, Plan, RankLimits, check_request
+from loramem.planning.limits import ANY_RANK, GoalName, RankLimits, check_request
+from loramem.planning.plan import Basis, Plan
 from loramem.records.outcome import Outcome
 from loramem.records.record import RecordLike, as_records
 from loramem.results import (

@@ -18,7 +18,7 @@ from loramem.errors import ConflictingRecord, StoreError, StoreNotFound, WriteEr
 from loramem.index.commits import commit_deletion, commit_records, end_write
 from loramem.index.rows import DISCARDED, RENAMED, Ended, PendingWrite
 from loramem.models.dtypes import Dtype, DtypeChoice
-from loramem.planning.plan import GoalName
+from loramem.planning.limits import GoalName
 from loramem.records.record import Record, RecordLike, as_records
 from loramem.results import WriteReport
 from loramem.store import copies

@@ -17,7 +17,8 @@ from loramem.errors import ArgumentError, DeletedInWeights, HubConflict, Integri
 from loramem.hub import publication
 from loramem.hub.card import model_card
 from loramem.hub.client import Hub
-from loramem.hub.publication import ADAPTER_FILE, ADAPTERS, CARD, RECORDS, Publication, first_fault, publish
+from loramem.hub.description import describe
+from loramem.hub.publication import ADAPTER_FILE, ADAPTERS, CARD, RECORDS, Publication, first_fault
 from loramem.index.commits import commit_publication
 from loramem.index.index import Index
 from loramem.records.record import has_lone_surrogate
@@ -155,7 +156,7 @@ def _contents(
     files = {path: _File(local, sha256, local.stat().st_size) for path, (local, sha256) in paths.items()}
     sizes = {path: file.size_bytes for path, file in files.items()}
     try:
-        description, lines = publish(manifest, adapters, records, sizes, include_keys=keys, include_values=values)
+        description, lines = describe(manifest, adapters, records, sizes, include_keys=keys, include_values=values)
     except ValidationError as error:
         raise StoreError(f"{store} cannot be published as it is: {first_fault(error)}.") from None
     texts = {publication.NAME: description.to_bytes(), RECORDS: lines}

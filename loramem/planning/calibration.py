@@ -19,7 +19,8 @@ from loramem.errors import BoundaryError, InputError, LawError
 from loramem.models.shard_sizes import Size
 from loramem.planning import law_fit, success, visits
 from loramem.planning.law import MemoryLaw
-from loramem.planning.plan import ANY_RANK, Basis, GoalName, Plan, Price, RankLimits, plan_write
+from loramem.planning.limits import ANY_RANK, GoalName, RankLimits
+from loramem.planning.plan import Basis, Plan, Price, plan_write
 from loramem.planning.runs import Run
 from loramem.planning.success import SuccessBoundary
 from loramem.planning.visits import Pace

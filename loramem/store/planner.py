@@ -21,7 +21,8 @@ from loramem.models.placement import Placement
 from loramem.models.shard_sizes import cut_groups
 from loramem.planning import calibration, timings
 from loramem.planning.cost import costs_bits
-from loramem.planning.plan import Basis, Plan, Price, RankLimits, plan_groups
+from loramem.planning.limits import RankLimits
+from loramem.planning.plan import Basis, Plan, Price, plan_groups
 from loramem.records.outcome import Outcome
 from loramem.records.prompts import EncodedRecord, encode_records
 from loramem.records.record import Record, deduplicate

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Self
 
 from loramem.index.rows import Ended
-from loramem.planning.plan import GoalName, RankLimits, check_request
+from loramem.planning.limits import GoalName, RankLimits, check_request
 from loramem.training.settings import WriterSettings
 
 OnConflict = Literal["error", "skip", "replace"]

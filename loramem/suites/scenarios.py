@@ -26,7 +26,7 @@ from loramem.suites.runner import Known, Request, Result, Table, public_name
 if TYPE_CHECKING:
     from loramem import MemoryStore
     from loramem.index.rows import StoredRecord
-    from loramem.planning.plan import GoalName
+    from loramem.planning.limits import GoalName
     from loramem.records.prompts import PromptTemplate
 
 OPTIONS = ("records", "model")
