@@ -150,7 +150,7 @@ def test_a_name_that_was_given_before_is_synced_all_the_same(tmp_path: Path, mon
     for folder in ("staged", "adapters/one"):
         files.write_directory(tmp_path / folder, {"file": b"content"})
     monkeypatch.setattr(files, "sync_directory", synced.append)
-    files.publish_directory(tmp_path / "staged", tmp_path / "adapters" / "one")
+    files.rename_directory(tmp_path / "staged", tmp_path / "adapters" / "one")
     assert synced == [tmp_path / "adapters"]
 
 

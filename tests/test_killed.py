@@ -62,7 +62,7 @@ def test_kills_over_the_embedded_base_lose_nothing(tmp_path: Path) -> None:
 AFTER = {
     "journalled": ({"key 0", "key 1", "key 2", "key 3"}, True),
     "trained": ({"key 0", "key 1", "key 2", "key 3"}, True),
-    "published": ({"key 0", "key 1", "key 2", "key 3"}, True),
+    "installed": ({"key 0", "key 1", "key 2", "key 3"}, True),
     "committed": ({"key 0", "key 1", "key 2", "key 3", "new"}, False),
     "cleaned": ({"key 0", "key 1", "key 2", "key 3", "new"}, False),
     "collected": ({"key 0", "key 1", "key 2", "key 3", "new"}, False),

@@ -388,7 +388,7 @@ def test_a_push_that_is_noted_in_the_middle_of_a_change_waits_for_it(store: Memo
         monkeypatch.setattr(Index, "next_id", read_before_writing)
         assert store.delete("key 0") == 1
         note.join()
-        assert other.published("me/facts") == ("c0ffee", None)
+        assert other.publication("me/facts") == ("c0ffee", None)
     assert store.verify(quick=True).ok
 
 

@@ -10,7 +10,7 @@ log = logging.getLogger("loramem._util.events")
 NAMES = (
     "journalled",
     "trained",
-    "published",
+    "installed",
     "committed",
     "cleaned",
     "deleted",

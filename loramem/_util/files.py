@@ -38,7 +38,7 @@ def make_directory(path: Path) -> None:
         sync_directory(path.parent)
 
 
-def publish_directory(source: Path, target: Path) -> None:
+def rename_directory(source: Path, target: Path) -> None:
     """Rename a directory of synced files durably.
 
     A target of the same content is left alone; another one was damaged, and goes where the source came from.
@@ -107,7 +107,7 @@ def beside(target: Path, source: Path | None = None) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def publish_new(made: Path, target: Path) -> int:
+def rename_new(made: Path, target: Path) -> int:
     """Rename what was made to the target, durably; returns its bytes."""
     sync_tree(made)
     made.rename(target)

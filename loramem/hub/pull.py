@@ -12,7 +12,7 @@ from typing import Any
 from huggingface_hub.hf_api import RepoFile
 
 from loramem._util.events import tell
-from loramem._util.files import PRIVATE_FILE, beside, make_directory, publish_new
+from loramem._util.files import PRIVATE_FILE, beside, make_directory, rename_new
 from loramem._util.layout import ADAPTERS as STORED
 from loramem.errors import NotAPublication, RecordError, RefusedRepository
 from loramem.hub.client import Hub
@@ -149,7 +149,7 @@ def pull(
             _admit(fetched, Engine(folder, index, manifest, model), verify, progress)
         finally:
             index.close()
-        publish_new(folder, target)
+        rename_new(folder, target)
         tell("pulled", records=len(fetched.records), adapters=len(fetched.publication.adapters))
 
 

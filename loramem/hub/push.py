@@ -114,7 +114,7 @@ def push(
     if info is None:
         hub.create(private=not public)
         parent = hub.info().sha
-    known, _ = index.published(repo)
+    known, _ = index.publication(repo)
     commit_publication(index, repo, known, files[publication.NAME].sha256)
     operations: list[CommitOperationAdd | CommitOperationDelete] = [
         *(CommitOperationAdd(path, file.content) for path, file in sorted(uploads.items())),
@@ -170,7 +170,7 @@ def _check_parent(hub: Hub, info: ModelInfo, there: Mapping[str, RepoFile], inde
         HubConflict: What the repository holds is not what this store pushed, or was pulled from.
     """
     repo = hub.repo
-    known, sent = index.published(repo)
+    known, sent = index.publication(repo)
     if info.sha == known or (known is None and set(there) <= _NEUTRAL):
         return
     if sent and publication.NAME in there:  # a push that was killed after its commit

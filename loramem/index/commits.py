@@ -137,7 +137,7 @@ def commit_export(index: Index, manifest_sha256: str) -> None:
 
 
 def commit_publication(index: Index, repo: str, commit: str | None, sent: str | None = None) -> None:
-    """Keep what this store knows of a repository that it is published in; see `Index.published`."""
+    """Keep what this store knows of a repository that it is published in; see `Index.publication`."""
     with index.change() as change:
         change.put("publications", {"repo": repo, "commit": commit, "sent": sent})
 

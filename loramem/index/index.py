@@ -252,7 +252,7 @@ class Index(SealedDatabase):
         )
         return {row["adapter"]: row["dead"] for row in self.db.query(query)}
 
-    def published(self, repo: str) -> tuple[str | None, str | None]:
+    def publication(self, repo: str) -> tuple[str | None, str | None]:
         """Commit of a Hub repository that this store equals or began as; sha256 of a loramem.json on its way there."""
         row = self._row("publications", repo)
         return (None, None) if row is None else (row["commit"], row["sent"])

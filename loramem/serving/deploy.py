@@ -15,7 +15,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from loramem._util.choices import check_choice
-from loramem._util.files import beside, publish_new, write_directory, write_synced
+from loramem._util.files import beside, rename_new, write_directory, write_synced
 from loramem._util.layout import ADAPTERS
 from loramem.errors import AdapterError, IntegrityError, NotServable, StoreError
 from loramem.index.rows import StoredAdapter, StoredRecord
@@ -90,7 +90,7 @@ def deploy(engine: Engine, folder: Path, wanted: Deployment) -> DeployReport:
             headers, server.target, base_name if findable else BASE, manifest.prompt, found, chat, wanted.include_keys
         )
         write_synced(made / GUIDE, text.encode())
-        size_bytes = publish_new(made, folder)
+        size_bytes = rename_new(made, folder)
     return DeployReport(
         folder=str(folder),
         adapters=tuple(header.name for header in headers),

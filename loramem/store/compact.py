@@ -150,7 +150,7 @@ def compact(
     started = time.monotonic()
     written = [engine.index.written(shard.id for shard in group) for group in groups]
     requests = [group[0].request for group in groups]
-    records, adapters = publish(
+    records, adapters = install(
         engine,
         [rewrite(engine, *each, progress, executor) for each in zip(written, requests, strict=True)],
     )
@@ -206,7 +206,7 @@ def rewrite(
     return Rewritten(before, request, trained)
 
 
-def publish(engine: Engine, rewritten: Iterable[Rewritten]) -> tuple[list[StoredRecord], list[StoredAdapter]]:
+def install(engine: Engine, rewritten: Iterable[Rewritten]) -> tuple[list[StoredRecord], list[StoredAdapter]]:
     """The rows to commit, after all is trained and its files are in place.
 
     What a row says of the value it has from what was trained, so that no damage of the old row is sealed again.
@@ -214,7 +214,7 @@ def publish(engine: Engine, rewritten: Iterable[Rewritten]) -> tuple[list[Stored
     adapters, records = list[StoredAdapter](), list[StoredRecord]()
     for one in rewritten:
         known = {(record.namespace, record.key): record for record in one.before}
-        adapters += engine.transaction.publish(one.trained.written, one.request)
+        adapters += engine.transaction.install(one.trained.written, one.request)
         records += [
             replace(
                 known[entry.record.namespace, entry.record.key],

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from loramem._util.files import beside, copy_synced, make_directory, publish_new, remove_directory, write_synced
+from loramem._util.files import beside, copy_synced, make_directory, remove_directory, rename_new, write_synced
 from loramem._util.layout import ADAPTERS
 from loramem.errors import BundleError, IntegrityError
 from loramem.index.commits import commit_export, commit_gc
@@ -41,7 +41,7 @@ def backup(store: Path, index: Index, target: Path) -> int:
         folder = partial / "store"
         _copy(store, index, folder)
         copy_synced(store / MANIFEST, folder / MANIFEST)
-        return publish_new(folder, target)
+        return rename_new(folder, target)
 
 
 def export(store: Path, index: Index, target: Path) -> int:
@@ -57,9 +57,9 @@ def export(store: Path, index: Index, target: Path) -> int:
         listed = {name: _sha256(folder / name) for name in names}
         write_synced(folder / NAME, (json.dumps({"format": FORMAT, "files": listed}, indent=2) + "\n").encode())
         if target.suffix != ".tar":
-            return publish_new(folder, target)
+            return rename_new(folder, target)
         _pack(folder, [NAME, *names], partial / "packed")
-        return publish_new(partial / "packed", target)
+        return rename_new(partial / "packed", target)
 
 
 def import_bundle(source: Path, target: Path) -> None:
@@ -87,7 +87,7 @@ def import_bundle(source: Path, target: Path) -> None:
         index.close()
         if found:
             raise BundleError(f"{source} holds a damaged store: {found[0]}.")
-        publish_new(folder, target)
+        rename_new(folder, target)
 
 
 def _copy(store: Path, index: Index, folder: Path) -> None:

@@ -15,7 +15,7 @@ from loramem.index.commits import Identity, commit_repair
 from loramem.index.index import Index
 from loramem.index.rows import StoredRecord, adapter_of, digest_of, prompt_digest, record_of
 from loramem.results import RepairReport
-from loramem.store.compact import publish, rewrite
+from loramem.store.compact import install, rewrite
 from loramem.store.integrity import file_problems
 from loramem.store.request import WriteRequest
 from loramem.store.session import Engine
@@ -69,7 +69,7 @@ def repair(
         for namespace in sorted({record.namespace for record in group}):
             mine = [record for record in group if record.namespace == namespace]
             rewritten.append(rewrite(engine, mine, request, progress, executor, damage.values))
-    records, adapters = publish(engine, rewritten)
+    records, adapters = install(engine, rewritten)
     commit_repair(index, records, adapters, [(r.namespace, r.key) for r in damage.lost] if drop_lost else [])
     tell("repaired", records=len(records), lost=len(damage.lost), missing=damage.missing)
     clean(engine.store, index)

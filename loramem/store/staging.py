@@ -62,13 +62,13 @@ def _ours(path: Path) -> bool:
 
 
 def take_back(store: Path, index: Index) -> None:
-    """Give staged jobs back the adapters that were published for a commit that did not come.
+    """Give staged jobs back the adapters that were installed for a commit that did not come.
 
     Without it a write killed between the two would train again what it had proved.
     """
     for result in (store / STAGING).glob(f"*/{RESULT}"):
         with suppress(ValueError, KeyError, TypeError):
             for shard in json.loads(result.read_text())["shards"]:
-                published, staged = store / ADAPTERS / shard["adapter"], result.parent / shard["adapter"]
-                if published.exists() and not staged.exists() and not index.has_adapter(shard["adapter"]):
-                    published.rename(staged)
+                installed, staged = store / ADAPTERS / shard["adapter"], result.parent / shard["adapter"]
+                if installed.exists() and not staged.exists() and not index.has_adapter(shard["adapter"]):
+                    installed.rename(staged)

@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import mean
 
 from loramem._util.events import tell
-from loramem._util.files import make_directory, publish_directory
+from loramem._util.files import make_directory, rename_directory
 from loramem._util.layout import ADAPTERS, STAGING
 from loramem.errors import RecallError, WriteError
 from loramem.index.commits import commit_write, end_write
@@ -124,7 +124,7 @@ class Transaction:
             end_write(self.index, write.id, FAILED, learnt)
             clean(self.store, self.index)
             raise
-        adapters = self.publish(trained.written, request)
+        adapters = self.install(trained.written, request)
         records = [
             stored_record(
                 entry.record,
@@ -179,14 +179,14 @@ class Transaction:
         tell("trained", shards=len(jobs), records=len(encoded))
         return trained
 
-    def publish(self, written: Sequence[Written], request: WriteRequest) -> list[StoredAdapter]:
+    def install(self, written: Sequence[Written], request: WriteRequest) -> list[StoredAdapter]:
         """Put proved adapters, synced in staging, where the rows that are committed next will look for them."""
         target = self.store / ADAPTERS
         make_directory(target)
         rows = [stored_adapter(one.job, one.shard, one.cost_bits, request.kept) for one in written]
         for one in written:
-            publish_directory(one.job.folder / one.shard.adapter, target / one.shard.adapter)
-        tell("published", adapters=len(rows))
+            rename_directory(one.job.folder / one.shard.adapter, target / one.shard.adapter)
+        tell("installed", adapters=len(rows))
         return rows
 
     def _jobs(self, plan: Plan, encoded: Sequence[EncodedRecord], settings: WriterSettings) -> list[ShardJob]:
