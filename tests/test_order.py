@@ -85,7 +85,7 @@ ADAPTERS, EACH, BATCH, WINDOW = 6, 50, 16, 64
 def many(store: MemoryStore, monkeypatch: pytest.MonkeyPatch) -> MemoryStore:
     """Rows of several adapters in a namespace of their own, with answers of many lengths; no adapter holds them."""
     monkeypatch.setattr("loramem.store.read.DECODE_RECORDS", BATCH)
-    monkeypatch.setattr("loramem.index.snapshot.WINDOW_RECORDS", WINDOW)
+    monkeypatch.setattr("loramem.index.temporary_table.WINDOW_RECORDS", WINDOW)
     rows = [
         stored_record(
             Record(f"{n}", "0", "many"), [n], n * 7 % 13, f"{n // EACH * 5 % ADAPTERS:032}", 0.9, keep_value=True
@@ -122,8 +122,8 @@ def test_in_the_order_written_it_takes_hardly_more_batches_and_nothing_waits_lon
 @pytest.mark.parametrize("limit", ["records", "tokens"])
 def test_in_any_order_no_more_than_a_window_waits(many: MemoryStore, limit: str, monkeypatch) -> None:
     if limit == "tokens":
-        monkeypatch.setattr("loramem.index.snapshot.WINDOW_RECORDS", 10**6)
-        monkeypatch.setattr("loramem.index.snapshot.WINDOW_TOKENS", WINDOW * 6)
+        monkeypatch.setattr("loramem.index.temporary_table.WINDOW_RECORDS", 10**6)
+        monkeypatch.setattr("loramem.index.temporary_table.WINDOW_TOKENS", WINDOW * 6)
     keys = random.Random(0).choices(list(many.keys("many")), k=500)
     came, _, waited = read(many, keys)
     assert came == keys

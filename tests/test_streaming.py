@@ -11,7 +11,7 @@ from loramem import KeyNotFound, MemoryStore
 from loramem.errors import StoreError
 from loramem.index.commits import commit_records
 from loramem.index.rows import StoredRecord, stored_record
-from loramem.index.snapshot import Spool
+from loramem.index.temporary_table import TemporaryTable
 from loramem.records.record import Record
 from loramem.results import Recall
 
@@ -108,10 +108,10 @@ def test_rows_are_set_aside_without_their_values_each_adapters_together() -> Non
         return stored_record(Record(key, value, metadata={"é": [1]}), [1], len(value), adapter, 0.75, keep_value=True)
 
     records = [row("a", "long", "2"), row("b", "x", "1"), row("c", "y", "2"), row("a", "long", "2")]
-    with Spool() as spool:
-        spool.add(records)
-        assert spool.count() == 4
-        back = list(spool.records())
+    with TemporaryTable() as table:
+        table.add(records)
+        assert table.count() == 4
+        back = list(table.records())
     assert [(one.adapter, one.key) for one in back] == [("1", "b"), ("2", "c"), ("2", "a"), ("2", "a")]
     assert {one.value for one in back} == {None}
     assert all(one.holds(value) for one, value in zip(back, ["x", "y", "long", "long"], strict=True))
@@ -119,10 +119,10 @@ def test_rows_are_set_aside_without_their_values_each_adapters_together() -> Non
 
 
 def test_a_full_temporary_folder_is_a_store_error(store: MemoryStore) -> None:
-    with Spool() as spool:
-        spool._db.execute("pragma max_page_count = 3")
+    with TemporaryTable() as table:
+        table._db.execute("pragma max_page_count = 3")
         with pytest.raises(StoreError, match="SQLITE_TMPDIR"):
-            spool.add(stored_record(Record(f"{n}", "0"), [n], 1, "a", 0.9, keep_value=False) for n in range(9999))
+            table.add(stored_record(Record(f"{n}", "0"), [n], 1, "a", 0.9, keep_value=False) for n in range(9999))
 
 
 def test_an_unknown_key_among_many_is_told_before_anything_is_decoded(store: MemoryStore) -> None:

@@ -17,7 +17,7 @@ from loramem.index.connection import sqlite_errors
 from loramem.index.index import NAME as INDEX
 from loramem.index.index import Index
 from loramem.index.rows import Located, PendingWrite, StoredAdapter, StoredRecord, hidden_names
-from loramem.index.snapshot import Spool
+from loramem.index.temporary_table import TemporaryTable
 from loramem.planning.limits import ANY_RANK, GoalName, RankLimits, check_request
 from loramem.planning.plan import Basis, Plan
 from loramem.records.outcome import Outcome
@@ -237,13 +237,13 @@ class Memory:
         """Values as they are decoded, each with its place among those asked for."""
         from loramem.store.read import numbered_batches
 
-        with Spool(windows=windows) as spool:
+        with TemporaryTable(windows=windows) as table:
             with self._turn(), self._index.snapshot():
                 if keys is None:
-                    spool.add(self._index.in_order(namespace))
+                    table.add(self._index.in_order(namespace))
                 else:
-                    spool.add(self._find(key, namespace) for key in keys)
-            for places, batch in numbered_batches(spool.numbered()):
+                    table.add(self._find(key, namespace) for key in keys)
+            for places, batch in numbered_batches(table.numbered()):
                 with self._turn():
                     decoded = list(self._engine.reader.decode_current(batch))
                 yield from zip(places, decoded, strict=True)

@@ -10,7 +10,7 @@ from loramem.errors import BaseModelError, IntegrityError
 from loramem.index.connection import sqlite_errors
 from loramem.index.index import Index
 from loramem.index.rows import StoredRecord, record_of
-from loramem.index.snapshot import Spool
+from loramem.index.temporary_table import TemporaryTable
 from loramem.models.fingerprint import Fingerprint, fingerprint
 from loramem.models.parameters import parameters_sha256
 from loramem.results import VerifyReport
@@ -47,13 +47,13 @@ def full_check(
         OtherBaseModel: The base model given is not the store's at all.
     """
     started, index, findings = time.monotonic(), engine.index, Findings()
-    with Spool() as spool:
+    with TemporaryTable() as table:
         findings.damaged += problems(engine.store, index)
         with index.snapshot():
             records = index.count()
             try:
                 with sqlite_errors(index.path):
-                    spool.add(_whole_records(index, findings))
+                    table.add(_whole_records(index, findings))
                     rows = index.rows_sum()
             except IntegrityError as error:  # rows that cannot be read leave nothing to decode by
                 damaged = findings.damaged or [str(error)]
@@ -62,8 +62,8 @@ def full_check(
         verified = Verified(engine.store, state_of(rows, engine.manifest, engine.base, found))
         if not resume:
             verified.forget()
-        known, done, total, resumed = verified.adapters(), 0, spool.count(), 0
-        for adapter, batches in groupby(cut_batches(spool.records()), key=lambda batch: batch[0].adapter):
+        known, done, total, resumed = verified.adapters(), 0, table.count(), 0
+        for adapter, batches in groupby(cut_batches(table.records()), key=lambda batch: batch[0].adapter):
             before = findings.count()
             for batch in batches:
                 _check_batch(engine, batch, findings, decode=adapter not in known)

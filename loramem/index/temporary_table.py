@@ -18,7 +18,7 @@ WINDOW_RECORDS, WINDOW_TOKENS = 2**16, 2**20
 """Values that wait at most for one that was asked for before them: about 30 MB at ten tokens each."""
 
 
-class Spool:
+class TemporaryTable:
     """Records without their values, in a private temporary database that SQLite unlinks as it opens it.
 
     Args:
