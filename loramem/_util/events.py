@@ -24,7 +24,7 @@ NAMES = (
 HUB = ("pushed", "pulled")
 
 
-def tell(event: str, **facts: object) -> None:
+def log_event(event: str, **facts: object) -> None:
     """Log an event at level INFO."""
     assert event in NAMES + HUB
     shown = " ".join(f"{name}={value}" for name, value in facts.items())

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from loramem._util.choices import check_choice
-from loramem._util.events import tell
+from loramem._util.events import log_event
 from loramem.api.maintenance import Maintained, several
 from loramem.api.namespace import Namespace
 from loramem.errors import ConflictingRecord, StoreError, StoreNotFound, WriteError
@@ -235,7 +235,7 @@ class MemoryStore(Maintained):
         with self._lock, self._writing():
             found = [self._find(key, namespace) for key in dict.fromkeys(several(keys))]
             commit_deletion(self._index, [(record.namespace, record.key) for record in found])
-            tell("deleted", records=len(found))
+            log_event("deleted", records=len(found))
             return len(found)
 
     def resume(self, progress: "ProgressCallback | None" = None, executor: "Executor | None" = None) -> WriteReport:

@@ -11,7 +11,7 @@ from typing import Any
 
 from huggingface_hub.hf_api import RepoFile
 
-from loramem._util.events import tell
+from loramem._util.events import log_event
 from loramem._util.files import PRIVATE_FILE, beside, make_directory, rename_new
 from loramem._util.layout import ADAPTERS as STORED
 from loramem.errors import NotAPublication, RecordError, RefusedRepository
@@ -150,7 +150,7 @@ def pull(
         finally:
             index.close()
         rename_new(folder, target)
-        tell("pulled", records=len(fetched.records), adapters=len(fetched.publication.adapters))
+        log_event("pulled", records=len(fetched.records), adapters=len(fetched.publication.adapters))
 
 
 def _assemble(fetched: Fetched, folder: Path, index: Index, manifest: Manifest) -> None:

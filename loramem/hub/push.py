@@ -11,7 +11,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 from huggingface_hub.hf_api import ModelInfo, RepoFile
 from pydantic import ValidationError
 
-from loramem._util.events import tell
+from loramem._util.events import log_event
 from loramem._util.layout import ADAPTERS as STORED
 from loramem.errors import ArgumentError, DeletedInWeights, HubConflict, IntegrityError, PublicRepository, StoreError
 from loramem.hub import publication
@@ -123,7 +123,7 @@ def push(
     title = message or f"{description.records} records in {len(description.adapters)} adapters"
     commit = hub.commit(operations, title, parent)
     commit_publication(index, repo, commit)
-    tell("pushed", records=description.records, adapters=len(plan.uploaded))
+    log_event("pushed", records=description.records, adapters=len(plan.uploaded))
     return PushReport(**vars(plan), commit=commit, changed=True)
 
 

@@ -13,7 +13,7 @@ from math import ceil
 from typing import TYPE_CHECKING, Literal, get_args
 
 from loramem._util.choices import check_choice
-from loramem._util.events import tell
+from loramem._util.events import log_event
 from loramem.index.commits import Identity, commit_deletion, commit_oblivion, commit_records
 from loramem.index.index import Index, Load
 from loramem.index.rows import StoredAdapter, StoredRecord, prompt_digest
@@ -155,7 +155,7 @@ def compact(
         [rewrite(engine, *each, progress, executor) for each in zip(written, requests, strict=True)],
     )
     commit_records(engine.index, records, adapters)
-    tell("compacted", adapters=len(adapters), records=len(records))
+    log_event("compacted", adapters=len(adapters), records=len(records))
     clean(engine.store, engine.index)
     old = [shard for group in groups for shard in group]
     return CompactReport(
@@ -251,13 +251,13 @@ def erase(
     past = [version for identity in records for version in index.versions(*identity).values()]
     held = {record.adapter for record in live} | {version.adapter for version in past}
     commit_deletion(index, [(record.namespace, record.key) for record in live])
-    tell("deleted", records=len(live))
+    log_event("deleted", records=len(live))
     # Each adapter by itself: erasing a record gives the bytes of the same shard written without it.
     rewritten = compact(engine, [[shard] for shard in shards(index) if shard.id in held], progress, executor)
     # No grace for readers, and every retired adapter: one from before a compaction holds the values as well.
     removed, _ = collect(engine.store, index, grace_s=0)
     commit_oblivion(index, records)
-    tell("forgotten", records=len(records))
+    log_event("forgotten", records=len(records))
     index.vacuum()
-    tell("vacuumed")
+    log_event("vacuumed")
     return EraseReport(len(records), rewritten.records, removed, time.monotonic() - started)

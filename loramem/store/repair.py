@@ -9,7 +9,7 @@ from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from loramem._util.events import tell
+from loramem._util.events import log_event
 from loramem.errors import IntegrityError, LoramemError
 from loramem.index.commits import Identity, commit_repair
 from loramem.index.index import Index
@@ -71,7 +71,7 @@ def repair(
             rewritten.append(rewrite(engine, mine, request, progress, executor, damage.values))
     records, adapters = install(engine, rewritten)
     commit_repair(index, records, adapters, [(r.namespace, r.key) for r in damage.lost] if drop_lost else [])
-    tell("repaired", records=len(records), lost=len(damage.lost), missing=damage.missing)
+    log_event("repaired", records=len(records), lost=len(damage.lost), missing=damage.missing)
     clean(engine.store, index)
     return RepairReport(
         repaired=len(records),

@@ -7,7 +7,7 @@ from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from loramem._util.events import tell
+from loramem._util.events import log_event
 from loramem._util.files import remove_directory, size_bytes
 from loramem._util.layout import ADAPTERS, RESULT, STAGING
 from loramem.index.commits import commit_gc
@@ -25,7 +25,7 @@ def clean(store: Path, index: Index) -> None:
         collect(store, index)
     except OSError as error:  # what was committed stays committed; the next write tries again
         log.warning("%s: files that are not needed could not be removed (%s)", store, error)
-    tell("cleaned")
+    log_event("cleaned")
 
 
 def collect(store: Path, index: Index, grace_s: float = GRACE_S) -> tuple[int, int]:
@@ -52,7 +52,7 @@ def collect(store: Path, index: Index, grace_s: float = GRACE_S) -> tuple[int, i
         remove_directory(folder)
     if pending is None:
         remove_directory(store / STAGING)
-    tell("collected", adapters=len(orphans), bytes=freed)
+    log_event("collected", adapters=len(orphans), bytes=freed)
     return len(orphans), freed
 
 

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import mean
 
-from loramem._util.events import tell
+from loramem._util.events import log_event
 from loramem._util.files import make_directory, rename_directory
 from loramem._util.layout import ADAPTERS, STAGING
 from loramem.errors import RecallError, WriteError
@@ -83,7 +83,7 @@ class Transaction:
         write_id = self.index.begin_write(
             (entry.record for entry in encoded), {**request.to_json(), "plan": asdict(plan)}
         )
-        tell("journalled", records=len(encoded))
+        log_event("journalled", records=len(encoded))
         return self._finish(Journalled(write_id, encoded, plan, request), skipped, started, progress, executor)
 
     def resume(
@@ -139,7 +139,7 @@ class Transaction:
             for entry, min_prob in one.proved()
         ]
         commit_write(self.index, write.id, adapters, records, learnt, request.ended)
-        tell("committed", adapters=len(adapters), records=len(records))
+        log_event("committed", adapters=len(adapters), records=len(records))
         clean(self.store, self.index)
         if executor is None:  # workers share the cores: their times are not those of a write alone
             self._note_time(trained.written)
@@ -176,7 +176,7 @@ class Transaction:
         finally:
             self.adapted.rest()
             self.adapted.kept_features.clear()
-        tell("trained", shards=len(jobs), records=len(encoded))
+        log_event("trained", shards=len(jobs), records=len(encoded))
         return trained
 
     def install(self, written: Sequence[Written], request: WriteRequest) -> list[StoredAdapter]:
@@ -186,7 +186,7 @@ class Transaction:
         rows = [stored_adapter(one.job, one.shard, one.cost_bits, request.kept) for one in written]
         for one in written:
             rename_directory(one.job.folder / one.shard.adapter, target / one.shard.adapter)
-        tell("installed", adapters=len(rows))
+        log_event("installed", adapters=len(rows))
         return rows
 
     def _jobs(self, plan: Plan, encoded: Sequence[EncodedRecord], settings: WriterSettings) -> list[ShardJob]:
