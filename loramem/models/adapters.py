@@ -152,7 +152,7 @@ class AdaptedModel:
         self._activate(next(reversed(self._loaded)) if self._loaded else others[-1], trainable=False)
         self._peft.delete_adapter(name)
 
-    def rest(self) -> None:
+    def deactivate(self) -> None:
         """Make the model the plain base until an adapter is activated; loaded ones stay in memory."""
         if self._peft is not None:
             self._peft.base_model.disable_adapter_layers()

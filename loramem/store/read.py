@@ -145,7 +145,7 @@ class Reader:
         try:
             yield
         finally:
-            self.adapted.rest()
+            self.adapted.deactivate()
 
     def activate(self, adapter: StoredAdapter) -> None:
         """Load an adapter from disk if it is not loaded, after checking its files; it stays active.

@@ -174,7 +174,7 @@ class Transaction:
                 log.info("%s; its shard is trained again with more caution", error)
                 jobs[jobs.index(written.job)] = more_careful(written, error)
         finally:
-            self.adapted.rest()
+            self.adapted.deactivate()
             self.adapted.kept_features.clear()
         log_event("trained", shards=len(jobs), records=len(encoded))
         return trained
