@@ -116,7 +116,7 @@ def commit_gc(index: Index, adapters: Iterable[str]) -> None:
             change.remove_key("retired", adapter)
 
 
-def commit_oblivion(index: Index, records: Iterable[Identity]) -> None:
+def commit_erasure(index: Index, records: Iterable[Identity]) -> None:
     """Forget the history of records, and of earlier writes all that could hint at their values."""
     with index.change() as change:
         for namespace, key in records:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 from loramem._util.choices import check_choice
 from loramem._util.events import log_event
-from loramem.index.commits import Identity, commit_deletion, commit_oblivion, commit_records
+from loramem.index.commits import Identity, commit_deletion, commit_erasure, commit_records
 from loramem.index.index import Index, Load
 from loramem.index.rows import StoredAdapter, StoredRecord, prompt_digest
 from loramem.models.shard_sizes import Size
@@ -256,7 +256,7 @@ def erase(
     rewritten = compact(engine, [[shard] for shard in shards(index) if shard.id in held], progress, executor)
     # No grace for readers, and every retired adapter: one from before a compaction holds the values as well.
     removed, _ = collect(engine.store, index, grace_s=0)
-    commit_oblivion(index, records)
+    commit_erasure(index, records)
     log_event("forgotten", records=len(records))
     index.vacuum()
     log_event("vacuumed")
