@@ -111,7 +111,7 @@ def answers(store: Path, adapted: AdaptedModel, keys: Iterable[str]) -> dict[str
     """
     found: dict[str, str] = {}
     with suppress(LoramemError), MemoryStore(store, create=False) as opened:
-        opened._engine.base, opened._engine.adapted = adapted.base, adapted
+        opened._session.base, opened._session.adapted = adapted.base, adapted
         for key in keys:
             with suppress(LoramemError):
                 found[key] = opened.recall(key)
@@ -129,7 +129,7 @@ def main(store: Path, flips: int, seed: int = 0, how: Damage = flip) -> tuple[li
         assert not reported(copy)
         with MemoryStore(copy, create=False) as opened:
             live = [adapter.id for adapter in opened.adapters()]  # nothing is read from the retired ones
-            adapted = opened._engine.adapted
+            adapted = opened._session.adapted
             committed = {recall.key: recall.value for recall in opened.recall_many()}
         assert answers(copy, adapted, committed) == committed
         rows = contents(copy / "index.db")

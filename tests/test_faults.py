@@ -79,7 +79,7 @@ def test_whichever_file_operation_fails_the_committed_state_is_readable(
     for number in itertools.count(1, step):
         path = shutil.copytree(written, tmp_path / str(number))
         with MemoryStore(path, create=False) as store:
-            store._engine.base = base
+            store._session.base = base
             changes = {
                 "write": lambda store=store: store.write({"new": "2", "a": "3"}, on_conflict="replace"),
                 "compact": lambda store=store: store.compact(),
@@ -93,7 +93,7 @@ def test_whichever_file_operation_fails_the_committed_state_is_readable(
                 except (OSError, LoramemError):
                     raised = True
         with MemoryStore(path, create=False) as store:
-            store._engine.base = base
+            store._session.base = base
             held = {recall.key: recall.value for recall in store.recall_many()}
             assert held in ([before, after] if raised else [after]), (number, change)
             assert store.verify(quick=True).ok
@@ -138,7 +138,7 @@ def test_wherever_a_write_fills_the_disk_what_was_committed_is_readable(written:
         for free in itertools.count(0, 2 * page):  # SQLite's own writes fail as well
             path, filler = shutil.copytree(written, disk / "memory"), disk / "filler"
             with MemoryStore(path, create=False) as store:
-                store._engine.base = base
+                store._session.base = base
                 filler.write_bytes(b"0" * (shutil.disk_usage(disk).free - free))
                 try:
                     store.write({"new": "2", "a": "3"}, on_conflict="replace")
@@ -147,7 +147,7 @@ def test_wherever_a_write_fills_the_disk_what_was_committed_is_readable(written:
                     raised = True
                 filler.unlink()
             with MemoryStore(path, create=False) as store:
-                store._engine.base = base
+                store._session.base = base
                 held = {recall.key: recall.value for recall in store.recall_many()}
                 assert held == (before if raised else {**before, "new": "2", "a": "3"}), free
                 assert store.verify(quick=True).ok
@@ -214,7 +214,7 @@ def test_a_damaged_write_ahead_log_gives_one_state_or_the_other(written: Path, t
             log[rng.randrange(len(log))] ^= 1 << rng.randrange(8)
         (path / "index.db-wal").write_bytes(log)
         with MemoryStore(path, create=False) as store:
-            store._engine.base = base
+            store._session.base = base
             held = {recall.key: recall.value for recall in store.recall_many()}
             assert held in (before, numbers(3))
             assert store.verify(quick=True).ok
@@ -387,7 +387,7 @@ class Model(RuleBasedStateMachine):
         base = self.store.base
         self.store.close()
         self.store = MemoryStore(self.path, create=False)
-        self.store._engine.base = base
+        self.store._session.base = base
 
     @invariant()
     def same(self) -> None:

@@ -63,7 +63,7 @@ def test_a_write_is_the_same_bytes_whether_its_features_were_kept_or_not(
 
     monkeypatch.setattr(shard_training, "collect", watched)
     with MemoryStore(tmp_path / "m", str(base), serve=()) as store:
-        adapted = store._engine.adapted
+        adapted = store._session.adapted
         adapted.kept_features.most_bytes = most_bytes
         first = store.write(numbers(4)).adapters
         assert passes == ([4] if most_bytes else [4, 4])

@@ -200,7 +200,7 @@ def test_what_is_read_of_one_key_is_read_where_it_is_now(
         explained = reader.explain("secret")
         assert (explained.value, explained.adapter) == (value, store._index.find("", "secret").adapter)
         reader.load("secret")
-        assert reader._engine.adapted.is_loaded(explained.adapter)
+        assert reader._session.adapted.is_loaded(explained.adapter)
     assert len(looks) == 6
 
 

@@ -93,13 +93,13 @@ def many(store: MemoryStore, monkeypatch: pytest.MonkeyPatch) -> MemoryStore:
         for n in range(ADAPTERS * EACH)
     ]
     commit_records(store._index, rows)
-    store._engine.reader = Counting()  # type: ignore[assignment]
+    store._session.reader = Counting()  # type: ignore[assignment]
     return store
 
 
 def read(store: MemoryStore, keys: list[str] | None, *, ordered: bool = True) -> tuple[list[str], int, int]:
     """Keys as they came, batches that it took, and the most values that waited for another."""
-    store._engine.reader = counting = Counting()  # type: ignore[assignment]
+    store._session.reader = counting = Counting()  # type: ignore[assignment]
     came, waited = [], 0
     for recall in store.recall_many(keys, "many", ordered=ordered):
         waited = max(waited, counting.values - len(came) - 1)

@@ -89,7 +89,7 @@ def test_no_more_rows_than_a_batch_are_held_at_once(
     monkeypatch.setattr("loramem.store.read.DECODE_RECORDS", BATCH)
     fill(store)
     reader = Counting()
-    store._engine.reader = reader  # type: ignore[assignment]
+    store._session.reader = reader  # type: ignore[assignment]
     assert read(store) >= ADAPTERS * EACH
     assert BATCH <= reader.most <= 2 * BATCH
 

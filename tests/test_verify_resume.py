@@ -62,7 +62,7 @@ def test_adapters_that_were_finished_are_not_decoded_again(path: Path, monkeypat
     interrupt(path)
     decoded, told = list[str](), list[tuple[int, int]]()
     with MemoryStore(path, create=False) as store:
-        reader, decode = store._engine.reader, store._engine.reader.try_decode
+        reader, decode = store._session.reader, store._session.reader.try_decode
         monkeypatch.setattr(reader, "try_decode", lambda batch: decoded.append(batch[0].adapter) or decode(batch))
         report = store.verify(resume=True, progress=lambda *counts: told.append(counts))
     assert decoded == [adapter_of(path, 2).name]

@@ -59,7 +59,7 @@ class Maintained(Publishing):
         """
         with self._lock, self._writing():
             groups = compact.chosen_for(self._index, which)
-            return compact.compact(self._engine, groups, progress, executor)
+            return compact.compact(self._session, groups, progress, executor)
 
     def gc(self, grace_s: float = GRACE_S) -> GcReport:
         """Remove the files of adapters that no live record needs.
@@ -102,7 +102,7 @@ class Maintained(Publishing):
             for _, key in chosen:
                 if self._index.find(namespace, key) is None and not self._index.versions(namespace, key):
                     raise self._unknown(key, namespace)
-            return compact.erase(self._engine, chosen, progress, executor)
+            return compact.erase(self._session, chosen, progress, executor)
 
     def repair(
         self,
@@ -122,7 +122,7 @@ class Maintained(Publishing):
             StoreLocked: Another process is writing.
         """
         with self._lock, self._writing(resuming=True):
-            return repair(self._engine, drop_lost=drop_lost, progress=progress, executor=executor)
+            return repair(self._session, drop_lost=drop_lost, progress=progress, executor=executor)
 
     @contextmanager
     def _writing(self, *, resuming: bool = False) -> Iterator[None]:

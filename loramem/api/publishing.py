@@ -42,7 +42,7 @@ class Publishing(Memory):
         """
         with self._turn():
             return check_store(
-                self._engine, list(targets), max_rank=max_rank, base_name=base_name, dtype=dtype, progress=progress
+                self._session, list(targets), max_rank=max_rank, base_name=base_name, dtype=dtype, progress=progress
             )
 
     def deploy(
@@ -73,7 +73,7 @@ class Publishing(Memory):
         from loramem.serving.deploy import Deployment, deploy
 
         with self._turn():
-            return deploy(self._engine, Path(folder), Deployment(target, base_name, pad_rank, dtype, include_keys))
+            return deploy(self._session, Path(folder), Deployment(target, base_name, pad_rank, dtype, include_keys))
 
     def backup(self, target: str | Path) -> int:
         """Copy the store, while it may be written to, as it was committed at one moment; returns the bytes.

@@ -32,7 +32,7 @@ from loramem.results import (
 from loramem.store.manifest import NAME as MANIFEST
 from loramem.store.manifest import Manifest, read_manifest
 from loramem.store.request import OnConflict, WriteRequest
-from loramem.store.session import Engine, ModelRequest
+from loramem.store.session import ModelRequest, Session
 from loramem.store.stats import history, quick_check, stats
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class Memory:
             self._index.close()
             raise
         self._index.key_salt = self.manifest.key_salt
-        self._engine = Engine(path, self._index, self.manifest, request)
+        self._session = Session(path, self._index, self.manifest, request)
 
     def __enter__(self) -> Self:
         return self
@@ -80,7 +80,7 @@ class Memory:
             BaseModelNotFound: It cannot be loaded.
         """
         with self._lock:
-            return self._engine.base
+            return self._session.base
 
     # What is in the store
 
@@ -181,14 +181,14 @@ class Memory:
         check_request(goal, rank, limits)
         check_choice("on_conflict", on_conflict, get_args(OnConflict))
         with self._turn():
-            encoded, _ = self._engine.planner.admit(as_records(records, namespace), on_conflict)
+            encoded, _ = self._session.planner.admit(as_records(records, namespace), on_conflict)
             request = WriteRequest(goal, rank, one_adapter=one_adapter)
-            return self._engine.planner.plan(encoded, request, limits, kind)
+            return self._session.planner.plan(encoded, request, limits, kind)
 
     def basis(self, kind: str | None = None) -> Basis:
         """What plans for this store rest on: success boundary, pace, and the law of a kind of data."""
         with self._turn():
-            return self._engine.planner.basis(None, 0, kind, self._index.outcomes())
+            return self._session.planner.basis(None, 0, kind, self._index.outcomes())
 
     def outcomes(self) -> list[Outcome]:
         """What the writes to this store came to at their first rank, oldest first."""
@@ -206,7 +206,7 @@ class Memory:
             IntegrityError: The adapter's files are not what was committed.
             OtherBaseModel: The base model is not the one the store was written with.
         """
-        return self._read(key, namespace, lambda found: self._engine.reader.value(found))
+        return self._read(key, namespace, lambda found: self._session.reader.value(found))
 
     def recall_many(
         self, keys: Iterable[str] | None = None, namespace: str = "", *, ordered: bool = True
@@ -245,7 +245,7 @@ class Memory:
                     table.add(self._find(key, namespace) for key in keys)
             for places, batch in numbered_batches(table.numbered()):
                 with self._turn():
-                    decoded = list(self._engine.reader.decode_current(batch))
+                    decoded = list(self._session.reader.decode_current(batch))
                 yield from zip(places, decoded, strict=True)
 
     def explain(self, key: str, namespace: str = "") -> Explanation:
@@ -256,8 +256,8 @@ class Memory:
         """
 
         def explained(found: Located) -> Explanation:
-            value = self._engine.reader.value(found)
-            tokens = self._engine.reader.token_probabilities(found, value)
+            value = self._session.reader.value(found)
+            tokens = self._session.reader.token_probabilities(found, value)
             return Explanation(key, value, found.adapter.id, tokens)
 
         return self._read(key, namespace, explained)
@@ -270,8 +270,8 @@ class Memory:
         """
 
         def loaded(found: Located) -> tuple[Any, list[int]]:
-            self._engine.reader.activate(found.adapter)
-            return self._engine.adapted.model, self._engine.reader.prompt_ids(found.record)
+            self._session.reader.activate(found.adapter)
+            return self._session.adapted.model, self._session.reader.prompt_ids(found.record)
 
         return self._read(key, namespace, loaded)
 
@@ -302,7 +302,7 @@ class Memory:
                 return quick_check(self.path, self._index)
             from loramem.store.verify import full_check
 
-            return full_check(self._engine, progress, resume=resume)
+            return full_check(self._session, progress, resume=resume)
 
     @contextmanager
     def _turn(self) -> Iterator[None]:

@@ -108,7 +108,7 @@ class MemoryStore(Maintained):
                 "store."
             )
         if base is not None:
-            self._engine.base = base
+            self._session.base = base
 
     def write(
         self,
@@ -160,7 +160,7 @@ class MemoryStore(Maintained):
         check_choice("on_conflict", on_conflict, get_args(OnConflict))
         with self._lock, self._writing():
             given = as_records(records, namespace)
-            return self._engine.transaction.write(given, request, on_conflict, progress, executor)
+            return self._session.transaction.write(given, request, on_conflict, progress, executor)
 
     def update(
         self,
@@ -193,7 +193,7 @@ class MemoryStore(Maintained):
                 commit_records(self._index, [replace(known, metadata=kept)])
                 return WriteReport.nothing(1)
             record = Record(key, value, namespace, kept)
-            return self._engine.transaction.write([record], request, "replace", progress)
+            return self._session.transaction.write([record], request, "replace", progress)
 
     def rename(
         self,
@@ -219,9 +219,9 @@ class MemoryStore(Maintained):
             known = self._find(key, namespace)
             if self._index.find(namespace, new_key) is not None:
                 raise ConflictingRecord(f"Key {new_key!r} is in the store already. Use another one.", key=new_key)
-            value = self._engine.reader.values([known])[namespace, key]
+            value = self._session.reader.values([known])[namespace, key]
             record = Record(new_key, value, namespace, known.metadata)
-            return self._engine.transaction.write([record], request, progress=progress)
+            return self._session.transaction.write([record], request, progress=progress)
 
     def delete(self, keys: str | Iterable[str], namespace: str = "") -> int:
         """Stop recalling one record or several, in one commit; returns how many.
@@ -245,7 +245,7 @@ class MemoryStore(Maintained):
             WriteError: There is none; or as `write`.
         """
         with self._lock, self._writing(resuming=True):
-            return self._engine.transaction.resume(self._require_pending(), progress, executor)
+            return self._session.transaction.resume(self._require_pending(), progress, executor)
 
     def discard(self) -> int:
         """Forget the interrupted write; returns how many records it held.

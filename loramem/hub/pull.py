@@ -33,7 +33,7 @@ from loramem.index.rows import StoredAdapter, StoredRecord, prompt_digest
 from loramem.models.adapter_header import WEIGHTS
 from loramem.records.record import Record
 from loramem.store.manifest import Manifest
-from loramem.store.session import Engine, ModelRequest
+from loramem.store.session import ModelRequest, Session
 
 MAX_DESCRIPTION_BYTES, MAX_RECORDS_BYTES, MAX_TEXT_BYTES = 64 * 2**20, 2**30, 2**20
 """Of loramem.json, of records.jsonl, and of config and card of an adapter: far more than one would share."""
@@ -146,7 +146,7 @@ def pull(
         try:
             manifest = fetched.publication.manifest(location_of(model.name) if model.name else None)
             _assemble(fetched, folder, index, manifest)
-            _admit(fetched, Engine(folder, index, manifest, model), verify, progress)
+            _admit(fetched, Session(folder, index, manifest, model), verify, progress)
         finally:
             index.close()
         rename_new(folder, target)
@@ -200,7 +200,7 @@ def _told(line: PublishedRecord) -> bool:
     return line.prompt is not None and line.prompt.ids is not None
 
 
-def _admit(fetched: Fetched, engine: Engine, verify: bool, progress: Callable[[int, int], None] | None) -> None:
+def _admit(fetched: Fetched, session: Session, verify: bool, progress: Callable[[int, int], None] | None) -> None:
     """Check every adapter, and with ``verify`` what it says and answers on the base model here."""
     from loramem.hub.admission import inspect_adapter, placement_of
     from loramem.models.placement import tensor_shapes
@@ -210,29 +210,29 @@ def _admit(fetched: Fetched, engine: Engine, verify: bool, progress: Callable[[i
     for adapter in fetched.publication.adapters:
         where = f"{ADAPTERS}/{adapter.id}"
         placement = placement_of(adapter, fetched.publication)
-        shapes = tensor_shapes(engine.base.model, placement, adapter.rank) if verify else None
+        shapes = tensor_shapes(session.base.model, placement, adapter.rank) if verify else None
         try:
-            inspect_adapter(engine.store / STORED / adapter.id, adapter, fetched.publication, shapes)
+            inspect_adapter(session.store / STORED / adapter.id, adapter, fetched.publication, shapes)
         except ValueError as error:
             raise fetched.refused(where, error) from None
     if not verify:
         return
-    if engine.base.template != engine.manifest.template():
+    if session.base.template != session.manifest.template():
         raise fetched.refused(NAME, "its prompt is not the one of the base model")
-    if longest := [line for line in fetched.records if line.answer_tokens >= engine.base.max_tokens]:
+    if longest := [line for line in fetched.records if line.answer_tokens >= session.base.max_tokens]:
         raise fetched.refused(RECORDS, f"{longest[0].answer_tokens:,} answer tokens exceed the base model's context")
     if fetched.publication.key_salt is not None:
         return  # there is nothing to ask for: recall checks every value against its digest
-    tokenizer = engine.base.tokenizer
+    tokenizer = session.base.tokenizer
     for line in fetched.records:
-        prompt = engine.base.template.stored_ids(tokenizer, line.key, _prompt(line))
+        prompt = session.base.template.stored_ids(tokenizer, line.key, _prompt(line))
         if _told(line) and (max(prompt) >= len(tokenizer) or line.key not in decode_answer(tokenizer, prompt)):
             raise fetched.refused(RECORDS, f"the ids of the prompt of key {line.key!r} do not say it")
-        if len(prompt) + line.answer_tokens >= engine.base.max_tokens:
+        if len(prompt) + line.answer_tokens >= session.base.max_tokens:
             raise fetched.refused(RECORDS, f"key {line.key!r} and its value exceed the base model's context")
         if prompt_digest(prompt) != line.prompt_sha256:
             raise fetched.refused(RECORDS, f"the prompt of key {line.key!r} is another one")
-    for check in recheck(engine, progress=progress):
+    for check in recheck(session, progress=progress):
         where = f"{ADAPTERS}/{check.adapter}"
         if check.failed:
             raise fetched.refused(

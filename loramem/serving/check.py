@@ -16,14 +16,14 @@ from loramem.serving.rules import Server, findings, findings_together
 from loramem.serving.targets import NAMES, PEFT, Target
 from loramem.store.integrity import file_problems
 from loramem.store.manifest import Manifest
-from loramem.store.session import Engine
+from loramem.store.session import Session
 
 if TYPE_CHECKING:
     from loramem.models.base_fit import BaseShape
 
 
 def check_store(
-    engine: Engine,
+    session: Session,
     targets: Sequence[Target],
     *,
     max_rank: int | None = None,
@@ -45,24 +45,24 @@ def check_store(
     """
     if dtype is not None:
         check_choice("dtype", dtype, DTYPES)
-    with engine.index.snapshot():
-        adapters = list(engine.index.adapters())
+    with session.index.snapshot():
+        adapters = list(session.index.adapters())
         for adapter in adapters:
-            if found := file_problems(engine.store, adapter):
+            if found := file_problems(session.store, adapter):
                 raise IntegrityError(f"{found[0]}. Run loramem repair first.", what=adapter.id)
-        ended = engine.index.tombstones()
-        chat = chat_keys(engine.manifest, engine.index.records())
+        ended = session.index.tombstones()
+        chat = chat_keys(session.manifest, session.index.records())
     tombstones = sum(ended.get(adapter.id, 0) for adapter in adapters)
-    headers = [read_header(engine.store / ADAPTERS / adapter.id) for adapter in adapters]
-    servers = [server_of(engine, target, max_rank, base_name) for target in targets]
+    headers = [read_header(session.store / ADAPTERS / adapter.id) for adapter in adapters]
+    servers = [server_of(session, target, max_rank, base_name) for target in targets]
     found_all = [finding for server in servers for finding in check_headers(headers, server)]
     for server in servers:
-        found_all += notes_of(engine.manifest, server, tombstones, chat, rechecked=dtype is not None)
+        found_all += notes_of(session.manifest, server, tombstones, chat, rechecked=dtype is not None)
     certificates: tuple[AdapterCheck, ...] = ()
     if dtype is not None:
         from loramem.store.certificates import recheck
 
-        certificates = tuple(recheck(engine, [adapter.id for adapter in adapters], dtype, progress))
+        certificates = tuple(recheck(session, [adapter.id for adapter in adapters], dtype, progress))
     return ServingReport(
         tuple(targets), {header.name: header.rank for header in headers}, tuple(found_all), certificates, chat
     )
@@ -124,10 +124,10 @@ def check_headers(headers: Sequence[AdapterHeader], server: Server) -> list[Find
     return alone + findings_together(headers, server)
 
 
-def server_of(engine: Engine, target: Target, max_rank: int | None, base_name: str | None) -> Server:
+def server_of(session: Session, target: Target, max_rank: int | None, base_name: str | None) -> Server:
     """What a store says of the server that would load its adapters."""
-    is_local = engine.manifest.revision is None  # otherwise its name is a Hub id, wherever it lies here
-    return Server(target, max_rank, base_name, is_local, _architecture(engine.base_folder()))
+    is_local = session.manifest.revision is None  # otherwise its name is a Hub id, wherever it lies here
+    return Server(target, max_rank, base_name, is_local, _architecture(session.base_folder()))
 
 
 def notes_of(

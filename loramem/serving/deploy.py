@@ -26,7 +26,7 @@ from loramem.results import DeployReport, Finding
 from loramem.serving.check import chat_keys, check_headers, notes_of, server_of
 from loramem.serving.guide import guide
 from loramem.serving.targets import Target
-from loramem.store.session import Engine
+from loramem.store.session import Session
 
 PROMPT, ROUTING, GUIDE = "prompt.json", "routing.jsonl", "README.md"
 BASE = "FOLDER_OF_THE_BASE_MODEL"
@@ -51,7 +51,7 @@ class Deployment:
         check_choice("dtype", self.dtype, tuple(DTYPES))
 
 
-def deploy(engine: Engine, folder: Path, wanted: Deployment) -> DeployReport:
+def deploy(session: Session, folder: Path, wanted: Deployment) -> DeployReport:
     """Write the adapters of a store to a new folder, one directory each, with a guide how to start the server.
 
     Raises:
@@ -60,20 +60,20 @@ def deploy(engine: Engine, folder: Path, wanted: Deployment) -> DeployReport:
         StoreError: There is something at ``folder``, it lies in a store's folder, or the store is empty.
         IntegrityError: An adapter's files are not what was committed.
     """
-    manifest = engine.manifest
-    with engine.index.snapshot():
-        adapters, ended = list(engine.index.adapters()), engine.index.tombstones()
-        records = list(engine.index.records())
+    manifest = session.manifest
+    with session.index.snapshot():
+        adapters, ended = list(session.index.adapters()), session.index.tombstones()
+        records = list(session.index.records())
     if not adapters:
-        raise StoreError(f"{engine.store} holds no adapters. Write records first.")
+        raise StoreError(f"{session.store} holds no adapters. Write records first.")
     if wanted.include_keys:
-        records = engine.reader.compared(records)  # of older ones it is not known
+        records = session.reader.compared(records)  # of older ones it is not known
     chat = chat_keys(manifest, records)
-    server = server_of(engine, wanted.target, None, wanted.base_name)
-    with beside(folder, engine.store) as partial:
+    server = server_of(session, wanted.target, None, wanted.base_name)
+    with beside(folder, session.store) as partial:
         made = partial / "folder"
         for adapter in adapters:
-            config, tensors = _committed(engine.store, adapter)
+            config, tensors = _committed(session.store, adapter)
             config, tensors = _padded(adapter.id, config, tensors, wanted.pad_rank)
             if wanted.base_name is not None:
                 config = {**config, "base_model_name_or_path": wanted.base_name}
@@ -83,7 +83,7 @@ def deploy(engine: Engine, folder: Path, wanted: Deployment) -> DeployReport:
         found += notes_of(manifest, server, sum(ended.get(one.id, 0) for one in adapters), chat, rechecked=False)
         write_synced(made / PROMPT, (json.dumps(manifest.prompt, indent=2, sort_keys=True) + "\n").encode())
         if wanted.include_keys:
-            write_synced(made / ROUTING, "".join(_routes(engine, records)).encode())
+            write_synced(made / ROUTING, "".join(_routes(session, records)).encode())
         base_name = str(headers[0].config["base_model_name_or_path"])
         findable = wanted.base_name is not None or not server.base_is_local
         text = guide(
@@ -124,14 +124,14 @@ def pad(
     return {**config, "r": rank, "lora_alpha": alpha // old if alpha % old == 0 else alpha / old}, padded
 
 
-def _routes(engine: Engine, records: Iterable[StoredRecord]) -> Iterator[str]:
+def _routes(session: Session, records: Iterable[StoredRecord]) -> Iterator[str]:
     """A line of JSON per record: which adapter answers the key, and what to ask it."""
     for record in records:
         line = {
             "namespace": record.namespace,
             "key": record.key,
             "adapter": record.adapter,
-            "prompt_ids": engine.reader.prompt_ids(record),
+            "prompt_ids": session.reader.prompt_ids(record),
             "chat": record.chat,  # whether the key as a chat's user message comes to these ids
             "max_tokens": record.answer_tokens + 1,  # and the end token
         }

@@ -15,11 +15,11 @@ from loramem.records.prompts import encode_record
 from loramem.records.record import Record
 from loramem.results import AdapterCheck
 from loramem.store.read import decode_batches
-from loramem.store.session import Engine
+from loramem.store.session import Session
 
 
 def recheck(
-    engine: Engine,
+    session: Session,
     adapters: Sequence[str] | None = None,
     dtype: Dtype | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -40,13 +40,13 @@ def recheck(
         OtherBaseModel: The base model at hand is not the store's.
         UnsupportedBaseModel: Unknown dtype, or one that the device cannot compute in.
     """
-    with engine.index.snapshot():
-        committed = {adapter.id: adapter for adapter in engine.index.adapters()}
+    with session.index.snapshot():
+        committed = {adapter.id: adapter for adapter in session.index.adapters()}
         chosen = list(committed) if adapters is None else list(adapters)
-        records = {adapter: list(engine.index.records(adapter=adapter)) for adapter in chosen}
+        records = {adapter: list(session.index.records(adapter=adapter)) for adapter in chosen}
     if missing := [adapter for adapter in chosen if adapter not in committed]:
         raise IntegrityError(f"The index has no adapter {missing[0]!r} with live records.", what=missing[0])
-    served = engine if dtype is None else engine.served_in(dtype)
+    served = session if dtype is None else session.served_in(dtype)
     done, total = 0, sum(map(len, records.values()))
     checks = []
     for adapter, rows in records.items():
@@ -57,12 +57,14 @@ def recheck(
     return checks
 
 
-def _check(engine: Engine, adapter: StoredAdapter, rows: Sequence[StoredRecord], adapter_dtype: Dtype) -> AdapterCheck:
-    reader, base, model = engine.reader, engine.base, engine.adapted.model
-    if engine.adapted.is_loaded(adapter.id):
-        engine.adapted.remove(adapter.id)  # what counts is the file, not what an earlier call read of it
-    template = engine.manifest.template()
-    known = dict(_values(engine, rows))
+def _check(
+    session: Session, adapter: StoredAdapter, rows: Sequence[StoredRecord], adapter_dtype: Dtype
+) -> AdapterCheck:
+    reader, base, model = session.reader, session.base, session.adapted.model
+    if session.adapted.is_loaded(adapter.id):
+        session.adapted.remove(adapter.id)  # what counts is the file, not what an earlier call read of it
+    template = session.manifest.template()
+    known = dict(_values(session, rows))
     encoded = [
         encode_record(Record(row.key, known[row.key], row.namespace), base.tokenizer, template, reader.prompt_ids(row))
         for row in rows
@@ -87,11 +89,11 @@ def _check(engine: Engine, adapter: StoredAdapter, rows: Sequence[StoredRecord],
     )
 
 
-def _values(engine: Engine, rows: Sequence[StoredRecord]) -> Iterator[tuple[str, str]]:
+def _values(session: Session, rows: Sequence[StoredRecord]) -> Iterator[tuple[str, str]]:
     """Key and committed value: as the index keeps it, else as decoded now, if it is the one that was committed."""
     kept = {row.key: row.value for row in rows if row.value is not None and row.holds(row.value)}
     yield from kept.items()
     for batch in decode_batches(row for row in rows if row.key not in kept):
-        for row, value in engine.reader.try_decode(batch):
+        for row, value in session.reader.try_decode(batch):
             if value is not None:
                 yield row.key, value

@@ -21,7 +21,7 @@ from loramem.models.shard_sizes import Size
 from loramem.records.record import Record
 from loramem.results import CompactReport, EraseReport
 from loramem.store.request import WriteRequest
-from loramem.store.session import Engine
+from loramem.store.session import Session
 from loramem.store.staging import clean, collect
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ def worth_compacting(present: Iterable[Shard]) -> list[list[Shard]]:
 
 
 def compact(
-    engine: Engine,
+    session: Session,
     groups: Sequence[Sequence[Shard]],
     progress: "ProgressCallback | None" = None,
     executor: Executor | None = None,
@@ -148,15 +148,15 @@ def compact(
         RecallError, IntegrityError: A value that the index does not keep did not come back; nothing changed.
     """
     started = time.monotonic()
-    written = [engine.index.written(shard.id for shard in group) for group in groups]
+    written = [session.index.written(shard.id for shard in group) for group in groups]
     requests = [group[0].request for group in groups]
     records, adapters = install(
-        engine,
-        [rewrite(engine, *each, progress, executor) for each in zip(written, requests, strict=True)],
+        session,
+        [rewrite(session, *each, progress, executor) for each in zip(written, requests, strict=True)],
     )
-    commit_records(engine.index, records, adapters)
+    commit_records(session.index, records, adapters)
     log_event("compacted", adapters=len(adapters), records=len(records))
-    clean(engine.store, engine.index)
+    clean(session.store, session.index)
     old = [shard for group in groups for shard in group]
     return CompactReport(
         records=len(records),
@@ -179,7 +179,7 @@ class Rewritten:
 
 
 def rewrite(
-    engine: Engine,
+    session: Session,
     before: Sequence[StoredRecord],
     request: WriteRequest,
     progress: "ProgressCallback | None",
@@ -196,17 +196,17 @@ def rewrite(
     from loramem.store.written import stubborn
 
     if values is None:
-        values = engine.reader.values(before)
+        values = session.reader.values(before)
     kept = {(record.namespace, record.key): record.prompt for record in before if record.prompt is not None}
-    encoded = engine.planner.encode([Record(r.key, values[r.namespace, r.key], r.namespace) for r in before], kept)
-    plan = engine.planner.plan(encoded, request, as_new=True)
-    trained = engine.transaction.train(encoded, plan, request.settings, progress, executor)
+    encoded = session.planner.encode([Record(r.key, values[r.namespace, r.key], r.namespace) for r in before], kept)
+    plan = session.planner.plan(encoded, request, as_new=True)
+    trained = session.transaction.train(encoded, plan, request.settings, progress, executor)
     if trained.given_up:
         raise stubborn(trained.given_up, request.settings.max_rank, len(encoded) if request.one_adapter else None)
     return Rewritten(before, request, trained)
 
 
-def install(engine: Engine, rewritten: Iterable[Rewritten]) -> tuple[list[StoredRecord], list[StoredAdapter]]:
+def install(session: Session, rewritten: Iterable[Rewritten]) -> tuple[list[StoredRecord], list[StoredAdapter]]:
     """The rows to commit, after all is trained and its files are in place.
 
     What a row says of the value it has from what was trained, so that no damage of the old row is sealed again.
@@ -214,11 +214,11 @@ def install(engine: Engine, rewritten: Iterable[Rewritten]) -> tuple[list[Stored
     adapters, records = list[StoredAdapter](), list[StoredRecord]()
     for one in rewritten:
         known = {(record.namespace, record.key): record for record in one.before}
-        adapters += engine.transaction.install(one.trained.written, one.request)
+        adapters += session.transaction.install(one.trained.written, one.request)
         records += [
             replace(
                 known[entry.record.namespace, entry.record.key],
-                value=entry.record.value if engine.manifest.keep_values else None,
+                value=entry.record.value if session.manifest.keep_values else None,
                 prompt_sha256=prompt_digest(entry.prompt_ids),
                 answer_tokens=entry.length,
                 adapter=written.shard.adapter,
@@ -232,7 +232,7 @@ def install(engine: Engine, rewritten: Iterable[Rewritten]) -> tuple[list[Stored
 
 
 def erase(
-    engine: Engine,
+    session: Session,
     records: Sequence[Identity],
     progress: "ProgressCallback | None" = None,
     executor: Executor | None = None,
@@ -246,16 +246,16 @@ def erase(
     Raises:
         StoreLocked: Another process kept reading, so that the write-ahead log could not be emptied.
     """
-    started, index = time.monotonic(), engine.index
+    started, index = time.monotonic(), session.index
     live = [record for record in (index.find(*identity) for identity in records) if record is not None]
     past = [version for identity in records for version in index.versions(*identity).values()]
     held = {record.adapter for record in live} | {version.adapter for version in past}
     commit_deletion(index, [(record.namespace, record.key) for record in live])
     log_event("deleted", records=len(live))
     # Each adapter by itself: erasing a record gives the bytes of the same shard written without it.
-    rewritten = compact(engine, [[shard] for shard in shards(index) if shard.id in held], progress, executor)
+    rewritten = compact(session, [[shard] for shard in shards(index) if shard.id in held], progress, executor)
     # No grace for readers, and every retired adapter: one from before a compaction holds the values as well.
-    removed, _ = collect(engine.store, index, grace_s=0)
+    removed, _ = collect(session.store, index, grace_s=0)
     commit_erasure(index, records)
     log_event("forgotten", records=len(records))
     index.vacuum()

@@ -18,7 +18,7 @@ from loramem.results import RepairReport
 from loramem.store.compact import install, rewrite
 from loramem.store.integrity import file_problems
 from loramem.store.request import WriteRequest
-from loramem.store.session import Engine
+from loramem.store.session import Session
 from loramem.store.staging import clean
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class Damage:
 
 
 def repair(
-    engine: Engine,
+    session: Session,
     *,
     drop_lost: bool = False,
     progress: "ProgressCallback | None" = None,
@@ -60,19 +60,19 @@ def repair(
         IntegrityError: SQLite cannot read index.db as a database; restore a backup.
         StubbornRecords: A record could not be certified again; nothing changed.
     """
-    started, index = time.monotonic(), engine.index
+    started, index = time.monotonic(), session.index
     _check_database(index)
-    damage = assess(engine)
+    damage = assess(session)
     rewritten = []
     for adapter, group in damage.records.items():
         request = damage.requests.get(adapter, WriteRequest())
         for namespace in sorted({record.namespace for record in group}):
             mine = [record for record in group if record.namespace == namespace]
-            rewritten.append(rewrite(engine, mine, request, progress, executor, damage.values))
-    records, adapters = install(engine, rewritten)
+            rewritten.append(rewrite(session, mine, request, progress, executor, damage.values))
+    records, adapters = install(session, rewritten)
     commit_repair(index, records, adapters, [(r.namespace, r.key) for r in damage.lost] if drop_lost else [])
     log_event("repaired", records=len(records), lost=len(damage.lost), missing=damage.missing)
-    clean(engine.store, index)
+    clean(session.store, index)
     return RepairReport(
         repaired=len(records),
         adapters=len(damage.records),
@@ -82,19 +82,19 @@ def repair(
     )
 
 
-def assess(engine: Engine) -> Damage:
+def assess(session: Session) -> Damage:
     """Which records must be written anew, and which are lost."""
-    index = engine.index
+    index = session.index
     sealed = {row["id"]: adapter_of(row) for row, whole in index.every_row("adapters") if whole}
     retired = index.retired()
-    healthy = frozenset(id for id, adapter in sealed.items() if not file_problems(engine.store, adapter))
+    healthy = frozenset(id for id, adapter in sealed.items() if not file_problems(session.store, adapter))
     rows = [(record_of(_readable(row)), whole) for row, whole in index.every_row("records")]
     affected = {record.adapter for record, whole in rows if not whole or record.adapter not in healthy}
     groups: dict[str, list[StoredRecord]] = {}
     lost, values = [], dict[Identity, str]()
     for record, whole in rows:
         if record.adapter in affected:
-            value = _trusted(engine, record, whole=whole, decodable=record.adapter in healthy)
+            value = _trusted(session, record, whole=whole, decodable=record.adapter in healthy)
             if value is None:
                 lost.append(record)
                 continue
@@ -113,15 +113,15 @@ def assess(engine: Engine) -> Damage:
     return Damage(groups, values, lost, requests, healthy, missing)
 
 
-def _trusted(engine: Engine, record: StoredRecord, *, whole: bool, decodable: bool) -> str | None:
+def _trusted(session: Session, record: StoredRecord, *, whole: bool, decodable: bool) -> str | None:
     """A value of the record that can be believed, None if there is none."""
     if record.value is not None and record.holds(record.value):
         return record.value
     if not decodable:
         return None
-    for asked in [record] if whole else _ways_to_ask(engine, record):
+    for asked in [record] if whole else _ways_to_ask(session, record):
         try:
-            ((_, value),) = engine.reader.decode_any([asked])
+            ((_, value),) = session.reader.decode_any([asked])
         except LoramemError:
             continue
         if record.holds(value) or value == record.value:  # row and weights agree
@@ -129,7 +129,7 @@ def _trusted(engine: Engine, record: StoredRecord, *, whole: bool, decodable: bo
     return None
 
 
-def _ways_to_ask(engine: Engine, record: StoredRecord) -> Iterator[StoredRecord]:
+def _ways_to_ask(session: Session, record: StoredRecord) -> Iterator[StoredRecord]:
     """A record of a damaged row with every prompt that it may have been trained with, and room for any value."""
     prompts: list[dict[str, Any] | None] = [None, {"own": True}]  # joined, and the chat template's
     ids = record.prompt.get("ids") if isinstance(record.prompt, dict) else None
@@ -137,7 +137,7 @@ def _ways_to_ask(engine: Engine, record: StoredRecord) -> Iterator[StoredRecord]
         prompts.insert(0, {"ids": ids})
     for prompt in prompts:
         asked = replace(record, prompt=prompt)
-        tokens = engine.base.max_tokens - len(engine.reader.prompt_ids(asked)) - 2
+        tokens = session.base.max_tokens - len(session.reader.prompt_ids(asked)) - 2
         yield replace(asked, answer_tokens=max(1, tokens))  # their number may be what was damaged
 
 

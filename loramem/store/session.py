@@ -29,7 +29,7 @@ class ModelRequest:
     dtype: DtypeChoice = "auto"
 
 
-class Engine:
+class Session:
     """Base model, reader and writer of one store."""
 
     def __init__(
@@ -38,13 +38,13 @@ class Engine:
         self.store, self.index, self.manifest, self._request = store, index, manifest, request
         self._adapter_dtype = adapter_dtype
 
-        self._served = dict[Dtype, Engine]()
+        self._served = dict[Dtype, Session]()
 
-    def served_in(self, dtype: Dtype) -> "Engine":
+    def served_in(self, dtype: Dtype) -> "Session":
         """The same store as a server in this dtype holds it: the base model loaded in it, adapters cast to it."""
         if dtype not in self._served:
             request = replace(self._request, dtype=dtype)
-            self._served[dtype] = Engine(self.store, self.index, self.manifest, request, dtype)
+            self._served[dtype] = Session(self.store, self.index, self.manifest, request, dtype)
         return self._served[dtype]
 
     @cached_property

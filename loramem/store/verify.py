@@ -16,7 +16,7 @@ from loramem.models.parameters import parameters_sha256
 from loramem.results import VerifyReport
 from loramem.store.integrity import problems
 from loramem.store.read import cut_batches
-from loramem.store.session import Engine
+from loramem.store.session import Session
 from loramem.store.verified import Verified, state_of
 
 
@@ -35,7 +35,7 @@ class Findings:
 
 
 def full_check(
-    engine: Engine, progress: Callable[[int, int], None] | None = None, *, resume: bool = False
+    session: Session, progress: Callable[[int, int], None] | None = None, *, resume: bool = False
 ) -> VerifyReport:
     """Damage does not raise: the report lists it.
 
@@ -46,9 +46,9 @@ def full_check(
     Raises:
         OtherBaseModel: The base model given is not the store's at all.
     """
-    started, index, findings = time.monotonic(), engine.index, Findings()
+    started, index, findings = time.monotonic(), session.index, Findings()
     with TemporaryTable() as table:
-        findings.damaged += problems(engine.store, index)
+        findings.damaged += problems(session.store, index)
         with index.snapshot():
             records = index.count()
             try:
@@ -58,15 +58,15 @@ def full_check(
             except IntegrityError as error:  # rows that cannot be read leave nothing to decode by
                 damaged = findings.damaged or [str(error)]
                 return VerifyReport(records, 0, (), tuple(damaged), time.monotonic() - started)
-        found = _base_again(engine, findings)
-        verified = Verified(engine.store, state_of(rows, engine.manifest, engine.base, found))
+        found = _base_again(session, findings)
+        verified = Verified(session.store, state_of(rows, session.manifest, session.base, found))
         if not resume:
             verified.forget()
         known, done, total, resumed = verified.adapters(), 0, table.count(), 0
         for adapter, batches in groupby(cut_batches(table.records()), key=lambda batch: batch[0].adapter):
             before = findings.count()
             for batch in batches:
-                _check_batch(engine, batch, findings, decode=adapter not in known)
+                _check_batch(session, batch, findings, decode=adapter not in known)
                 done += len(batch)
                 resumed += len(batch) if adapter in known else 0
                 if progress is not None:
@@ -84,16 +84,16 @@ def full_check(
     )
 
 
-def _base_again(engine: Engine, findings: Findings) -> Fingerprint:
+def _base_again(session: Session, findings: Findings) -> Fingerprint:
     """The base model's files and loaded parameters, hashed now and held against what the store says of them."""
-    base, manifest = engine.base, engine.manifest
+    base, manifest = session.base, session.manifest
     found = replace(base.fingerprint, parameters=parameters_sha256(base.model))
     try:
         found = replace(fingerprint(base.folder, rehash=True), parameters=found.parameters)
         found.check(manifest.fingerprint, base.folder, base.id, same_dtype=base.dtype == manifest.dtype)
     except BaseModelError as error:
         findings.damaged.append(str(error))
-    findings.damaged += _proved_on_others(engine.index, found.parameters, base.dtype)
+    findings.damaged += _proved_on_others(session.index, found.parameters, base.dtype)
     return found
 
 
@@ -118,12 +118,12 @@ def _whole_records(index: Index, findings: Findings) -> Iterator[StoredRecord]:
             findings.failed.append(str(row["key"]))
 
 
-def _check_batch(engine: Engine, batch: Sequence[StoredRecord], findings: Findings, *, decode: bool) -> None:
+def _check_batch(session: Session, batch: Sequence[StoredRecord], findings: Findings, *, decode: bool) -> None:
     """Records of one adapter, decoded; otherwise its files alone are hashed."""
-    reader = engine.reader
+    reader = session.reader
     try:
         if not decode:
-            reader.check(engine.index.located(batch)[0].adapter)
+            reader.check(session.index.located(batch)[0].adapter)
             return
         for record, value in reader.try_decode(batch):
             if value is None:
@@ -133,7 +133,7 @@ def _check_batch(engine: Engine, batch: Sequence[StoredRecord], findings: Findin
                     f"The record {record.key!r} has {tokens} answer tokens, its row says {record.answer_tokens}"
                 )
     except IntegrityError as error:
-        if batch[0].adapter not in engine.index.live():
+        if batch[0].adapter not in session.index.live():
             findings.changed += len(batch)
             return
         findings.failed += [record.key for record in batch]
