@@ -74,7 +74,14 @@ def command(
     """
     from loramem import embedded
     from loramem.models.base_model import load_base_model
-    from loramem.planning.calibrate import RANKS, Request, bare_calibration, calibrate, default_lengths, default_rate
+    from loramem.planning.calibrate import (
+        RANKS,
+        CalibrationGrid,
+        bare_calibration,
+        calibrate,
+        default_lengths,
+        default_rate,
+    )
     from loramem.planning.calibration import cached, summarise
     from loramem.planning.runs import by_kind, default_file, read_runs, shipped_file
 
@@ -83,7 +90,7 @@ def command(
     if data is not None:
         kind = data.name
         records = fields.read(data)
-    request = Request(
+    grid = CalibrationGrid(
         kind,
         place,
         lengths or default_lengths(base, kind, place, objective, records),
@@ -96,7 +103,7 @@ def command(
     path = runs or default_file()
     made = calibrate(
         base,
-        request,
+        grid,
         path,
         budget_s=60 * budget_minutes if budget_minutes else math.inf,
         progress=lambda run, left_s: note(

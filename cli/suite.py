@@ -83,7 +83,7 @@ def run(
     suite are refused.
     """
     from loramem import embedded
-    from loramem.suites.runner import METHODS, SUITES, Request, load_suite, measured, run_suite
+    from loramem.suites.runner import METHODS, SUITES, SuiteOptions, load_suite, measured, run_suite
     from loramem.training.processes import usable_cores
 
     if name not in SUITES:
@@ -94,7 +94,7 @@ def run(
         raise click.UsageError(f"There is no method {min(unknown)!r}. There are {', '.join(METHODS)}.")
     if quick and paper:
         raise click.UsageError("--quick and --paper are opposites.")
-    request = Request(
+    request = SuiteOptions(
         records=records,
         lengths=lengths,
         ranks=ranks,
@@ -129,12 +129,12 @@ def run(
 
 def _refuse_idle_options(name: str) -> None:
     """Options of the command line that the suite would not look at: the results would name them all the same."""
-    from loramem.suites.runner import COMMON, Request, load_suite
+    from loramem.suites.runner import COMMON, SuiteOptions, load_suite
 
     context, known = click.get_current_context(), {*COMMON, *load_suite(name).OPTIONS}
     for option in context.command.params:
         given = context.get_parameter_source(option.name or "") is ParameterSource.COMMANDLINE
-        if given and option.name in Request.__dataclass_fields__ and option.name not in known:
+        if given and option.name in SuiteOptions.__dataclass_fields__ and option.name not in known:
             raise click.UsageError(f"{option.opts[0]} does not concern {name}.")
 
 

@@ -23,7 +23,7 @@ SETTINGS = WriterSettings()
 @pytest.fixture(autouse=True)
 def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     @contextmanager
-    def processes(_: runner.Request) -> Iterator[object]:
+    def processes(_: runner.SuiteOptions) -> Iterator[object]:
         yield runner._measure
 
     monkeypatch.setattr(runner, "_processes", processes)

@@ -14,7 +14,7 @@ from loramem.models.base_model import BaseModel, load_base_model
 from loramem.models.placement import Placement
 from loramem.planning import calibrate
 from loramem.planning import runs as runs_module
-from loramem.planning.calibrate import Request, spread
+from loramem.planning.calibrate import CalibrationGrid, spread
 from loramem.planning.calibration import cached
 from loramem.planning.runs import Run, append_run, read_runs
 from loramem.records.record import Record
@@ -26,8 +26,10 @@ def loaded(base: Path) -> BaseModel:
     return load_base_model(str(base))
 
 
-def request_of(loaded: BaseModel, ranks: tuple[int, ...] = (1, 2), lengths: tuple[int, ...] = (30, 60)) -> Request:
-    return Request("phonebook", Placement.named(loaded.model, ["down_proj"], [1]), lengths, ranks)
+def request_of(
+    loaded: BaseModel, ranks: tuple[int, ...] = (1, 2), lengths: tuple[int, ...] = (30, 60)
+) -> CalibrationGrid:
+    return CalibrationGrid("phonebook", Placement.named(loaded.model, ["down_proj"], [1]), lengths, ranks)
 
 
 def fast(monkeypatch: pytest.MonkeyPatch) -> None:

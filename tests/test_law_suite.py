@@ -13,7 +13,7 @@ from loramem.planning.law_tables import FittedRuns, fit_groups, joint_rows
 from loramem.planning.runs import Run, append_run, read_runs, shipped_file
 from loramem.suites import memory_law
 from loramem.suites.figures import HeatMap, Plot
-from loramem.suites.runner import Request
+from loramem.suites.runner import SuiteOptions
 
 RUN = Run(
     kind="random", rank=1, length=1, seed=0, modules=("o_proj",), layers=(4,), records=1, parameters=1, bits=1.0,
@@ -40,21 +40,21 @@ def lines(*runs: Run, shipped: bool = False) -> list[dict]:
 
 
 def test_the_grid_is_the_one_that_ships() -> None:
-    cells = {(cell.kind, cell.length, cell.rank) for cell in memory_law.cells(Request(), lambda _: {})}
+    cells = {(cell.kind, cell.length, cell.rank) for cell in memory_law.cells(SuiteOptions(), lambda _: {})}
     shipped = [run for run in read_runs(shipped_file()) if run.modules == ("o_proj",)]
     assert cells == {(run.kind, run.length, run.rank) for run in shipped if run.seed == 0}
     assert len(cells) == 120
 
 
 def test_ranks_and_lengths_take_the_place_of_the_grid_s() -> None:
-    cells = list(memory_law.cells(Request(ranks=(2,), lengths=(50, 70), seeds=2), lambda _: {}))
+    cells = list(memory_law.cells(SuiteOptions(ranks=(2,), lengths=(50, 70), seeds=2), lambda _: {}))
     assert {(cell.length, cell.rank, cell.seed) for cell in cells} == {(n, 2, s) for n in (50, 70) for s in (0, 1)}
     assert {cell.kind for cell in cells} == {"phonebook", "text", "mixed", "random"}
-    assert max(cell.length for cell in memory_law.cells(Request(paper=True), lambda _: {})) == 32_000
-    (down, *_) = memory_law.cells(Request(unit="down_proj", layer=1), lambda _: {})
+    assert max(cell.length for cell in memory_law.cells(SuiteOptions(paper=True), lambda _: {})) == 32_000
+    (down, *_) = memory_law.cells(SuiteOptions(unit="down_proj", layer=1), lambda _: {})
     assert (down.module, down.layer) == ("down_proj", 1)
     with pytest.raises(InputError, match="down_proj"):
-        list(memory_law.cells(Request(unit="branch"), lambda _: {}))
+        list(memory_law.cells(SuiteOptions(unit="branch"), lambda _: {}))
 
 
 # A run

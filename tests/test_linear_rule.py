@@ -10,7 +10,7 @@ import pytest
 from loramem.errors import InputError
 from loramem.suites import figures, linear_rule
 from loramem.suites.linear_rule import Cell, pairs, rule
-from loramem.suites.runner import Request
+from loramem.suites.runner import SuiteOptions
 
 
 @pytest.mark.parametrize(("x", "y", "value"), [(0, 0, 7), (1, 0, 10), (0, 1, 12), (2, 3, 28), (99, 99, 799)])
@@ -53,7 +53,7 @@ def test_the_interval_is_that_of_the_textbook() -> None:
 
 
 def test_five_seeds_of_three_methods_at_five_ranks() -> None:
-    cells = list(linear_rule.cells(Request(), lambda cell: {}))
+    cells = list(linear_rule.cells(SuiteOptions(), lambda cell: {}))
     assert len({str(cell.identity) for cell in cells}) == 75
     assert {cell.method for cell in cells} == {"sft", "memft-ot", "memft-sw"}
     assert [cell.seed for cell in cells] == sorted(cell.seed for cell in cells)
@@ -61,7 +61,7 @@ def test_five_seeds_of_three_methods_at_five_ranks() -> None:
 
 
 def test_options_choose_the_cells_and_the_writer_has_layers_of_its_own() -> None:
-    request = Request(records=(8,), ranks=(3,), methods=("sft", "loramem"), seeds=1, unit="down_proj", layer=2)
+    request = SuiteOptions(records=(8,), ranks=(3,), methods=("sft", "loramem"), seeds=1, unit="down_proj", layer=2)
     (sft, ours) = linear_rule.cells(request, lambda cell: {})
     assert (sft.trained, sft.rank, sft.unit, sft.layer) == (8, 3, "down_proj", 2)
     assert (ours.unit, ours.layer) == ("down_proj", None)
@@ -69,8 +69,9 @@ def test_options_choose_the_cells_and_the_writer_has_layers_of_its_own() -> None
 
 def test_listing_cells_needs_no_torch() -> None:
     code = (
-        "import sys\nfrom loramem.suites import linear_rule, long_context\nfrom loramem.suites.runner import Request\n"
-        "assert list(linear_rule.cells(Request(), None)) and list(long_context.cells(Request(), None))\n"
+        "import sys\nfrom loramem.suites import linear_rule, long_context\n"
+        "from loramem.suites.runner import SuiteOptions\n"
+        "assert list(linear_rule.cells(SuiteOptions(), None)) and list(long_context.cells(SuiteOptions(), None))\n"
         "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -13,7 +13,7 @@ from loramem.errors import InputError
 from loramem.models.adapters import AdaptedModel
 from loramem.suites import figures, locality
 from loramem.suites.divergence import Passage, effect, identical, predictions, windows
-from loramem.suites.runner import Request
+from loramem.suites.runner import SuiteOptions
 
 
 def cell(base: Path, **fields: object) -> locality.Cell:
@@ -82,9 +82,9 @@ def test_neutral_text_differs_by_seed_and_source_code_is_held_out() -> None:
 def test_a_file_takes_the_place_of_both_texts(base: Path, tmp_path: Path) -> None:
     path = tmp_path / "own.txt"
     path.write_text("the lazy dog " * 300)
-    (made,) = locality.cells(Request(data=path, quick=True, ranks=(4,)), lambda _: {})
+    (made,) = locality.cells(SuiteOptions(data=path, quick=True, ranks=(4,)), lambda _: {})
     path.write_text("the quick fox " * 300)
-    (edited,) = locality.cells(Request(data=path, quick=True, ranks=(4,)), lambda _: {})
+    (edited,) = locality.cells(SuiteOptions(data=path, quick=True, ranks=(4,)), lambda _: {})
     assert made.identity != edited.identity
     assert made.identity["data"] == "own.txt"
     path.write_bytes(b"\xff\xfe")
@@ -208,6 +208,6 @@ def test_the_plots_go_over_the_rank_and_show_losses_that_fall() -> None:
 
 
 def test_there_are_two_seeds_of_every_rank() -> None:
-    cells = list(locality.cells(Request(), lambda _: {}))
+    cells = list(locality.cells(SuiteOptions(), lambda _: {}))
     assert [(one.rank, one.seed) for one in cells] == [(r, s) for r in locality.RANKS for s in range(2)]
-    assert {one.rank for one in locality.cells(Request(ranks=(3, 9)), lambda _: {})} == {3, 9}
+    assert {one.rank for one in locality.cells(SuiteOptions(ranks=(3, 9)), lambda _: {})} == {3, 9}

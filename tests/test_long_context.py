@@ -21,7 +21,7 @@ from loramem.records.prompts import EncodedRecord
 from loramem.suites import figures, long_context, positions
 from loramem.suites.long_context import Cell, documentation
 from loramem.suites.positions import Forced, scores
-from loramem.suites.runner import Request
+from loramem.suites.runner import SuiteOptions
 from loramem.training import trainer
 from loramem.training.trainer import NetworkSchedule, train_adapter
 
@@ -89,27 +89,27 @@ def test_the_documentation_begins_with_what_the_embedded_base_never_saw() -> Non
 # Cells
 
 
-def request(**fields: Any) -> Request:
-    return Request(**{"ranks": (1,), "lengths": (10,), "methods": ("sft", "loramem"), **fields})
+def request(**fields: Any) -> SuiteOptions:
+    return SuiteOptions(**{"ranks": (1,), "lengths": (10,), "methods": ("sft", "loramem"), **fields})
 
 
-def cells(asked: Request) -> list[Cell]:
+def cells(asked: SuiteOptions) -> list[Cell]:
     return list(long_context.cells(asked, lambda cell: {}))
 
 
 def test_the_grid_has_three_texts_two_lengths_three_ranks_and_four_methods() -> None:
-    found = cells(Request())
+    found = cells(SuiteOptions())
     assert len({json.dumps(cell.identity) for cell in found}) == 3 * 2 * 3 * 4
     assert {cell.unit for cell in found} == {"branch"}
 
 
 def test_the_published_grid_goes_as_far_as_the_context(base: Path) -> None:
-    found = cells(Request(model=str(base), paper=True, methods=("memft-ot",)))
+    found = cells(SuiteOptions(model=str(base), paper=True, methods=("memft-ot",)))
     assert {cell.length for cell in found} == {50, 100, 200, 500}  # of 1,024 tokens
     assert {cell.noise for cell in found} == {0, 0.2, 0.4, 0.6, 0.8, 1}
     assert max(cell.rank for cell in found if cell.noise == 0.8) == 16
     assert max(cell.rank for cell in found if cell.noise == 1) == 512
-    assert max(cell.length for cell in cells(Request(paper=True, methods=("sft",)))) == 10_000
+    assert max(cell.length for cell in cells(SuiteOptions(paper=True, methods=("sft",)))) == 10_000
 
 
 def test_a_file_of_ones_own_gets_noise_and_a_record_has_its_own(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from loramem.records.prompts import EncodedRecord, encode_records
 from loramem.suites import phase, phase_report
 from loramem.suites.phase import Cell
 from loramem.suites.phase_report import Reading
-from loramem.suites.runner import Request
+from loramem.suites.runner import SuiteOptions
 from loramem.training.progress import WriteProgress
 
 END = 9
@@ -297,7 +297,7 @@ def test_every_plot_is_made_and_of_a_part_of_the_lines_those_it_allows(lines) ->
 
 
 def test_the_default_run_is_large_enough() -> None:
-    cells = list(phase.cells(Request(), lambda cell: {}))
+    cells = list(phase.cells(SuiteOptions(), lambda cell: {}))
     assert len({tuple(cell.identity.items()) for cell in cells}) == len(cells)
     long = [cell for cell in cells if cell.part == "long"]
     seeds = [cell.seed + run for cell in long for run in range(cell.repeats)]
@@ -307,7 +307,7 @@ def test_the_default_run_is_large_enough() -> None:
 
 
 def test_options_are_followed() -> None:
-    asked = Request(lengths=(70,), ranks=(3,), records=(50,), seeds=2)
+    asked = SuiteOptions(lengths=(70,), ranks=(3,), records=(50,), seeds=2)
     cells = list(phase.cells(asked, lambda cell: {}))
     assert {(cell.size, cell.rank) for cell in cells if cell.part == "long"} == {(70, 3)}
     assert [(cell.size, cell.rank, cell.seed) for cell in cells if cell.part == "book"] == [(50, 3, 0), (50, 3, 1)]

@@ -20,7 +20,7 @@ from loramem.suites import figures, phonebook, phonebook_results, placements, sc
 from loramem.suites.paper_unit import PaperUnit
 from loramem.suites.phonebook import Cell
 from loramem.suites.placements import candidates, describe, equal_placement, first_within
-from loramem.suites.runner import METHODS, Request
+from loramem.suites.runner import METHODS, SuiteOptions
 from loramem.suites.timing import count_exact, lowest_probability
 
 from .conftest import SHARED
@@ -36,7 +36,7 @@ def cell_of(model: str, method: str = "sft", **changes: Any) -> Cell:
 
 
 def listed(**request: Any) -> list[Cell]:
-    return list(phonebook.cells(Request(**request), lambda cell: {}))
+    return list(phonebook.cells(SuiteOptions(**request), lambda cell: {}))
 
 
 # Cells

@@ -163,19 +163,22 @@ def test_what_a_table_was_measured_on_is_said() -> None:
 @pytest.mark.parametrize(
     ("request_", "options"),
     [
-        (runner.Request(threads=2), "--threads 2"),
-        (runner.Request(records=(7, 9), seeds=2, device="cpu"), "--threads 1 --device cpu --records 7,9 --seeds 2"),
-        (runner.Request(model="org/other", quick=True), "--threads 1 --model org/other --quick"),
+        (runner.SuiteOptions(threads=2), "--threads 2"),
         (
-            runner.Request(methods=("sft",), ranks=(1, 2), workers=2),
+            runner.SuiteOptions(records=(7, 9), seeds=2, device="cpu"),
+            "--threads 1 --device cpu --records 7,9 --seeds 2",
+        ),
+        (runner.SuiteOptions(model="org/other", quick=True), "--threads 1 --model org/other --quick"),
+        (
+            runner.SuiteOptions(methods=("sft",), ranks=(1, 2), workers=2),
             "--threads 1 --workers 2 --ranks 1,2 --methods sft",
         ),
-        (runner.Request(data=Path("of/mine/book.jsonl"), paper=True), "--threads 1 --data book.jsonl --paper"),
-        (runner.Request(unit="down_proj", layer=4), "--threads 1 --unit down_proj --layer 4"),
-        (runner.Request(store=Path("my store"), every_record=True), "--threads 1 --store 'my store' --all"),
+        (runner.SuiteOptions(data=Path("of/mine/book.jsonl"), paper=True), "--threads 1 --data book.jsonl --paper"),
+        (runner.SuiteOptions(unit="down_proj", layer=4), "--threads 1 --unit down_proj --layer 4"),
+        (runner.SuiteOptions(store=Path("my store"), every_record=True), "--threads 1 --store 'my store' --all"),
     ],
 )
-def test_a_request_knows_its_command(request_: runner.Request, options: str) -> None:
+def test_a_request_knows_its_command(request_: runner.SuiteOptions, options: str) -> None:
     assert request_.command("phase") == f"loramem suite run phase {options}"
 
 

@@ -36,7 +36,7 @@ def measured(monkeypatch: pytest.MonkeyPatch, base: Path) -> list[int]:
     """A suite of three numbers, of which the last follows from the others' results; what was measured, in order."""
     ran: list[int] = []
 
-    def cells(request: runner.Request, known: runner.Known) -> Iterator[Number]:
+    def cells(request: runner.SuiteOptions, known: runner.Known) -> Iterator[Number]:
         yield Number(1)
         yield Number(2)
         yield Number(known(Number(1))["double"] + known(Number(2))["double"])
@@ -51,7 +51,7 @@ def measured(monkeypatch: pytest.MonkeyPatch, base: Path) -> list[int]:
     module.cells, module.run = cells, measure
 
     @contextmanager
-    def in_this_process(_: runner.Request) -> Iterator[object]:
+    def in_this_process(_: runner.SuiteOptions) -> Iterator[object]:
         yield runner._measure
 
     monkeypatch.setitem(sys.modules, "numbers_suite", module)
@@ -60,8 +60,8 @@ def measured(monkeypatch: pytest.MonkeyPatch, base: Path) -> list[int]:
     return ran
 
 
-def request(base: Path, threads: int = 1) -> runner.Request:
-    return runner.Request(model=str(base), threads=threads)
+def request(base: Path, threads: int = 1) -> runner.SuiteOptions:
+    return runner.SuiteOptions(model=str(base), threads=threads)
 
 
 def run_numbers(base: Path, out: Path, threads: int = 1) -> list[dict[str, object]]:
@@ -132,7 +132,7 @@ if __name__ == "__main__":
 
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background inherits that it is ignored
     runner.SUITES["slow"] = "slow_suite"
-    request = runner.Request(model=sys.argv[1], workers=int(sys.argv[2]), quick=True)
+    request = runner.SuiteOptions(model=sys.argv[1], workers=int(sys.argv[2]), quick=True)
     runner.run_suite("slow", request, Path(__file__).parent / "results.jsonl", print)
 """
 

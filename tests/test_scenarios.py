@@ -16,7 +16,7 @@ from loramem.embedded import base_path
 from loramem.records.prompts import PromptTemplate, encode_records
 from loramem.records.record import Record
 from loramem.suites import scenarios
-from loramem.suites.runner import Request
+from loramem.suites.runner import SuiteOptions
 
 # The data
 
@@ -213,12 +213,12 @@ def test_no_near_miss_of_a_domain_is_one_of_its_keys(records: list[Record]) -> N
 
 
 def test_there_is_a_cell_per_domain_of_all_its_records() -> None:
-    cells = list(scenarios.cells(Request(), lambda cell: {}))
+    cells = list(scenarios.cells(SuiteOptions(), lambda cell: {}))
     assert [cell.domain for cell in cells] == list(scenarios.DOMAINS)
     assert min(cell.records for cell in cells) >= 40
-    (quick,) = scenarios.cells(Request(quick=True), lambda cell: {})
+    (quick,) = scenarios.cells(SuiteOptions(quick=True), lambda cell: {})
     assert (quick.domain, quick.records) == ("credentials", 6)
-    assert len(list(scenarios.cells(Request(records=(3, 1000), seeds=2), lambda cell: {}))) == 32
+    assert len(list(scenarios.cells(SuiteOptions(records=(3, 1000), seeds=2), lambda cell: {}))) == 32
 
 
 def write_domain(folder: Path, rows: dict[str, str]) -> None:
@@ -231,7 +231,7 @@ def test_a_changed_record_makes_another_cell(tmp_path: Path, monkeypatch: pytest
     identities = []
     for value in ("4711", "4712"):
         write_domain(tmp_path, {"PIN": value})
-        (cell,) = scenarios.cells(Request(quick=True), lambda cell: {})
+        (cell,) = scenarios.cells(SuiteOptions(quick=True), lambda cell: {})
         identities.append(cell.identity)
     assert identities[0] != identities[1]
 

@@ -175,7 +175,7 @@ SMALL, LARGE = 5_000_000, 135_000_000  # parameters of a base
 
 
 def scripted(
-    request: runner.Request, seconds: Callable[[write_speed.Cell], float], base: int = SMALL
+    request: runner.SuiteOptions, seconds: Callable[[write_speed.Cell], float], base: int = SMALL
 ) -> list[dict[str, object]]:
     """Lines of a run in which every cell trains for the seconds given, or up to its cap; ours takes as long again."""
     results: dict[str, dict[str, object]] = {}
@@ -206,7 +206,7 @@ def took(cell: write_speed.Cell) -> float:
 
 
 def test_baselines_are_tuned_at_the_smallest_size_and_capped_by_our_training() -> None:
-    lines = scripted(runner.Request(seeds=3), took)
+    lines = scripted(runner.SuiteOptions(seeds=3), took)
     tuned = [line for line in lines if line["cell"]["tuning"]]
     assert {line["cell"]["records"] for line in tuned} == {100}
     assert len(tuned) == 6 * 3 + 5 * 3
@@ -230,7 +230,7 @@ def test_baselines_are_tuned_at_the_smallest_size_and_capped_by_our_training() -
 
 
 def test_on_a_large_base_a_few_rates_are_tried_for_a_part_of_the_cap_and_the_others_run_once() -> None:
-    lines = scripted(runner.Request(records=(100,)), lambda cell: 20 * took(cell), LARGE)
+    lines = scripted(runner.SuiteOptions(records=(100,)), lambda cell: 20 * took(cell), LARGE)
     others = [line["cell"] for line in lines if line["cell"]["method"] != write_speed.OURS]
     cap_s = 25 * 20 * 2.0
     assert [(c["method"], c["tuning"], c["learning_rate"], c["precision"], c["cap_s"]) for c in others] == [
@@ -245,7 +245,7 @@ def test_on_a_large_base_a_few_rates_are_tried_for_a_part_of_the_cap_and_the_oth
 
 
 def test_of_candidates_that_were_all_stopped_the_one_with_the_lowest_loss_is_taken() -> None:
-    lines = scripted(runner.Request(records=(100,)), lambda cell: took(cell) * (100 if cell.batch else 1), LARGE)
+    lines = scripted(runner.SuiteOptions(records=(100,)), lambda cell: took(cell) * (100 if cell.batch else 1), LARGE)
     trials = [line for line in lines if line["cell"]["tuning"]]
     assert all(line["result"]["capped"] for line in trials)
     best = min(trials, key=lambda line: line["result"]["loss"])["cell"]["learning_rate"]
@@ -259,7 +259,7 @@ def trial(rate: float) -> write_speed.Cell:
 
 
 def test_the_table_has_medians_ranges_and_what_was_stopped() -> None:
-    table = write_speed.table(scripted(runner.Request(seeds=3), took))
+    table = write_speed.table(scripted(runner.SuiteOptions(seeds=3), took))
     cells = {(row[0], row[1]): dict(zip(table.columns, row, strict=True)) for row in table.rows}
     assert len(cells) == 12
     assert cells["100", "loramem"]["training seconds to every record exact"] == "2.00 (1.00–3.00)"
@@ -316,7 +316,7 @@ def test_every_way_of_reading_gives_the_records_back(base: Path) -> None:
 
 def quick_shard(records: int, model: str = "loramem-tiny") -> tuple[runner.Result, dict[str, str]]:
     """What a shard of the suite for large bases took, and its row of the table."""
-    request = runner.Request(records=(records,), model=model, device="cpu", quick=True)
+    request = runner.SuiteOptions(records=(records,), model=model, device="cpu", quick=True)
     (cell,) = large_base.cells(request, lambda _: {})
     result = large_base.run(cell)
     table = large_base.table([{"result": {**result, "peak_memory_mb": 1.0}}])

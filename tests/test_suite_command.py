@@ -25,7 +25,7 @@ VALUES = {
 @pytest.fixture
 def in_this_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     @contextmanager
-    def processes(_: runner.Request) -> Iterator[object]:
+    def processes(_: runner.SuiteOptions) -> Iterator[object]:
         yield runner._measure
 
     monkeypatch.setattr(runner, "_processes", processes)
@@ -74,7 +74,7 @@ def test_the_options_of_a_suite_are_those_that_it_reads(name: str) -> None:
     source = inspect.getsource(runner.load_suite(name))
     read = set(re.findall(r"\brequest\.(\w+)", source)) | ({"unit", "layer"} if "unit_of(request" in source else set())
     assert read | ALWAYS == {*runner.COMMON, *runner.load_suite(name).OPTIONS}
-    assert set(VALUES) | set(runner.COMMON) == {field.name for field in fields(runner.Request)}
+    assert set(VALUES) | set(runner.COMMON) == {field.name for field in fields(runner.SuiteOptions)}
 
 
 def test_an_option_of_the_environment_is_not_one_of_the_command(monkeypatch, tmp_path: Path, capsys) -> None:

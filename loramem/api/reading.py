@@ -32,7 +32,7 @@ from loramem.results import (
 from loramem.store.manifest import NAME as MANIFEST
 from loramem.store.manifest import Manifest, read_manifest
 from loramem.store.request import OnConflict, WriteRequest
-from loramem.store.session import ModelRequest, Session
+from loramem.store.session import ModelOptions, Session
 from loramem.store.stats import history, quick_check, stats
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ _Read = TypeVar("_Read")
 class Memory:
     """A store that exists, to be read; `Publishing` hands it on, `MemoryStore` adds what changes it."""
 
-    def __init__(self, path: Path, request: ModelRequest) -> None:
+    def __init__(self, path: Path, options: ModelOptions) -> None:
         self.path = path
         self._lock = threading.RLock()
         Manifest.from_bytes((path / MANIFEST).read_bytes(), path)  # a newer format is refused, its index left alone
@@ -56,7 +56,7 @@ class Memory:
             self._index.close()
             raise
         self._index.key_salt = self.manifest.key_salt
-        self._session = Session(path, self._index, self.manifest, request)
+        self._session = Session(path, self._index, self.manifest, options)
 
     def __enter__(self) -> Self:
         return self

@@ -25,7 +25,7 @@ from loramem.store import copies
 from loramem.store.create import create_store
 from loramem.store.manifest import NAME as MANIFEST
 from loramem.store.request import OnConflict, WriteRequest
-from loramem.store.session import ModelRequest
+from loramem.store.session import ModelOptions
 from loramem.store.staging import clean
 from loramem.training.settings import WriterSettings
 
@@ -89,7 +89,7 @@ class MemoryStore(Maintained):
         wait_s: float = 0.0,
     ) -> None:
         self.wait_s = wait_s
-        path, request, base = Path(path), ModelRequest(base_model, revision, device, dtype), None
+        path, request, base = Path(path), ModelOptions(base_model, revision, device, dtype), None
         if not (path / MANIFEST).exists():
             if not create:
                 raise StoreNotFound(f"There is no store at {path}. Write records first, or name it with --store.")
@@ -304,7 +304,7 @@ class MemoryStore(Maintained):
         """
         from loramem.hub.pull import MAX_BYTES, pull
 
-        model = ModelRequest(base_model, None, device)
+        model = ModelOptions(base_model, None, device)
         limit = MAX_BYTES if max_bytes is None else max_bytes
         pull(repo, Path(path), revision=revision, model=model, verify=verify, max_bytes=limit, progress=progress)
         return cls(path, base_model, device=device, create=False)

@@ -33,7 +33,7 @@ from loramem.index.rows import StoredAdapter, StoredRecord, prompt_digest
 from loramem.models.adapter_header import WEIGHTS
 from loramem.records.record import Record
 from loramem.store.manifest import Manifest
-from loramem.store.session import ModelRequest, Session
+from loramem.store.session import ModelOptions, Session
 
 MAX_DESCRIPTION_BYTES, MAX_RECORDS_BYTES, MAX_TEXT_BYTES = 64 * 2**20, 2**30, 2**20
 """Of loramem.json, of records.jsonl, and of config and card of an adapter: far more than one would share."""
@@ -130,7 +130,7 @@ def pull(
     target: Path,
     *,
     revision: str | None = None,
-    model: ModelRequest,
+    model: ModelOptions,
     verify: bool = True,
     max_bytes: int = MAX_BYTES,
     progress: Callable[[int, int], None] | None = None,

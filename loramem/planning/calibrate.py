@@ -60,7 +60,7 @@ high: 400 phone numbers at rank 1 stay at 2.29 nats per token, and end at 0.19 a
 
 
 @dataclass(frozen=True)
-class Request:
+class CalibrationGrid:
     """What is to be calibrated.
 
     Raises:
@@ -93,7 +93,7 @@ class Request:
 
 def calibrate(
     base: BaseModel,
-    request: Request,
+    grid: CalibrationGrid,
     out: Path,
     *,
     budget_s: float = math.inf,
@@ -123,12 +123,12 @@ def calibrate(
 
     def enough(run: Run) -> bool:
         """Whether higher ranks at the same length, or shorter ones, have nothing left to say."""
-        return run.saturated if request.objective == LAW_OBJECTIVE else run.certified
+        return run.saturated if grid.objective == LAW_OBJECTIVE else run.certified
 
-    ahead = sum(request.lengths) * len(set(request.ranks))  # answer tokens of all runs that are left
-    for length in spread(request.lengths):
-        bench = Bench(adapted, request, length)
-        for rank in sorted(set(request.ranks)):
+    ahead = sum(grid.lengths) * len(set(grid.ranks))  # answer tokens of all runs that are left
+    for length in spread(grid.lengths):
+        bench = Bench(adapted, grid, length)
+        for rank in sorted(set(grid.ranks)):
             ahead -= length
             if any(enough(run) and run.rank <= rank and run.length >= bench.length for run in done):
                 continue
@@ -245,19 +245,17 @@ class Bench:
     Raises as `calibrate`.
     """
 
-    def __init__(self, adapted: AdaptedModel, request: Request, length: int) -> None:
-        self.adapted, self.request = adapted, request
-        self.records = encode_sample(adapted.base, request.kind, length, request.seed, request.data)
-        self.conditions = _conditions(adapted.base, request)
+    def __init__(self, adapted: AdaptedModel, grid: CalibrationGrid, length: int) -> None:
+        self.adapted, self.grid = adapted, grid
+        self.records = encode_sample(adapted.base, grid.kind, length, grid.seed, grid.data)
+        self.conditions = _conditions(adapted.base, grid)
         self.length = sum(record.length for record in self.records)
         self.steps_per_pass = math.ceil(len(self.records) / BATCH_RECORDS)
 
     def identity(self, rank: int) -> str:
         """`Run.identity` of the run that `run` would make."""
-        request, placement = self.request, self.request.placement
-        return identity(
-            request.kind, rank, self.length, request.seed, placement.modules, placement.layers, self.conditions
-        )
+        grid, placement = self.grid, self.grid.placement
+        return identity(grid.kind, rank, self.length, grid.seed, placement.modules, placement.layers, self.conditions)
 
     def run(self, rank: int) -> Run:
         """Train an adapter of this rank to convergence (see the module), look at all probabilities, and drop it.
@@ -265,31 +263,31 @@ class Bench:
         Raises:
             TrainingDiverged: NaN or Inf; training of the law does not begin again.
         """
-        request, started = self.request, time.monotonic()
+        grid, started = self.grid, time.monotonic()
         before, _ = self._probabilities()
-        settings = WriterSettings(objective=request.objective, max_rank=rank, seed=request.seed)
+        settings = WriterSettings(objective=grid.objective, max_rank=rank, seed=grid.seed)
         schedule = NetworkSchedule(restarts=0)
-        if request.objective == LAW_OBJECTIVE:
+        if grid.objective == LAW_OBJECTIVE:
             patience = max(IDLE_PASSES, math.ceil(IDLE_STEPS / self.steps_per_pass))
-            schedule = NetworkSchedule(request.learning_rate, patience, restarts=0)
-        if request.objective == LAW_OBJECTIVE or self.features is None:
-            placement, trunk = request.placement, self.trunk
+            schedule = NetworkSchedule(grid.learning_rate, patience, restarts=0)
+        if grid.objective == LAW_OBJECTIVE or self.features is None:
+            placement, trunk = grid.placement, self.trunk
             training = train_adapter(
                 self.adapted, "run", self.records, rank, placement, settings, trunk=trunk, schedule=schedule
             )
         else:  # as a write trains
             training = train_on_features(
-                self.adapted, "run", self.features, len(self.records), rank, request.placement, settings
+                self.adapted, "run", self.features, len(self.records), rank, grid.placement, settings
             )
         after, lowest = self._probabilities()
         self.adapted.remove("run")
         return Run(
-            kind=request.kind,
+            kind=grid.kind,
             rank=rank,
             length=self.length,
-            seed=request.seed,
-            modules=request.placement.modules,
-            layers=request.placement.layers,
+            seed=grid.seed,
+            modules=grid.placement.modules,
+            layers=grid.placement.layers,
             records=len(self.records),
             parameters=training.parameters,
             bits=round(float((-torch.cat(before).log2() - 1).clamp(min=0).sum()), 1),
@@ -308,11 +306,11 @@ class Bench:
     @cached_property
     def features(self) -> list[Features] | None:
         """What a write at this placement trains on, if it lies behind the last attention."""
-        return features_of([self.adapted], self.records, self.request.placement)
+        return features_of([self.adapted], self.records, self.grid.placement)
 
     @cached_property
     def trunk(self) -> Trunk:
-        return Trunk(self.adapted.model, self.records, min(self.request.placement.layers))
+        return Trunk(self.adapted.model, self.records, min(self.grid.placement.layers))
 
     def _probabilities(self) -> tuple[list[torch.Tensor], float]:
         """Of every record's answer tokens, and the lowest of all these and the end tokens."""
@@ -324,11 +322,11 @@ class Bench:
         return costs_bits([record.answer_ids[:-1] for record in self.records], [probs.tolist() for probs in before])
 
 
-def _conditions(base: BaseModel, request: Request) -> dict[str, Any]:
-    law_training: dict[str, Any] = {"learning_rate": request.learning_rate, "converged": [IDLE_PASSES, IDLE_STEPS]}
-    if request.objective != LAW_OBJECTIVE:
+def _conditions(base: BaseModel, grid: CalibrationGrid) -> dict[str, Any]:
+    law_training: dict[str, Any] = {"learning_rate": grid.learning_rate, "converged": [IDLE_PASSES, IDLE_STEPS]}
+    if grid.objective != LAW_OBJECTIVE:
         law_training = {"learning_rate": NetworkSchedule.learning_rate}
-        if request.placement in Placement.ladder(base.model)[:-1]:
+        if grid.placement in Placement.ladder(base.model)[:-1]:
             law_training = {"feature_rate": WriterSettings.feature_rate}
     return {
         "base_model": base.id,
@@ -337,6 +335,6 @@ def _conditions(base: BaseModel, request: Request) -> dict[str, Any]:
         "device": base.device.type,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "objective": request.objective,
+        "objective": grid.objective,
         **law_training,
     }

@@ -15,7 +15,7 @@ from loramem.index.lock import HOLDER, LOCK, write_lock
 from loramem.models.dtypes import Dtype
 from loramem.store.manifest import NAME as MANIFEST
 from loramem.store.manifest import Manifest
-from loramem.store.session import ModelRequest
+from loramem.store.session import ModelOptions
 
 if TYPE_CHECKING:
     from loramem.models.base_model import BaseModel
@@ -26,7 +26,7 @@ CREATION_S = 10.0
 
 
 def create_store(
-    path: Path, request: ModelRequest, *, keep_values: bool, serve: Sequence[Dtype] | None = None
+    path: Path, options: ModelOptions, *, keep_values: bool, serve: Sequence[Dtype] | None = None
 ) -> "BaseModel | None":
     """Make a store, and give back the base model that it is bound to; None if another process made it meanwhile.
 
@@ -44,7 +44,7 @@ def create_store(
         raise StoreFormatError(f"{path} exists and is not a loramem store. Give another path.")
     outside_stores(path, new=True)
     base = load_base_model(
-        request.name or embedded.NAME, revision=request.revision, device=request.device, dtype=request.dtype
+        options.name or embedded.NAME, revision=options.revision, device=options.device, dtype=options.dtype
     )
     manifest = Manifest.of(base, keep_values=keep_values, serve=serve)
     make_directory(path)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class ModelRequest:
+class ModelOptions:
     """The base model as the caller asked for it; what is not said is the store's."""
 
     name: str | None = None
@@ -33,9 +33,9 @@ class Session:
     """Base model, reader and writer of one store."""
 
     def __init__(
-        self, store: Path, index: Index, manifest: Manifest, request: ModelRequest, adapter_dtype: Dtype | None = None
+        self, store: Path, index: Index, manifest: Manifest, options: ModelOptions, adapter_dtype: Dtype | None = None
     ) -> None:
-        self.store, self.index, self.manifest, self._request = store, index, manifest, request
+        self.store, self.index, self.manifest, self._options = store, index, manifest, options
         self._adapter_dtype = adapter_dtype
 
         self._served = dict[Dtype, Session]()
@@ -43,8 +43,8 @@ class Session:
     def served_in(self, dtype: Dtype) -> "Session":
         """The same store as a server in this dtype holds it: the base model loaded in it, adapters cast to it."""
         if dtype not in self._served:
-            request = replace(self._request, dtype=dtype)
-            self._served[dtype] = Session(self.store, self.index, self.manifest, request, dtype)
+            options = replace(self._options, dtype=dtype)
+            self._served[dtype] = Session(self.store, self.index, self.manifest, options, dtype)
         return self._served[dtype]
 
     @cached_property
@@ -57,13 +57,13 @@ class Session:
         """
         from loramem.models.base_model import load_base_model
 
-        manifest, request = self.manifest, self._request
-        name = request.name or manifest.place()
+        manifest, options = self.manifest, self._options
+        name = options.name or manifest.place()
         base = load_base_model(
             name,
-            revision=request.revision or (manifest.revision if name == manifest.base_model else None),
-            device=request.device,
-            dtype=manifest.dtype if request.dtype == "auto" else request.dtype,
+            revision=options.revision or (manifest.revision if name == manifest.base_model else None),
+            device=options.device,
+            dtype=manifest.dtype if options.dtype == "auto" else options.dtype,
         )
         base.check(manifest.fingerprint, manifest.dtype)
         return base.known_as(manifest.base_model, manifest.revision)
@@ -73,7 +73,7 @@ class Session:
         if "base" in self.__dict__:
             return self.base.folder
         try:
-            name = self._request.name or self.manifest.place()
+            name = self._options.name or self.manifest.place()
         except BaseModelNotFound:
             return None
         if name == embedded.NAME:
@@ -83,7 +83,7 @@ class Session:
         from huggingface_hub import try_to_load_from_cache
 
         revision = self.manifest.revision if name == self.manifest.base_model else None
-        config = try_to_load_from_cache(name, "config.json", revision=self._request.revision or revision)
+        config = try_to_load_from_cache(name, "config.json", revision=self._options.revision or revision)
         return Path(config).parent if isinstance(config, str) else None
 
     @cached_property

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from loramem import embedded
 from loramem.planning.samples import generate
 from loramem.suites.figures import Plot
-from loramem.suites.runner import Known, Request, Result, Table, public_name
+from loramem.suites.runner import Known, Result, SuiteOptions, Table, public_name
 
 if TYPE_CHECKING:
     import torch
@@ -81,7 +81,7 @@ class Cell:
         return f"{base}, {self.records} records, seed {self.seed}"
 
 
-def cells(request: Request, _: Known) -> Iterator[Cell]:
+def cells(request: SuiteOptions, _: Known) -> Iterator[Cell]:
     """One shard per number of records and seed."""
     most = QUICK_WRITTEN if request.quick else WRITTEN
     for records in request.records or (QUICK_SIZES if request.quick else SIZES):

@@ -17,7 +17,7 @@ from loramem.records.record import Record
 from loramem.suites.figures import Axis, Plot, Point, Series
 from loramem.suites.methods import OWN, labels, unit_of
 from loramem.suites.paper_schedule import Schedule
-from loramem.suites.runner import METHODS, Known, Request, Result, Table, public_name
+from loramem.suites.runner import METHODS, Known, Result, SuiteOptions, Table, public_name
 
 if TYPE_CHECKING:
     from loramem.models.base_model import BaseModel
@@ -66,7 +66,7 @@ class Cell:
         return f"{self.method}, rank {self.rank}, {self.trained} pairs, seed {self.seed}"
 
 
-def cells(request: Request, _: Known) -> Iterator[Cell]:
+def cells(request: SuiteOptions, _: Known) -> Iterator[Cell]:
     """Seed by seed, so that an interrupted run has whole ones; ``records`` is the number of trained pairs."""
     sizes = request.records or (QUICK_TRAINED if request.quick else PAPER_TRAINED if request.paper else TRAINED,)
     ranks = request.ranks or (QUICK_RANKS if request.quick else RANKS)

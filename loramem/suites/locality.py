@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from loramem.errors import InputError, KeyNotFound, StubbornRecords
 from loramem.suites.figures import Axis, Plot, Series, point
-from loramem.suites.runner import Known, Request, Result, Table, public_name
+from loramem.suites.runner import Known, Result, SuiteOptions, Table, public_name
 
 if TYPE_CHECKING:
     from loramem import MemoryStore, Record
@@ -63,7 +63,7 @@ class Cell:
         return f"{self.records} {self.kind} records at rank {self.rank}, seed {self.seed}"
 
 
-def cells(request: Request, _: Known) -> Iterator[Cell]:
+def cells(request: SuiteOptions, _: Known) -> Iterator[Cell]:
     """Every rank for every number of records."""
     digest = "" if request.data is None else hashlib.sha256(request.data.read_bytes()).hexdigest()[:12]
     tokens = QUICK_TOKENS if request.quick else TOKENS

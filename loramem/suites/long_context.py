@@ -20,7 +20,7 @@ from loramem.records.input_files import read_records
 from loramem.records.record import Record
 from loramem.suites.figures import Axis, HeatMap, Plot, Point, Series
 from loramem.suites.methods import OWN, labels, unit_of
-from loramem.suites.runner import METHODS, Known, Request, Result, Table, public_name
+from loramem.suites.runner import METHODS, Known, Result, SuiteOptions, Table, public_name
 
 if TYPE_CHECKING:
     from loramem.models.base_model import BaseModel
@@ -93,7 +93,7 @@ class Cell:
         return f"{text}, {self.length:,} tokens, rank {self.rank}, {self.method}, seed {self.seed}"
 
 
-def cells(request: Request, _: Known) -> Iterator[Cell]:
+def cells(request: SuiteOptions, _: Known) -> Iterator[Cell]:
     """Every noise, length, rank and method; of the published lengths those that fit the base model's context."""
     digest = hashlib.sha256(read_source(request.data)[1].encode()).hexdigest()[:12]
     ratios = QUICK_NOISE if request.quick else PAPER_NOISE if request.paper else NOISE
@@ -120,13 +120,13 @@ def cells(request: Request, _: Known) -> Iterator[Cell]:
                         )
 
 
-def _ranks(request: Request, noise: float | None) -> tuple[int, ...]:
+def _ranks(request: SuiteOptions, noise: float | None) -> tuple[int, ...]:
     if not request.paper:
         return QUICK_RANKS if request.quick else RANKS
     return PAPER_RANDOM_RANKS if noise in (None, 1.0) else PAPER_RANKS
 
 
-def _lengths(request: Request) -> tuple[int, ...]:
+def _lengths(request: SuiteOptions) -> tuple[int, ...]:
     if not request.paper:
         return QUICK_LENGTHS if request.quick else LENGTHS
     from loramem.models.base_model import find_base_model

@@ -16,7 +16,7 @@ from loramem.errors import ArgumentError, InputError
 from loramem.planning.law_tables import LAW_COLUMNS, FittedRuns, fit_groups, joint_rows
 from loramem.planning.runs import KINDS, MIXTURES, Run, by_kind, place_name, read_runs, shipped_file
 from loramem.suites.figures import Axis, HeatMap, Plot, Point, Series, point
-from loramem.suites.runner import Known, Request, Result, Table, public_name
+from loramem.suites.runner import Known, Result, SuiteOptions, Table, public_name
 
 OPTIONS = ("lengths", "ranks", "model", "paper", "unit", "layer")
 MODULE = "o_proj"
@@ -67,7 +67,7 @@ class Cell:
         return f"{self.kind}, {self.length} tokens, rank {self.rank}, seed {self.seed}"
 
 
-def cells(request: Request, _: Known) -> Iterator[Cell]:
+def cells(request: SuiteOptions, _: Known) -> Iterator[Cell]:
     """Every kind at every length and rank.
 
     Raises:
@@ -84,7 +84,7 @@ def cells(request: Request, _: Known) -> Iterator[Cell]:
                     yield Cell(kind, length, rank, module, layer, seed, request.model, request.device)
 
 
-def lengths(kind: str, request: Request) -> tuple[int, ...]:
+def lengths(kind: str, request: SuiteOptions) -> tuple[int, ...]:
     """Answer tokens of a kind, unless others are asked for."""
     if request.quick:
         return QUICK_LENGTHS
@@ -109,7 +109,7 @@ def run(cell: Cell) -> Result:
         placement = Placement.named(base.model, (cell.module,), (layer,))
     except ArgumentError as error:
         raise InputError(f"{error} Choose with --unit and --layer.") from None
-    wanted = calibrate.Request(cell.kind, placement, (cell.length,), (cell.rank,), cell.seed)
+    wanted = calibrate.CalibrationGrid(cell.kind, placement, (cell.length,), (cell.rank,), cell.seed)
     bench = calibrate.Bench(AdaptedModel(base), wanted, cell.length)
     shipped = {run.identity: run for run in read_runs(shipped_file())}
     known = shipped.get(bench.identity(cell.rank))

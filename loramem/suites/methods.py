@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from loramem.suites.runner import UNITS, Request
+from loramem.suites.runner import UNITS, SuiteOptions
 
 if TYPE_CHECKING:
     from loramem.models.base_model import BaseModel
@@ -40,7 +40,7 @@ class Taken:
         return self.placement if self.certified is None else f"{self.placement}, rank {self.rank}"
 
 
-def unit_of(request: Request, method: str) -> tuple[str, int | None]:
+def unit_of(request: SuiteOptions, method: str) -> tuple[str, int | None]:
     """Unit and layer of a method's cell: the branch unless another is asked for; the writer has its own layers."""
     return request.unit or UNITS[0], None if method == OWN else request.layer
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from loramem.errors import RecordError, TooLong
 from loramem.suites.phase_report import Reading, counter_examples, plots, table, tally
-from loramem.suites.runner import Known, Request, Result, public_name
+from loramem.suites.runner import Known, Result, SuiteOptions, public_name
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -63,7 +63,7 @@ class Cell:
         return f"{self.part}, {self.kind}, {size}, rank {self.rank}, seed {self.seed}"
 
 
-def cells(request: Request, _: Known) -> Iterator[Cell]:
+def cells(request: SuiteOptions, _: Known) -> Iterator[Cell]:
     """Long records over kinds, lengths and ranks; books over ranks.
 
     No two long records have the same seed; those of one kind and length differ in their text as far as there are texts.

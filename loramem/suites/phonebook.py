@@ -19,7 +19,7 @@ from loramem.records.input_files import read_records
 from loramem.records.record import Record
 from loramem.suites.methods import OWN
 from loramem.suites.phonebook_results import plots, table
-from loramem.suites.runner import METHODS, UNITS, Known, Request, Result, public_name
+from loramem.suites.runner import METHODS, UNITS, Known, Result, SuiteOptions, public_name
 
 if TYPE_CHECKING:
     from loramem.models.base_model import BaseModel
@@ -69,7 +69,7 @@ class Cell:
         return f"{self.method}, {self.length:,} tokens, rank {self.rank}, seed {self.seed}"
 
 
-def cells(request: Request, _: Known) -> Iterator[Cell]:
+def cells(request: SuiteOptions, _: Known) -> Iterator[Cell]:
     """Every method at every length, rank and seed, the methods side by side."""
     lengths, ranks, seeds = _grid(request)
     data = None
@@ -97,7 +97,7 @@ def cells(request: Request, _: Known) -> Iterator[Cell]:
                     )
 
 
-def _grid(request: Request) -> tuple[tuple[int, ...], tuple[int, ...], int]:
+def _grid(request: SuiteOptions) -> tuple[tuple[int, ...], tuple[int, ...], int]:
     """Lengths, ranks and the number of seeds, unless they are asked for."""
     if request.paper:
         return PAPER_LENGTHS, PAPER_RANKS, 1

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from loramem.planning.samples import generate
 from loramem.suites.figures import Axis, Plot, Series, point
-from loramem.suites.runner import Known, Request, Result, Table, public_name
+from loramem.suites.runner import Known, Result, SuiteOptions, Table, public_name
 
 if TYPE_CHECKING:
     from loramem import MemoryStore
@@ -50,7 +50,7 @@ class Cell:
         return f"{self.store or f'a store of {self.records} records'}, seed {self.seed}"
 
 
-def cells(request: Request, _: Known) -> Iterator[Cell]:
+def cells(request: SuiteOptions, _: Known) -> Iterator[Cell]:
     """One per size and seed, or one for the store given."""
     sample = None if request.every_record else QUICK_SAMPLE if request.quick else SAMPLE
     sizes: Sequence[int | None] = request.records or ((10,) if request.quick else (1000,))

@@ -46,14 +46,14 @@ METHODS = ("sft", "memft-ot", "memft-sw", "loramem")
 UNITS = ("branch", "down_proj")
 """A low-rank branch parallel to the whole MLP, as in the published code, or a LoRA of down_proj, as in the paper."""
 COMMON = ("seeds", "device", "threads", "workers", "quick")
-"""Fields of a `Request` that concern every suite."""
+"""Fields of a `SuiteOptions` that concern every suite."""
 PACKAGES = ("loramem", "torch", "transformers", "peft")
 
 Result = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Request:
+class SuiteOptions:
     """What a run was asked for; None leaves it to the suite. Which fields concern a suite, its ``OPTIONS`` say."""
 
     records: tuple[int, ...] | None = None
@@ -132,9 +132,9 @@ class Suite(Protocol):
 
     __doc__: str | None
     OPTIONS: tuple[str, ...]
-    """Fields of a `Request` that concern it, besides `COMMON`."""
+    """Fields of a `SuiteOptions` that concern it, besides `COMMON`."""
 
-    def cells(self, request: Request, known: Known) -> Iterator[Cell]:
+    def cells(self, request: SuiteOptions, known: Known) -> Iterator[Cell]:
         """The cells in order. What came of earlier ones may be asked for, and is waited for then."""
 
     def run(self, cell: Any) -> Result:
@@ -156,7 +156,7 @@ def _module(name: str) -> str:
     return SUITES.get(name, name)
 
 
-def run_suite(name: str, request: Request, out: Path, progress: Callable[[str], None]) -> list[Result]:
+def run_suite(name: str, request: SuiteOptions, out: Path, progress: Callable[[str], None]) -> list[Result]:
     """Measure the cells of a suite that are not in ``out`` yet.
 
     Args:
@@ -195,7 +195,7 @@ def run_suite(name: str, request: Request, out: Path, progress: Callable[[str], 
     return [results.lines[id_] for id_ in ids]
 
 
-def measured(name: str, request: Request, path: Path) -> list[Result]:
+def measured(name: str, request: SuiteOptions, path: Path) -> list[Result]:
     """The lines of a suite that ``path`` holds for this machine, without measuring anything."""
     conditions = machine(request)
     lines = Results(path, name, conditions, request.command(name)).lines.values()
@@ -246,7 +246,7 @@ class Results:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def machine(request: Request) -> dict[str, Any]:
+def machine(request: SuiteOptions) -> dict[str, Any]:
     """The conditions that make two measurements comparable: processor, threads, versions, the base's weights."""
     from loramem.models.base_model import find_base_model
     from loramem.models.fingerprint import fingerprint
@@ -281,7 +281,7 @@ def processor() -> str:
 
 
 @contextmanager
-def _processes(request: Request) -> Iterator[Callable[[str, Cell, int], Result]]:
+def _processes(request: SuiteOptions) -> Iterator[Callable[[str, Cell, int], Result]]:
     """`_measure` in a fresh process each time, so that its memory is its own; a quick run keeps them."""
 
     def pool(size: int) -> ProcessPoolExecutor:

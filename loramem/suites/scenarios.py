@@ -21,7 +21,7 @@ from loramem.errors import InputError, KeyNotFound, RecordError, StubbornRecords
 from loramem.records.input_files import read_records
 from loramem.records.record import Record
 from loramem.suites.figures import Axis, Plot, Series, point
-from loramem.suites.runner import Known, Request, Result, Table, public_name
+from loramem.suites.runner import Known, Result, SuiteOptions, Table, public_name
 
 if TYPE_CHECKING:
     from loramem import MemoryStore
@@ -58,7 +58,7 @@ class Cell:
         return f"{self.domain}, {self.records} records, seed {self.seed}"
 
 
-def cells(request: Request, _: Known) -> Iterator[Cell]:
+def cells(request: SuiteOptions, _: Known) -> Iterator[Cell]:
     """Every domain whole, or its first records; a quick run takes a few of the first."""
     for domain in DOMAINS[:1] if request.quick else DOMAINS:
         everything = domain_records(domain)

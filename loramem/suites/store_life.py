@@ -18,7 +18,7 @@ from loramem._util.files import size_bytes
 from loramem.planning.samples import generate
 from loramem.records.record import Record
 from loramem.suites.figures import Axis, Plot, Series, point
-from loramem.suites.runner import Known, Request, Result, Table, peak_memory_mb, public_name
+from loramem.suites.runner import Known, Result, SuiteOptions, Table, peak_memory_mb, public_name
 
 if TYPE_CHECKING:
     from loramem import MemoryStore
@@ -68,7 +68,7 @@ class Cell:
         return f"{self.records:,} records, seed {self.seed}"
 
 
-def cells(request: Request, _: Known) -> Iterator[Cell]:
+def cells(request: SuiteOptions, _: Known) -> Iterator[Cell]:
     """One life per number of records and seed."""
     for records in request.records or (QUICK_RECORDS if request.quick else RECORDS):
         for seed in range(request.seeds or 1):

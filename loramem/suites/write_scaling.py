@@ -5,12 +5,12 @@ from typing import Any
 
 from loramem.suites import write_speed
 from loramem.suites.figures import Axis, Plot, Series, point
-from loramem.suites.runner import Known, Request, Result, Table
+from loramem.suites.runner import Known, Result, SuiteOptions, Table
 
 OPTIONS = ("records", "model")
 
 
-def cells(request: Request, _: Known) -> Iterator[write_speed.Cell]:
+def cells(request: SuiteOptions, _: Known) -> Iterator[write_speed.Cell]:
     """One write per number of records."""
     for records in request.records or ((5, 10) if request.quick else (100, 1000, 4000)):
         for seed in range(request.seeds or 1):

@@ -19,7 +19,7 @@ from typing import Any
 
 from loramem.planning.samples import generate
 from loramem.suites.figures import Axis, Plot, Series, point
-from loramem.suites.runner import Known, Request, Result, Table, public_name
+from loramem.suites.runner import Known, Result, SuiteOptions, Table, public_name
 
 OPTIONS = ("records", "model")
 OURS, PLACED, USUAL, PAPER = "loramem", "Trainer, our placement", "Trainer, all-linear", "paper recipe"
@@ -74,7 +74,7 @@ class Cell:
         return f"{self.method}, {self.records} records, seed {self.seed}{trial}{limit}"
 
 
-def cells(request: Request, known: Known) -> Iterator[Cell]:
+def cells(request: SuiteOptions, known: Known) -> Iterator[Cell]:
     """Ours first: the others' caps are multiples of it. Then the paper, then the Trainer tuned and measured."""
     sizes = request.records or ((10,) if request.quick else (100, 400))
     seeds = range(request.seeds or (1 if request.quick else 3))
@@ -134,7 +134,7 @@ def run(cell: Cell) -> Result:
     return result
 
 
-def _cell(request: Request, method: str, records: int, seed: int) -> Cell:
+def _cell(request: SuiteOptions, method: str, records: int, seed: int) -> Cell:
     return Cell(method, records, seed, request.model, request.device, request.quick)
 
 

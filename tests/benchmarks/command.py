@@ -10,7 +10,7 @@ from loramem_cli import options
 from loramem_cli.output import note, print_markdown
 
 from loramem import embedded
-from loramem.suites.runner import Request, Result, load_suite, measured, run_suite
+from loramem.suites.runner import Result, SuiteOptions, load_suite, measured, run_suite
 from loramem.training.processes import usable_cores
 
 RESULTS = Path("docs/results")
@@ -41,7 +41,7 @@ def command(suite: str, default: str) -> click.Command:
         lines = list[Result]()
         for model in models:
             with found(model) as place:
-                request = Request(model=place, **asked)
+                request = SuiteOptions(model=place, **asked)
                 lines += measured(suite, request, results) if no_run else run_suite(suite, request, results, note)
         table = load_suite(suite).table(lines)
         print_markdown(table.columns, table.rows)

@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from loramem.planning.samples import generate
-from loramem.suites.runner import Known, Request, Result, Table, public_name
+from loramem.suites.runner import Known, Result, SuiteOptions, Table, public_name
 from loramem.suites.write_speed import SOURCE_BITS
 
 OPTIONS = ("records", "ranks", "model")
@@ -47,7 +47,7 @@ def chosen(rank: int | None) -> str:
     return "planned" if rank is None else f"rank {rank}"
 
 
-def cells(request: Request, _: Known) -> Iterator[Cell]:
+def cells(request: SuiteOptions, _: Known) -> Iterator[Cell]:
     """Of each size the planned rank first."""
     for size in request.records or ((2,) if request.quick else (100, 400)):
         ranks = request.ranks or ((8,) if request.quick else RANKS.get(size, ()))

@@ -17,7 +17,7 @@ from loramem.planning.samples import KINDS, generate
 from loramem.records.input_files import read_records
 from loramem.records.record import Record
 from loramem.suites import scenarios
-from loramem.suites.runner import Known, Request, Result, Table, public_name
+from loramem.suites.runner import Known, Result, SuiteOptions, Table, public_name
 
 if TYPE_CHECKING:
     from loramem.models.base_model import BaseModel
@@ -56,7 +56,7 @@ class Cell:
         return f"{public_name(self.model)}, {self.data}, {self.engine}, seed {self.seed} (at most {self.cap_s:.1f} s)"
 
 
-def cells(request: Request, known: Known) -> Iterator[Cell]:
+def cells(request: SuiteOptions, known: Known) -> Iterator[Cell]:
     """Of each data the defaults first: the other engine's cap is a multiple of their seconds."""
     kinds = [(kind, size) for size in request.records or (100,) for kind in KINDS]
     data = [*kinds, *((domain, None) for domain in scenarios.DOMAINS), ("values", None), ("text", TEXT_TOKENS)]
