@@ -14,7 +14,7 @@ from loramem.index.rows import digest_of
 from loramem.models.decoding import answer_probabilities
 from loramem.records.prompts import encode_record
 from loramem.records.record import Record
-from loramem.store.certificates import recheck
+from loramem.store.certificates import check_certificates
 
 from .conftest import numbers
 from .test_integrity import execute, flip_bit, reseal
@@ -41,7 +41,7 @@ def copy(written: Path, tmp_path: Path) -> Path:
 def test_in_the_stores_own_dtype_the_certificates_come_out_again(written: Path) -> None:
     told = []
     with MemoryStore(written, create=False) as store:
-        checks = recheck(store._session, progress=lambda done, total: told.append((done, total)))
+        checks = check_certificates(store._session, progress=lambda done, total: told.append((done, total)))
         proofs = [adapter.proof for adapter in store.adapters()]
         assert [check.adapter for check in checks] == [adapter.id for adapter in store.adapters()]
     for check, proof in zip(checks, proofs, strict=True):
@@ -66,7 +66,7 @@ def test_in_a_servers_dtype_base_and_adapter_are_cast_and_the_store_is_not(writt
         assert {tensor.dtype for tensor in served.adapted.weights(adapter.id).values()} == {getattr(torch, dtype)}
         assert served.adapted.model.dtype == getattr(torch, dtype)
 
-        (check,) = recheck(store._session, [adapter.id], dtype)
+        (check,) = check_certificates(store._session, [adapter.id], dtype)
         assert check.dtypes == {"base": dtype, "adapter": dtype}
         assert check.exact == 3
         assert check.min_prob != check.committed_min_prob
@@ -78,7 +78,7 @@ def test_in_a_servers_dtype_base_and_adapter_are_cast_and_the_store_is_not(writt
 
 def test_the_scores_are_those_of_the_cast_model(base: Path, written: Path) -> None:
     with MemoryStore(written, create=False) as store:
-        (check,) = recheck(store._session, [store.adapters()[0].id], "bfloat16")
+        (check,) = check_certificates(store._session, [store.adapters()[0].id], "bfloat16")
         records, template = list(store.records(adapter=check.adapter)), store.manifest.template()
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
     adapted = PeftModel.from_pretrained(model, written / "adapters" / check.adapter)
@@ -95,7 +95,7 @@ def test_a_record_that_does_not_come_back_is_listed_and_not_scored_without_its_v
     execute(copy, "update records set salt = 'other' where key = 'key 1'")
     reseal(copy)
     with MemoryStore(copy, create=False) as store:
-        first, second = recheck(store._session)
+        first, second = check_certificates(store._session)
     assert (first.failed, first.exact, first.unscored, first.ok) == (("key 1",), 2, 1, False)
     assert first.min_prob > 0.6
     assert second.ok
@@ -106,7 +106,7 @@ def test_a_record_that_does_not_come_back_is_scored_where_its_value_is_kept(copy
     execute(copy, f"update records set salt = 'salt', digest = '{digest}', value = '0000' where key = 'key 1'")
     reseal(copy)
     with MemoryStore(copy, create=False) as store:
-        first, _ = recheck(store._session)
+        first, _ = check_certificates(store._session)
     assert (first.failed, first.unscored) == (("key 1",), 0)
     assert first.min_prob < 0.5 and first.margin < 0
 
@@ -117,9 +117,9 @@ def test_what_is_checked_is_the_file_not_what_was_read_of_it_before(copy: Path) 
         adapter = store.adapters()[0].id
         flip_bit(copy / "adapters" / adapter / "adapter_model.safetensors", 99_999)
         with pytest.raises(IntegrityError, match=adapter):
-            recheck(store._session)
+            check_certificates(store._session)
 
 
 def test_an_adapter_that_the_store_does_not_have_is_refused(written: Path) -> None:
     with MemoryStore(written, create=False) as store, pytest.raises(IntegrityError, match="no adapter"):
-        recheck(store._session, ["0" * 32])
+        check_certificates(store._session, ["0" * 32])

@@ -10,7 +10,7 @@ from loramem_cli.main import run
 
 from loramem import MemoryStore
 from loramem.results import VerifyReport
-from loramem.store import verified
+from loramem.store import verify_progress
 
 from .conftest import numbers
 from .test_integrity import execute, flip_bit, reseal
@@ -104,12 +104,12 @@ def test_a_change_of_the_store_makes_it_begin_again(path: Path, change: Callable
 def test_other_libraries_or_another_dtype_make_it_begin_again(path: Path, monkeypatch) -> None:
     interrupt(path)
     with MemoryStore(path, dtype="bfloat16", create=False) as store:
-        interrupted = verified.Verified(path, "")
+        interrupted = verify_progress.VerifyProgress(path, "")
         kept = interrupted.path.read_text()
         assert store.verify(resume=True).resumed == 0
     interrupted.path.write_text(kept)
     with monkeypatch.context() as patched:
-        patched.setattr(verified, "version", lambda name: "9.9")
+        patched.setattr(verify_progress, "version", lambda name: "9.9")
         assert resumed(path).resumed == 0
     interrupted.path.write_text(kept)
     assert resumed(path).resumed == 4
@@ -137,7 +137,7 @@ def test_an_adapter_that_did_not_come_out_whole_is_decoded_again(path: Path) -> 
 
 def test_a_line_that_was_cut_off_is_not_believed_and_no_key_is_kept(path: Path) -> None:
     interrupt(path)
-    kept = verified.Verified(path, "").path
+    kept = verify_progress.VerifyProgress(path, "").path
     assert "key" not in kept.read_text()
     kept.write_bytes(kept.read_bytes()[:-1])
     assert resumed(path).resumed == 2

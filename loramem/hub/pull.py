@@ -205,7 +205,7 @@ def _admit(fetched: Fetched, session: Session, verify: bool, progress: Callable[
     from loramem.hub.admission import inspect_adapter, placement_of
     from loramem.models.placement import tensor_shapes
     from loramem.records.prompts import decode_answer
-    from loramem.store.certificates import recheck
+    from loramem.store.certificates import check_certificates
 
     for adapter in fetched.publication.adapters:
         where = f"{ADAPTERS}/{adapter.id}"
@@ -232,7 +232,7 @@ def _admit(fetched: Fetched, session: Session, verify: bool, progress: Callable[
             raise fetched.refused(RECORDS, f"key {line.key!r} and its value exceed the base model's context")
         if prompt_digest(prompt) != line.prompt_sha256:
             raise fetched.refused(RECORDS, f"the prompt of key {line.key!r} is another one")
-    for check in recheck(session, progress=progress):
+    for check in check_certificates(session, progress=progress):
         where = f"{ADAPTERS}/{check.adapter}"
         if check.failed:
             raise fetched.refused(

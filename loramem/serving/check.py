@@ -60,9 +60,9 @@ def check_store(
         found_all += notes_of(session.manifest, server, tombstones, chat, rechecked=dtype is not None)
     certificates: tuple[AdapterCheck, ...] = ()
     if dtype is not None:
-        from loramem.store.certificates import recheck
+        from loramem.store.certificates import check_certificates
 
-        certificates = tuple(recheck(session, [adapter.id for adapter in adapters], dtype, progress))
+        certificates = tuple(check_certificates(session, [adapter.id for adapter in adapters], dtype, progress))
     return ServingReport(
         tuple(targets), {header.name: header.rank for header in headers}, tuple(found_all), certificates, chat
     )

@@ -18,7 +18,7 @@ from loramem.store.read import decode_batches
 from loramem.store.session import Session
 
 
-def recheck(
+def check_certificates(
     session: Session,
     adapters: Sequence[str] | None = None,
     dtype: Dtype | None = None,

@@ -17,7 +17,7 @@ from loramem.results import VerifyReport
 from loramem.store.integrity import problems
 from loramem.store.read import cut_batches
 from loramem.store.session import Session
-from loramem.store.verified import Verified, state_of
+from loramem.store.verify_progress import VerifyProgress, state_of
 
 
 @dataclass
@@ -59,10 +59,10 @@ def full_check(
                 damaged = findings.damaged or [str(error)]
                 return VerifyReport(records, 0, (), tuple(damaged), time.monotonic() - started)
         found = _base_again(session, findings)
-        verified = Verified(session.store, state_of(rows, session.manifest, session.base, found))
+        verify_progress = VerifyProgress(session.store, state_of(rows, session.manifest, session.base, found))
         if not resume:
-            verified.forget()
-        known, done, total, resumed = verified.adapters(), 0, table.count(), 0
+            verify_progress.forget()
+        known, done, total, resumed = verify_progress.adapters(), 0, table.count(), 0
         for adapter, batches in groupby(cut_batches(table.records()), key=lambda batch: batch[0].adapter):
             before = findings.count()
             for batch in batches:
@@ -72,8 +72,8 @@ def full_check(
                 if progress is not None:
                     progress(done, total)
             if adapter not in known and findings.count() == before:
-                verified.note(adapter)
-    verified.forget()
+                verify_progress.note(adapter)
+    verify_progress.forget()
     return VerifyReport(
         records=records - findings.changed,
         exact=records - findings.changed - len(findings.failed),

@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 DECODERS = ("loramem", "peft", "torch", "transformers")
 
 
-class Verified:
+class VerifyProgress:
     """The adapters of one store that came out whole in one state.
 
     Every line of the file names its state, so that runs in several states cannot be mistaken for each other.
