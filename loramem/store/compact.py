@@ -32,7 +32,7 @@ CompactChoice = Literal["advised", "dead", "all"]
 
 
 @dataclass(frozen=True)
-class Shard:
+class StoredShard:
     """An adapter and what of it is alive."""
 
     id: str
@@ -67,7 +67,7 @@ def _size(adapter: StoredAdapter) -> Size:
     return Size(adapter.parameters // adapter.rank, 2 * len(placement["modules"]) * len(placement["layers"]))
 
 
-def shards(index: Index, loads: Mapping[str, Load] | None = None) -> list[Shard]:
+def shards(index: Index, loads: Mapping[str, Load] | None = None) -> list[StoredShard]:
     """Adapters with live records, oldest first.
 
     Args:
@@ -75,7 +75,7 @@ def shards(index: Index, loads: Mapping[str, Load] | None = None) -> list[Shard]
     """
     loads, dead = index.loads() if loads is None else loads, index.tombstones()
     return [
-        Shard(
+        StoredShard(
             adapter.id,
             adapter.namespace,
             adapter.rank,
@@ -91,12 +91,12 @@ def shards(index: Index, loads: Mapping[str, Load] | None = None) -> list[Shard]
     ]
 
 
-def alike(chosen: Iterable[Shard]) -> list[list[Shard]]:
+def alike(chosen: Iterable[StoredShard]) -> list[list[StoredShard]]:
     """Shards that may become one: of one namespace, asked to be written in the same way.
 
     Where one of them was asked to hold its whole namespace, all do, and it comes first, as the one that is asked how.
     """
-    groups: dict[tuple[str, WriteRequest | None], list[Shard]] = {}
+    groups: dict[tuple[str, WriteRequest | None], list[StoredShard]] = {}
     first = sorted(chosen, key=lambda shard: not shard.request.one_adapter)
     whole = {shard.namespace for shard in first if shard.request.one_adapter}
     for shard in first:
@@ -105,7 +105,7 @@ def alike(chosen: Iterable[Shard]) -> list[list[Shard]]:
     return list(groups.values())
 
 
-def chosen_for(index: Index, which: CompactChoice) -> list[list[Shard]]:
+def chosen_for(index: Index, which: CompactChoice) -> list[list[StoredShard]]:
     """Groups of shards to rewrite: those that pay, every one that holds a tombstone, or all."""
     check_choice("which", which, get_args(CompactChoice))
     if which == "advised":
@@ -113,7 +113,7 @@ def chosen_for(index: Index, which: CompactChoice) -> list[list[Shard]]:
     return alike(shard for shard in shards(index) if which == "all" or shard.dead)
 
 
-def worth_compacting(present: Iterable[Shard]) -> list[list[Shard]]:
+def worth_compacting(present: Iterable[StoredShard]) -> list[list[StoredShard]]:
     """Groups of shards whose rewriting pays: half of one is dead, or small ones become at most half as many; and those
     of a namespace that is to have one."""
     chosen = []
@@ -134,7 +134,7 @@ def worth_compacting(present: Iterable[Shard]) -> list[list[Shard]]:
 
 def compact(
     session: Session,
-    groups: Sequence[Sequence[Shard]],
+    groups: Sequence[Sequence[StoredShard]],
     progress: "ProgressCallback | None" = None,
     executor: Executor | None = None,
 ) -> CompactReport:

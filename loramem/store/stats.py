@@ -8,7 +8,7 @@ from loramem._util.layout import ADAPTERS
 from loramem.index.index import Index
 from loramem.planning import calibration
 from loramem.results import Stats, VerifyReport, Version
-from loramem.store.compact import Shard, shards, worth_compacting
+from loramem.store.compact import StoredShard, shards, worth_compacting
 from loramem.store.integrity import problems
 from loramem.store.manifest import Manifest
 
@@ -61,7 +61,7 @@ def quick_check(store: Path, index: Index) -> VerifyReport:
     return VerifyReport(index.count(), None, (), damaged, time.monotonic() - started)
 
 
-def _advice(present: list[Shard]) -> str | None:
+def _advice(present: list[StoredShard]) -> str | None:
     groups = worth_compacting(present)
     if not groups:
         return None

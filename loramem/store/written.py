@@ -14,7 +14,7 @@ from loramem.planning.plan import Plan, ShardPlan
 from loramem.records.outcome import Outcome
 from loramem.records.prompts import EncodedRecord
 from loramem.results import WriteReport
-from loramem.training.shards import CAUTION, Shard, ShardJob, ShardResult
+from loramem.training.shards import CAUTION, ShardJob, ShardResult, TrainedShard
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Written:
     """A proved shard, the job that made it, and what its values cost in bits."""
 
     job: ShardJob
-    shard: Shard
+    shard: TrainedShard
     cost_bits: float
 
     @property

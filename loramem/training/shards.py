@@ -94,7 +94,7 @@ class ShardJob:
 
 
 @dataclass(frozen=True)
-class Shard:
+class TrainedShard:
     """A proved adapter."""
 
     adapter: str
@@ -119,7 +119,7 @@ class Shard:
 class ShardResult:
     """What a job came to: one adapter, or two when some records were stubborn, and what could not be certified."""
 
-    shards: tuple[Shard, ...]
+    shards: tuple[TrainedShard, ...]
     failed: tuple[int, ...]
     """Indices of records that could not be certified, not even on their own."""
 
@@ -130,7 +130,7 @@ class ShardResult:
     def from_json(cls, content: str) -> "ShardResult":
         fields = json.loads(content)
         shards = (
-            Shard(
+            TrainedShard(
                 shard["adapter"],
                 tuple(shard["indices"]),
                 Training(**{**shard["training"], "stubborn": tuple(shard["training"]["stubborn"])}),
@@ -189,7 +189,7 @@ def write_shard(
     if (done := _finished(job)) is not None:
         log.info("shard of %d records was finished before", len(job.records))
         return done
-    shards = list[Shard]()
+    shards = list[TrainedShard]()
     remaining = list(range(len(job.records)))
     while remaining:
         shard, stubborn = _write_adapter(job, adapted, served, remaining, progress)
@@ -213,7 +213,7 @@ def _write_adapter(
     served: Mapping[Dtype, AdaptedModel],
     indices: Sequence[int],
     progress: ProgressCallback | None,
-) -> tuple[Shard | None, list[int]]:
+) -> tuple[TrainedShard | None, list[int]]:
     """A proved adapter of some of the job's records, and which of them it does not hold; None where it holds none.
 
     What its proof refuses is trained again with the next caution.
@@ -298,7 +298,7 @@ def _save_and_prove(
     trained: ShardTraining,
     features: Sequence[Features] | None,
     caution: int,
-) -> Shard:
+) -> TrainedShard:
     """
     Args:
         features: Of just these records, first in the dtypes to be proved in; None where the adapter changes them.
@@ -316,7 +316,9 @@ def _save_and_prove(
         model.load(adapter, job.folder / adapter)
         proofs[dtype] = _proved(job, model, adapter, records, trained.training.rank, next(known))
         model.remove(adapter)
-    return Shard(adapter, tuple(indices), trained.training, trained.placement, trained.climbed, proof, proofs, caution)
+    return TrainedShard(
+        adapter, tuple(indices), trained.training, trained.placement, trained.climbed, proof, proofs, caution
+    )
 
 
 def _proved(
@@ -350,7 +352,7 @@ def _proof(fields: Mapping[str, Any]) -> Proof:
     return Proof(tuple(fields["min_probs"]), fields["conditions"])
 
 
-def stored_adapter(job: ShardJob, shard: Shard, cost_bits: float, request: Mapping[str, Any]) -> StoredAdapter:
+def stored_adapter(job: ShardJob, shard: TrainedShard, cost_bits: float, request: Mapping[str, Any]) -> StoredAdapter:
     """The index row of a proved shard that is staged.
 
     Args:
