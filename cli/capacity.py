@@ -14,7 +14,7 @@ from .output import note, print_facts, print_json, print_markdown
 if TYPE_CHECKING:
     from loramem.planning.calibration import Calibration, KindSamples
     from loramem.planning.limits import RankLimits
-    from loramem.planning.plan import Basis, Plan, ShardPlan
+    from loramem.planning.plan import Plan, PlanInputs, ShardPlan
     from loramem.store.manifest import Manifest
 
 TOKENS_PER_RECORD = 10
@@ -69,7 +69,7 @@ def command(
         count = records or max(1, round(length / TOKENS_PER_RECORD))
         if count > length:
             raise click.UsageError(f"--records {count} cannot share {length} answer tokens: each needs one.")
-        plan, basis, name, location = _plan_length(
+        plan, inputs, name, location = _plan_length(
             length, count, kind or "phonebook", store, ranks, limits, one_adapter
         )
     elif records:
@@ -82,9 +82,9 @@ def command(
                 plan = opened.plan(
                     found, goal=ranks.goal, rank=ranks.rank, limits=limits, kind=kind, one_adapter=one_adapter
                 )
-                basis, name, location = opened.basis(plan.kind), opened.manifest.base_model, opened.base.location
+                inputs, name, location = opened.plan_inputs(plan.kind), opened.manifest.base_model, opened.base.location
     if plot is not None:
-        _draw(plan, basis, plot)
+        _draw(plan, inputs, plot)
     if as_json:
         totals = ("parameters", "size_bytes", "cost_bits", "length", "success", "training_s")
         print_json({"base_model": name, **asdict(plan), **{total: getattr(plan, total) for total in totals}})
@@ -100,7 +100,7 @@ def _plan_length(
     ranks: options.RankOptions,
     limits: "RankLimits",
     one_adapter: bool,
-) -> "tuple[Plan, Basis, str, str]":
+) -> "tuple[Plan, PlanInputs, str, str]":
     """Plan, what it rests on, and the base model's name and what `load_base_model` finds it by.
 
     From what is known of the base model, without loading it where that says enough.
@@ -140,11 +140,13 @@ def _plan_length(
         )
     seconds = timings.seconds_per_visit(known.base_weights)
     above = known.above if place in (None, known.place) else ()
-    basis = calibration.basis(known, place or known.place, known.parameters_per_rank, kind, outcomes, seconds, above)
-    plan = calibration.plan_length(
-        samples, basis, length, records, goal=ranks.goal, rank=ranks.rank, limits=limits, one_adapter=one_adapter
+    inputs = calibration.plan_inputs(
+        known, place or known.place, known.parameters_per_rank, kind, outcomes, seconds, above
     )
-    return plan, basis, known.base_model, name
+    plan = calibration.plan_length(
+        samples, inputs, length, records, goal=ranks.goal, rank=ranks.rank, limits=limits, one_adapter=one_adapter
+    )
+    return plan, inputs, known.base_model, name
 
 
 def _is_base_of(manifest: "Manifest", model: str) -> bool:
@@ -167,16 +169,16 @@ def _measured(
     return known or bare_calibration(base), price_sample(base, kind, min(length, LARGEST_SAMPLE, base.max_tokens // 2))
 
 
-def _draw(plan: "Plan", basis: "Basis", path: Path) -> None:
+def _draw(plan: "Plan", inputs: "PlanInputs", path: Path) -> None:
     from loramem.planning.plots import draw_plan
 
     shard = plan.shards[0] if plan.shards else None
-    if basis.law is None or shard is None:
+    if inputs.law is None or shard is None:
         raise click.UsageError("--plot: no law of this base model, placement and kind is known. See loramem calibrate.")
     ranks = {"optimistic": float(shard.optimistic_rank), "planned": float(shard.rank)}
     if shard.law_rank:
         ranks["law"] = shard.law_rank.rank
-    draw_plan(basis.law, shard.base_loss, shard.length, ranks, f"{plan.kind}, {shard.length:,} answer tokens", path)
+    draw_plan(inputs.law, shard.base_loss, shard.length, ranks, f"{plan.kind}, {shard.length:,} answer tokens", path)
 
 
 def _show(plan: "Plan", name: str, location: str) -> None:

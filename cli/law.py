@@ -195,8 +195,8 @@ def _show_writes(store: Path) -> None:
         return
     known = calibration.load(manifest.fingerprint["weights"][:12])
     place = tuple(manifest.placement["modules"]), tuple(manifest.placement["layers"])
-    before = calibration.basis(known, place, 1).boundary
-    after = calibration.basis(known, place, 1, outcomes=outcomes).boundary
+    before = calibration.plan_inputs(known, place, 1).boundary
+    after = calibration.plan_inputs(known, place, 1, outcomes=outcomes).boundary
     click.echo(f"\nThe last writes of {store}\n")
     print_markdown(
         ("rank", "tokens", "cost in bits", "bits per parameter", "certified at this rank", "expected"),

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from loramem.models.base_model import BaseModel
     from loramem.models.dtypes import Dtype, DtypeChoice
     from loramem.planning.limits import GoalName, RankLimits
-    from loramem.planning.plan import Basis, LawRank, Plan, ShardPlan
+    from loramem.planning.plan import LawRank, Plan, PlanInputs, ShardPlan
     from loramem.records.input_files import read_records
     from loramem.records.outcome import Outcome
     from loramem.records.record import Record, RecordLike
@@ -46,7 +46,6 @@ if TYPE_CHECKING:
 __all__ = [
     "AdapterCheck",
     "BaseModel",
-    "Basis",
     "ChatKeys",
     "CompactChoice",
     "CompactReport",
@@ -68,6 +67,7 @@ __all__ = [
     "Outcome",
     "PendingWrite",
     "Plan",
+    "PlanInputs",
     "ProgressCallback",
     "PushPlan",
     "PushReport",
@@ -103,7 +103,7 @@ _HOMES = {
     "models.base_model": "BaseModel",
     "models.dtypes": "Dtype DtypeChoice",
     "planning.limits": "GoalName RankLimits",
-    "planning.plan": "Basis LawRank Plan ShardPlan",
+    "planning.plan": "LawRank Plan PlanInputs ShardPlan",
     "records.input_files": "read_records",
     "records.outcome": "Outcome",
     "records.record": "Record RecordLike",

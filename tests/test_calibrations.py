@@ -16,16 +16,16 @@ from loramem.planning.calibration import (
     Calibration,
     KindSamples,
     Sample,
-    basis,
     cached,
     load,
     nearest_kind,
     outcomes_of,
+    plan_inputs,
     plan_length,
     summarise,
 )
 from loramem.planning.limits import GOALS
-from loramem.planning.plan import Basis
+from loramem.planning.plan import PlanInputs
 from loramem.planning.runs import Run
 from loramem.records.outcome import Outcome
 
@@ -234,12 +234,12 @@ def test_the_nearest_kind_costs_most_nearly_as_much() -> None:
 def test_the_pace_is_that_of_the_kind() -> None:
     slow = [replace(run, kind="text", visits=10 * run.visits) for run in writes()]
     known = summarise(BARE, [*writes(), *slow])
-    paces = {kind: basis(known, PLACE, 500, kind).pace for kind in ("phonebook", "text", "songs", None)}
+    paces = {kind: plan_inputs(known, PLACE, 500, kind).pace for kind in ("phonebook", "text", "songs", None)}
     assert all(paces.values())
     visits = {kind: found.visits(8000, 1000.0) for kind, found in paces.items() if found}
     assert visits["text"] == pytest.approx(10 * visits["phonebook"], rel=0.01)
     assert visits["phonebook"] < visits["songs"] == visits[None] < visits["text"]  # of unknown kinds all are believed
-    own = basis(known, PLACE, 500, "songs", [Outcome("songs", 16, 400, 8000, 1000.0, True, 3.0)] * 5).pace
+    own = plan_inputs(known, PLACE, 500, "songs", [Outcome("songs", 16, 400, 8000, 1000.0, True, 3.0)] * 5).pace
     assert own is not None and own.visits(8000, 1000.0) == pytest.approx(3.0)
 
 
@@ -249,17 +249,17 @@ def test_the_pace_is_that_of_the_kind() -> None:
 def test_a_basis_holds_what_is_known_of_the_placement() -> None:
     placed = KNOWN.placed(PLACE)
     assert placed is not None
-    found = basis(KNOWN, PLACE, 500, "random", seconds_per_visit=0.01)
+    found = plan_inputs(KNOWN, PLACE, 500, "random", seconds_per_visit=0.01)
     # A and B of two modules in two layers.
-    assert found == Basis(500, 8, placed.boundary, KNOWN.law("random", PLACE), "random", placed.pace, 0.01)
-    assert basis(KNOWN, PLACE, 500).law is None
-    assert basis(KNOWN, ELSEWHERE, 90) == Basis(90, 2)
-    assert basis(None, ELSEWHERE, 90) == Basis(90, 2)
+    assert found == PlanInputs(500, 8, placed.boundary, KNOWN.law("random", PLACE), "random", placed.pace, 0.01)
+    assert plan_inputs(KNOWN, PLACE, 500).law is None
+    assert plan_inputs(KNOWN, ELSEWHERE, 90) == PlanInputs(90, 2)
+    assert plan_inputs(None, ELSEWHERE, 90) == PlanInputs(90, 2)
 
 
 def test_the_outcomes_of_a_store_move_its_boundary() -> None:
     failed = [Outcome("unknown", 16, 400, 8000, 1000.0, False)] * 10
-    before, after = basis(KNOWN, PLACE, 500).boundary, basis(KNOWN, PLACE, 500, outcomes=failed).boundary
+    before, after = plan_inputs(KNOWN, PLACE, 500).boundary, plan_inputs(KNOWN, PLACE, 500, outcomes=failed).boundary
     assert before is not None and after is not None
     assert (after.outcomes, after.certified) == (before.outcomes + 10, before.certified)
     assert after.probability(8000, 1000.0, 400) < before.probability(8000, 1000.0, 400)
@@ -267,7 +267,7 @@ def test_the_outcomes_of_a_store_move_its_boundary() -> None:
 
 def test_the_outcomes_of_a_store_alone_make_a_boundary_once_there_are_five() -> None:
     outcomes = [Outcome("unknown", 4, 400, 2000, 1000.0, True, 20.0)] * 5
-    four, five = basis(None, PLACE, 500, outcomes=outcomes[:4]), basis(None, PLACE, 500, outcomes=outcomes)
+    four, five = plan_inputs(None, PLACE, 500, outcomes=outcomes[:4]), plan_inputs(None, PLACE, 500, outcomes=outcomes)
     assert four.boundary is None and five.boundary is not None
     assert five.boundary.kind_needs.keys() == {"unknown"}
     assert four.pace is not None and four.pace.visits(2000, 1000.0) == pytest.approx(20)
@@ -275,7 +275,7 @@ def test_the_outcomes_of_a_store_alone_make_a_boundary_once_there_are_five() -> 
 
 @pytest.mark.parametrize(("length", "records"), [(10, 3), (3, 3), (1000, 1), (4001, 400), (7, 2)])
 def test_a_length_is_shared_evenly(length: int, records: int) -> None:
-    plan = plan_length(SAMPLES, Basis(500, 8), length, records)
+    plan = plan_length(SAMPLES, PlanInputs(500, 8), length, records)
     assert plan.length == length
     assert sum(shard.records for shard in plan.shards) == records
     each = length / records
@@ -284,7 +284,7 @@ def test_a_length_is_shared_evenly(length: int, records: int) -> None:
 
 
 def test_a_planned_length_costs_what_its_kind_does() -> None:
-    [shard] = plan_length(SAMPLES, Basis(500, 2), 200, 20, goal="small").shards
+    [shard] = plan_length(SAMPLES, PlanInputs(500, 2), 200, 20, goal="small").shards
     assert (shard.base_loss, shard.cost_bits) == SAMPLES.at(200)
     assert shard.rank == math.ceil(SAMPLES.at(200)[1] / (GOALS["small"].density * 500))
 
@@ -292,9 +292,9 @@ def test_a_planned_length_costs_what_its_kind_does() -> None:
 def test_asking_what_is_known_needs_neither_torch_nor_scipy() -> None:
     KNOWN.save(cached(WEIGHTS))
     code = (
-        "import sys\nfrom loramem.planning.calibration import basis, load, plan_length\n"
+        "import sys\nfrom loramem.planning.calibration import plan_inputs, load, plan_length\n"
         f"known = load({WEIGHTS!r})\n"
-        "plan_length(known.samples('random'), basis(known, known.place, 500, 'random'), 5000, 20)\n"
+        "plan_length(known.samples('random'), plan_inputs(known, known.place, 500, 'random'), 5000, 20)\n"
         "assert not {'numpy', 'scipy', 'torch'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -14,13 +14,13 @@ from loramem.models.shard_sizes import FILL, Size, cut
 from loramem.planning.law import MemoryLaw
 from loramem.planning.law_fit import SATURATED
 from loramem.planning.limits import GOALS, RankLimits
-from loramem.planning.plan import Basis, Plan, Price, law_rank, plan_groups, plan_write
+from loramem.planning.plan import Plan, PlanInputs, Price, law_rank, plan_groups, plan_write
 from loramem.planning.success import SuccessBoundary
 from loramem.planning.visits import Pace
 from loramem.training.settings import MAX_RANK
 
 PARAMETERS = 1000  # per rank
-BASIS = Basis(PARAMETERS, matrices=8)
+BASIS = PlanInputs(PARAMETERS, matrices=8)
 SHARD_TOKENS = BASIS.size.shard_tokens() - 1  # of one record, beside its end token
 SHARD_RECORDS = BASIS.size.shard_tokens() // 2  # of one token and the end token
 # Even odds at two parameters per bit of cost, whatever the length; odds of 9 at 2 · 9^(1/4) = 2√3 parameters per bit.
@@ -52,8 +52,8 @@ def priced(costs: Sequence[float], base_loss: float = 6.0) -> Callable[[int, int
     return lambda first, last: Price(until[last] - until[first], base_loss)
 
 
-def plan(lengths: Sequence[int], bits_each: float = 1.0, basis: Basis = BASIS, **options: object) -> Plan:
-    return plan_write(lengths, priced([bits_each] * len(lengths)), basis, **options)
+def plan(lengths: Sequence[int], bits_each: float = 1.0, inputs: PlanInputs = BASIS, **options: object) -> Plan:
+    return plan_write(lengths, priced([bits_each] * len(lengths)), inputs, **options)
 
 
 def ranges(plan: Plan) -> list[tuple[int, int]]:
@@ -106,10 +106,10 @@ def test_as_many_tokens_as_a_shard_holds_share_one_and_one_more_needs_two() -> N
 
 def test_a_shard_holds_as_much_as_the_adapted_modules_are_wide() -> None:
     lengths = [10] * 200
-    narrow, wide = Basis(960, 2), Basis(2112, 2)
+    narrow, wide = PlanInputs(960, 2), PlanInputs(2112, 2)
     assert narrow.size.width == 480
-    assert [len(plan(lengths, basis=basis).shards) for basis in (narrow, wide)] == [
-        math.ceil(200 * 11 / basis.size.shard_tokens()) for basis in (narrow, wide)
+    assert [len(plan(lengths, inputs=inputs).shards) for inputs in (narrow, wide)] == [
+        math.ceil(200 * 11 / inputs.size.shard_tokens()) for inputs in (narrow, wide)
     ]
     assert wide.size.shard_tokens() == round(FILL * 1056)
 
@@ -199,17 +199,17 @@ def test_a_plan_without_a_boundary_says_that_it_guesses() -> None:
 
 
 def test_the_goal_small_begins_where_one_write_of_ten_certifies_and_fast_where_nine_do() -> None:
-    basis = dataclasses.replace(BASIS, boundary=BOUNDARY)
+    inputs = dataclasses.replace(BASIS, boundary=BOUNDARY)
     for cost, rank in ((1000.0, 2), (860.0, 1), (870.0, 2), (10_000.0, 12), (1.0, 1)):
         # odds of one ninth: 2 / √3 = 1.1547 parameters per bit
         assert rank == max(1, math.ceil(2 / math.sqrt(3) * cost / PARAMETERS))
-        [shard] = plan([500], cost, basis, goal="small").shards
+        [shard] = plan([500], cost, inputs, goal="small").shards
         assert shard.rank == rank == BOUNDARY.rank_for_success(500, cost, PARAMETERS, 0.1)
         assert shard.success is not None and shard.success >= 0.1
     half = PARAMETERS // (2 * BASIS.matrices)
     for needed in (half + 1, half + 2):  # more than half the width: what is needed decides
         cost = (needed - 0.5) * PARAMETERS / (2 * math.sqrt(3))
-        [shard] = plan([500], cost, basis).shards
+        [shard] = plan([500], cost, inputs).shards
         # odds of nine: 2√3 = 3.4641 parameters per bit
         assert shard.rank == math.ceil(2 * math.sqrt(3) * cost / PARAMETERS)
         assert shard.success is not None and shard.success >= 0.9
@@ -217,15 +217,15 @@ def test_the_goal_small_begins_where_one_write_of_ten_certifies_and_fast_where_n
 
 @given(cost=st.floats(0, 1e5))
 def test_the_goal_fast_never_takes_a_lower_rank_than_small(cost: float) -> None:
-    for basis in (BASIS, dataclasses.replace(BASIS, boundary=BOUNDARY)):
-        small, fast = (plan([500], cost, basis, goal=goal).shards[0].rank for goal in ("small", "fast"))
+    for inputs in (BASIS, dataclasses.replace(BASIS, boundary=BOUNDARY)):
+        small, fast = (plan([500], cost, inputs, goal=goal).shards[0].rank for goal in ("small", "fast"))
         assert fast >= small
 
 
 def test_the_chance_of_a_plan_is_that_of_all_its_shards_together() -> None:
     # Rank 2 for 1000 bits is even odds; for 500 bits twice as much, odds of 2⁴.
-    giant, basis = SHARD_TOKENS, dataclasses.replace(BASIS, boundary=BOUNDARY)
-    result = plan_write([giant, giant], priced([1000.0, 500.0]), basis, rank=2)
+    giant, inputs = SHARD_TOKENS, dataclasses.replace(BASIS, boundary=BOUNDARY)
+    result = plan_write([giant, giant], priced([1000.0, 500.0]), inputs, rank=2)
     assert [shard.success for shard in result.shards] == [pytest.approx(1 / 2), pytest.approx(16 / 17)]
     assert result.success == pytest.approx(8 / 17)
     assert result.calibrated
@@ -233,11 +233,11 @@ def test_the_chance_of_a_plan_is_that_of_all_its_shards_together() -> None:
 
 
 def test_a_boundary_that_is_asked_beyond_its_outcomes_says_so() -> None:
-    basis = dataclasses.replace(BASIS, boundary=dataclasses.replace(BOUNDARY, length_range=(100.0, 900.0)))
+    inputs = dataclasses.replace(BASIS, boundary=dataclasses.replace(BOUNDARY, length_range=(100.0, 900.0)))
     # 1000 bits get the least rank, 16: 16 parameters per bit, inside.
-    assert plan([500], 1000.0, basis).warnings == ()
+    assert plan([500], 1000.0, inputs).warnings == ()
     for length, cost in ((901, 1000.0), (500, 159.0)):  # too long; 100.6 parameters per bit
-        (warning,) = plan([length], cost, basis).warnings
+        (warning,) = plan([length], cost, inputs).warnings
         assert "extrapolated" in warning
 
 
@@ -303,10 +303,10 @@ def test_a_predicted_loss_is_never_below_zero() -> None:
 
 
 def test_a_law_that_is_asked_beyond_its_runs_says_so() -> None:
-    basis = dataclasses.replace(BASIS, boundary=BOUNDARY, law=LAW)
+    inputs = dataclasses.replace(BASIS, boundary=BOUNDARY, law=LAW)
     # 1000 bits get rank 16, where the boundary was measured; the law's rank is 8 at 400 tokens and 83 at 4000.
-    assert plan([400], 1000.0, basis).warnings == ()
-    (warning,) = plan([4000], 1000.0, basis).warnings
+    assert plan([400], 1000.0, inputs).warnings == ()
+    (warning,) = plan([4000], 1000.0, inputs).warnings
     assert "law's ranks lie outside" in warning
 
 
@@ -315,8 +315,8 @@ def test_each_laws_rank_is_judged_at_the_length_of_its_own_shard() -> None:
     def price(first: int, last: int) -> Price:
         return Price(1000.0, 1.5 if first == 0 else 6.0)
 
-    basis = dataclasses.replace(BASIS, boundary=BOUNDARY, law=LAW)
-    result = plan_groups([1, 1], [4000, 400], price, basis)
+    inputs = dataclasses.replace(BASIS, boundary=BOUNDARY, law=LAW)
+    result = plan_groups([1, 1], [4000, 400], price, inputs)
     assert [shard.law_rank is None for shard in result.shards] == [True, False]
     assert result.warnings == ()
 
@@ -331,14 +331,14 @@ def test_the_size_is_four_bytes_a_parameter_and_what_stands_beside_them() -> Non
 
 def test_the_time_is_visits_times_tokens_times_what_one_takes_here() -> None:
     # 100 bits on 4000 parameters are 1/40 bit each: 20 · √(1/40) visits of 100 tokens at 2 ms.
-    basis = dataclasses.replace(BASIS, pace=Pace(20.0, 0.5, 9), seconds_per_visit=0.002)
-    [shard] = plan([50, 50], 50.0, basis, rank=4).shards
+    inputs = dataclasses.replace(BASIS, pace=Pace(20.0, 0.5, 9), seconds_per_visit=0.002)
+    [shard] = plan([50, 50], 50.0, inputs, rank=4).shards
     assert shard.training_s == pytest.approx(20 * math.sqrt(1 / 40) * 100 * 0.002)
-    assert plan([SHARD_TOKENS] * 2, 50.0, basis, rank=4).training_s == pytest.approx(
+    assert plan([SHARD_TOKENS] * 2, 50.0, inputs, rank=4).training_s == pytest.approx(
         2 * 20 * math.sqrt(50 / 4000) * SHARD_TOKENS * 0.002
     )
     for missing in ({"pace": None}, {"seconds_per_visit": None}):
-        assert plan([250], 50.0, dataclasses.replace(basis, **missing)).training_s is None
+        assert plan([250], 50.0, dataclasses.replace(inputs, **missing)).training_s is None
 
 
 # --- limits
@@ -406,9 +406,9 @@ def test_cutting_again_ends_and_keeps_every_record_once_in_order(
     records: list[tuple[int, float]], highest: int, goal: str, calibrated: bool, data: st.DataObject
 ) -> None:
     lengths, costs = [length for length, _ in records], [cost for _, cost in records]
-    basis = dataclasses.replace(BASIS, boundary=BOUNDARY if calibrated else None)
+    inputs = dataclasses.replace(BASIS, boundary=BOUNDARY if calibrated else None)
     rank = data.draw(st.none() | st.integers(1, highest))
-    result = plan_write(lengths, priced(costs), basis, goal=goal, rank=rank, limits=RankLimits(highest))
+    result = plan_write(lengths, priced(costs), inputs, goal=goal, rank=rank, limits=RankLimits(highest))
     assert held(result) == list(range(len(records)))
     for shard in result.shards:
         assert 1 <= shard.rank <= highest
@@ -424,8 +424,8 @@ def test_cutting_again_ends_and_keeps_every_record_once_in_order(
 def test_a_value_that_costs_more_never_gets_a_lower_rank(
     cost: float, factor: float, calibrated: bool, goal: str
 ) -> None:
-    basis, limits = dataclasses.replace(BASIS, boundary=BOUNDARY if calibrated else None), RankLimits(10**6)
-    less, more = (plan([500], bits, basis, goal=goal, limits=limits).shards[0] for bits in (cost, cost * factor))
+    inputs, limits = dataclasses.replace(BASIS, boundary=BOUNDARY if calibrated else None), RankLimits(10**6)
+    less, more = (plan([500], bits, inputs, goal=goal, limits=limits).shards[0] for bits in (cost, cost * factor))
     assert less.rank <= more.rank
     assert less.optimistic_rank <= more.optimistic_rank
 
@@ -490,7 +490,7 @@ def test_an_unknown_goal_is_refused() -> None:
 
 # --- one adapter
 
-NARROW = Basis(PARAMETERS, matrices=2)  # a single module
+NARROW = PlanInputs(PARAMETERS, matrices=2)  # a single module
 WIDER = dataclasses.replace(NARROW, above=(Size(3000, 6), Size(9000, 28)))
 HELD_RECORDS = NARROW.size.shard_tokens() // 11  # of ten tokens
 
@@ -498,22 +498,22 @@ HELD_RECORDS = NARROW.size.shard_tokens() // 11  # of ten tokens
 def test_one_adapter_holds_all_records_whatever_a_shard_would_hold() -> None:
     lengths = [10] * (2 * HELD_RECORDS)
     assert len(plan(lengths).shards) > 1
-    whole = plan(lengths, basis=NARROW, one_adapter=True)
+    whole = plan(lengths, inputs=NARROW, one_adapter=True)
     assert ranges(whole) == [(0, len(lengths))]
     assert whole.one_adapter
     assert plan([], one_adapter=True).shards == ()
 
 
 def test_one_adapter_begins_where_its_tokens_and_its_rank_fit() -> None:
-    few, more = plan([10] * HELD_RECORDS, basis=WIDER, one_adapter=True), [10] * (HELD_RECORDS + 1)
+    few, more = plan([10] * HELD_RECORDS, inputs=WIDER, one_adapter=True), [10] * (HELD_RECORDS + 1)
     assert [shard.rung for shard in few.shards] == [0]
-    [shard] = plan(more, basis=WIDER, one_adapter=True).shards
+    [shard] = plan(more, inputs=WIDER, one_adapter=True).shards
     assert (shard.rung, shard.parameters) == (1, 3000 * shard.rank)
-    [shard] = plan([5], 50.0 * PARAMETERS, basis=WIDER, one_adapter=True, limits=RankLimits(20)).shards
+    [shard] = plan([5], 50.0 * PARAMETERS, inputs=WIDER, one_adapter=True, limits=RankLimits(20)).shards
     assert (shard.rung, shard.parameters) == (1, 3000 * shard.rank)
-    [shard] = plan([5], 100.0 * PARAMETERS, basis=WIDER, one_adapter=True, limits=RankLimits(20)).shards
+    [shard] = plan([5], 100.0 * PARAMETERS, inputs=WIDER, one_adapter=True, limits=RankLimits(20)).shards
     assert shard.rung == 2
-    assert plan(more, basis=NARROW, one_adapter=True).shards[0].rung == 0  # where no other placement is known
+    assert plan(more, inputs=NARROW, one_adapter=True).shards[0].rung == 0  # where no other placement is known
     assert plan(more, one_adapter=True).shards[0].rung == 0  # several modules are not bounded by their width
 
 
@@ -528,9 +528,9 @@ def test_above_the_first_placement_nothing_is_known_of_success_and_time() -> Non
 
 def test_one_adapter_is_refused_only_by_the_placement_that_holds_most() -> None:
     bits = 3.6 * PARAMETERS * 8
-    assert plan([5], 8.9 * bits, basis=WIDER, one_adapter=True, limits=RankLimits(8)).shards[0].rung == 2
+    assert plan([5], 8.9 * bits, inputs=WIDER, one_adapter=True, limits=RankLimits(8)).shards[0].rung == 2
     with pytest.raises(DoesNotFit, match="into one adapter of rank 8"):
-        plan([5], 9.1 * bits, basis=WIDER, one_adapter=True, limits=RankLimits(8))
+        plan([5], 9.1 * bits, inputs=WIDER, one_adapter=True, limits=RankLimits(8))
 
 
 def test_a_plan_for_one_adapter_has_one_for_each_group_and_survives_json() -> None:

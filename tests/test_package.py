@@ -37,7 +37,6 @@ def test_the_public_names_are_these() -> None:
     assert loramem.__all__ == [
         "AdapterCheck",
         "BaseModel",
-        "Basis",
         "ChatKeys",
         "CompactChoice",
         "CompactReport",
@@ -59,6 +58,7 @@ def test_the_public_names_are_these() -> None:
         "Outcome",
         "PendingWrite",
         "Plan",
+        "PlanInputs",
         "ProgressCallback",
         "PushPlan",
         "PushReport",

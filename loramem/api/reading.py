@@ -19,7 +19,7 @@ from loramem.index.index import Index
 from loramem.index.rows import Located, PendingWrite, StoredAdapter, StoredRecord, hidden_names
 from loramem.index.temporary_table import TemporaryTable
 from loramem.planning.limits import ANY_RANK, GoalName, RankLimits, check_request
-from loramem.planning.plan import Basis, Plan
+from loramem.planning.plan import Plan, PlanInputs
 from loramem.records.outcome import Outcome
 from loramem.records.record import RecordLike, as_records
 from loramem.results import (
@@ -185,10 +185,10 @@ class Memory:
             request = WriteRequest(goal, rank, one_adapter=one_adapter)
             return self._session.planner.plan(encoded, request, limits, kind)
 
-    def basis(self, kind: str | None = None) -> Basis:
+    def plan_inputs(self, kind: str | None = None) -> PlanInputs:
         """What plans for this store rest on: success boundary, pace, and the law of a kind of data."""
         with self._turn():
-            return self._session.planner.basis(None, 0, kind, self._index.outcomes())
+            return self._session.planner.plan_inputs(None, 0, kind, self._index.outcomes())
 
     def outcomes(self) -> list[Outcome]:
         """What the writes to this store came to at their first rank, oldest first."""

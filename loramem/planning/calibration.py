@@ -20,7 +20,7 @@ from loramem.models.shard_sizes import Size
 from loramem.planning import law_fit, success, visits
 from loramem.planning.law import MemoryLaw
 from loramem.planning.limits import ANY_RANK, GoalName, RankLimits
-from loramem.planning.plan import Basis, Plan, Price, plan_write
+from loramem.planning.plan import Plan, PlanInputs, Price, plan_write
 from loramem.planning.runs import Run
 from loramem.planning.success import SuccessBoundary
 from loramem.planning.visits import Pace
@@ -183,7 +183,7 @@ def _mean(length: int, runs: Sequence[Run]) -> Sample:
     return Sample(length, mean(run.base_loss for run in runs), mean(run.cost_bits for run in runs))
 
 
-def basis(
+def plan_inputs(
     known: Calibration | None,
     place: Place,
     parameters_per_rank: int,
@@ -191,7 +191,7 @@ def basis(
     outcomes: Sequence[Outcome] = (),
     seconds_per_visit: float | None = None,
     above: Sequence[Size] = (),
-) -> Basis:
+) -> PlanInputs:
     """What a plan at a placement rests on.
 
     Args:
@@ -205,7 +205,7 @@ def basis(
         placed = _placed(place, parameters_per_rank, [*placed.outcomes, *outcomes])
     modules, layers = place
     alike = visits.fit([outcome for outcome in placed.outcomes if outcome.kind == kind])
-    return Basis(
+    return PlanInputs(
         parameters_per_rank,
         2 * len(modules) * len(layers),
         placed.boundary,
@@ -219,7 +219,7 @@ def basis(
 
 def plan_length(
     samples: KindSamples,
-    basis: Basis,
+    inputs: PlanInputs,
     length: int,
     records: int,
     *,
@@ -240,7 +240,7 @@ def plan_length(
         base_loss, cost_bits = samples.at(sum(lengths[first:last]))
         return Price(cost_bits, base_loss)
 
-    return plan_write(lengths, price, basis, goal=goal, rank=rank, limits=limits, one_adapter=one_adapter)
+    return plan_write(lengths, price, inputs, goal=goal, rank=rank, limits=limits, one_adapter=one_adapter)
 
 
 def nearest_kind(known: Calibration, cost_bits: float, length: int) -> str | None:

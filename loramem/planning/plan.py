@@ -33,7 +33,7 @@ WIDEST = 1024  # times the law's rank: the end of the search for its interval
 
 
 @dataclass(frozen=True)
-class Basis:
+class PlanInputs:
     """What a plan rests on: the placement's size and, as far as they are known, its law, boundary and pace."""
 
     parameters_per_rank: int
@@ -157,7 +157,7 @@ class Plan:
 def plan_write(
     lengths: Sequence[int],
     price: Callable[[int, int], Price],
-    basis: Basis,
+    inputs: PlanInputs,
     *,
     goal: GoalName = "fast",
     rank: int | None = None,
@@ -182,13 +182,13 @@ def plan_write(
     """
     check_request(goal, rank, limits)
     if one_adapter:
-        return _one_adapter(lengths, price, basis, goal, rank, limits)
+        return _one_adapter(lengths, price, inputs, goal, rank, limits)
     least, tokens = 1, [length + 1 for length in lengths]
     while True:
-        ranges = cut(tokens, basis.size.shard_tokens(), least)
+        ranges = cut(tokens, inputs.size.shard_tokens(), least)
         prices = [price(first, last) for first, last in ranges]
         needed = [
-            _needed(part.cost_bits, sum(lengths[a:b]), basis, goal, rank)
+            _needed(part.cost_bits, sum(lengths[a:b]), inputs, goal, rank)
             for part, (a, b) in zip(prices, ranges, strict=True)
         ]
         wide = [need for need, (a, b) in zip(needed, ranges, strict=True) if need > limits.most and b - a > 1]
@@ -197,17 +197,17 @@ def plan_write(
         least = max(least, len(ranges))  # short records before a long one may stay together for some rounds
         least = max(least + 1, math.ceil(least * min(max(wide) / limits.most, 4)))
     shards = [
-        _shard(first, last - first, sum(lengths[first:last]), part, need, basis, goal, rank, limits)
+        _shard(first, last - first, sum(lengths[first:last]), part, need, inputs, goal, rank, limits)
         for (first, last), part, need in zip(ranges, prices, needed, strict=True)
     ]
-    return Plan(goal, tuple(shards), basis.boundary is not None, basis.kind, _warnings(shards, basis))
+    return Plan(goal, tuple(shards), inputs.boundary is not None, inputs.kind, _warnings(shards, inputs))
 
 
 def plan_groups(
     sizes: Sequence[int],
     lengths: Sequence[int],
     price: Callable[[int, int], Price],
-    basis: Basis,
+    inputs: PlanInputs,
     *,
     goal: GoalName = "fast",
     rank: int | None = None,
@@ -215,7 +215,7 @@ def plan_groups(
     one_adapter: bool = False,
 ) -> Plan:
     """`plan_write` for consecutive groups of so many records, no two of them in one shard."""
-    plan_part = partial(plan_write, basis=basis, goal=goal, rank=rank, limits=limits, one_adapter=one_adapter)
+    plan_part = partial(plan_write, inputs=inputs, goal=goal, rank=rank, limits=limits, one_adapter=one_adapter)
     plan, start = plan_part((), price), 0
     for size in sizes:
         part = plan_part(lengths[start : start + size], partial(_shifted, price, start))
@@ -233,18 +233,21 @@ def _shifted(price: Callable[[int, int], Price], by: int, first: int, last: int)
 def _one_adapter(
     lengths: Sequence[int],
     price: Callable[[int, int], Price],
-    basis: Basis,
+    inputs: PlanInputs,
     goal: GoalName,
     rank: int | None,
     limits: RankLimits,
 ) -> Plan:
     """All records in one shard, at the first placement whose features and ranks hold them, or else the last."""
-    plan = Plan(goal, (), basis.boundary is not None, basis.kind, _warnings((), basis), one_adapter=True)
+    plan = Plan(goal, (), inputs.boundary is not None, inputs.kind, _warnings((), inputs), one_adapter=True)
     if not lengths:
         return plan
     whole, length = price(0, len(lengths)), sum(lengths)
     # What is known of writes is known of the first placement alone.
-    placements = [basis, *(Basis(size.parameters_per_rank, size.matrices, kind=basis.kind) for size in basis.above)]
+    placements = [
+        inputs,
+        *(PlanInputs(size.parameters_per_rank, size.matrices, kind=inputs.kind) for size in inputs.above),
+    ]
     tried = [
         (rung, there, _needed(whole.cost_bits, length, there, goal, rank)) for rung, there in enumerate(placements)
     ]
@@ -283,17 +286,17 @@ def law_rank(law: MemoryLaw, base_loss: float, length: float) -> LawRank | None:
     return LawRank(rank, low=reaches(1, 0.5), high=reaches(0, 2.0))
 
 
-def _needed(cost_bits: float, length: int, basis: Basis, goal: GoalName, rank: int | None) -> int:
+def _needed(cost_bits: float, length: int, inputs: PlanInputs, goal: GoalName, rank: int | None) -> int:
     """The least rank worth trying; the least that can hold it at all if the rank is given."""
-    least = math.ceil(cost_bits / (MOST_BITS * basis.parameters_per_rank))
+    least = math.ceil(cost_bits / (MOST_BITS * inputs.parameters_per_rank))
     if rank is not None:
         return least
-    if basis.boundary is not None:
-        wanted = basis.boundary.rank_for_success(
-            length, cost_bits, basis.parameters_per_rank, GOALS[goal].probability, basis.kind
+    if inputs.boundary is not None:
+        wanted = inputs.boundary.rank_for_success(
+            length, cost_bits, inputs.parameters_per_rank, GOALS[goal].probability, inputs.kind
         )
         return max(least, wanted)
-    return math.ceil(cost_bits / (GOALS["small"].density * basis.parameters_per_rank))
+    return math.ceil(cost_bits / (GOALS["small"].density * inputs.parameters_per_rank))
 
 
 def _shard(
@@ -302,12 +305,12 @@ def _shard(
     length: int,
     price: Price,
     needed: int,
-    basis: Basis,
+    inputs: PlanInputs,
     goal: GoalName,
     rank: int | None,
     limits: RankLimits,
 ) -> ShardPlan:
-    per_rank, cost = basis.parameters_per_rank, price.cost_bits
+    per_rank, cost = inputs.parameters_per_rank, price.cost_bits
     if cost > MOST_BITS * per_rank * limits.most:
         raise DoesNotFit(
             f"Values that cost {cost:,.0f} bits do not fit into one adapter of rank {limits.most}, which holds at most "
@@ -319,11 +322,11 @@ def _shard(
     aim = GOALS[goal]
     wanted = max(needed, aim.min_rank)
     if aim.spends:
-        wanted = max(wanted, min(math.ceil(cost / (aim.density * per_rank)), int(basis.size.width / 2)))
+        wanted = max(wanted, min(math.ceil(cost / (aim.density * per_rank)), int(inputs.size.width / 2)))
     chosen = rank or limits.at_least(max(wanted, 1))
     parameters = chosen * per_rank
-    reduction = basis.law.predict(chosen, length) if basis.law else None
-    visits = basis.pace.visits(parameters, cost) if basis.pace else None
+    reduction = inputs.law.predict(chosen, length) if inputs.law else None
+    visits = inputs.pace.visits(parameters, cost) if inputs.pace else None
     return ShardPlan(
         first=first,
         records=records,
@@ -331,27 +334,27 @@ def _shard(
         cost_bits=cost,
         rank=chosen,
         parameters=parameters,
-        size_bytes=4 * parameters + MATRIX_BYTES * basis.matrices + ADAPTER_BYTES,
+        size_bytes=4 * parameters + MATRIX_BYTES * inputs.matrices + ADAPTER_BYTES,
         base_loss=price.base_loss,
         final_loss=None if reduction is None else max(0.0, price.base_loss - reduction),
-        success=basis.boundary.probability(parameters, cost, length, basis.kind) if basis.boundary else None,
-        training_s=visits * length * basis.seconds_per_visit if visits and basis.seconds_per_visit else None,
+        success=inputs.boundary.probability(parameters, cost, length, inputs.kind) if inputs.boundary else None,
+        training_s=visits * length * inputs.seconds_per_visit if visits and inputs.seconds_per_visit else None,
         optimistic_rank=max(1, math.ceil(cost / (OPTIMISTIC_BITS * per_rank))),
-        law_rank=law_rank(basis.law, price.base_loss, length) if basis.law else None,
+        law_rank=law_rank(inputs.law, price.base_loss, length) if inputs.law else None,
     )
 
 
-def _warnings(shards: Sequence[ShardPlan], basis: Basis) -> tuple[str, ...]:
+def _warnings(shards: Sequence[ShardPlan], inputs: PlanInputs) -> tuple[str, ...]:
     said = []
-    if basis.boundary is None:
+    if inputs.boundary is None:
         said.append(
             "This base model is uncalibrated at this placement: ranks are a cautious guess from the values' cost."
         )
-    elif any(basis.boundary.extrapolates(shard.parameters, shard.cost_bits, shard.length) for shard in shards):
+    elif any(inputs.boundary.extrapolates(shard.parameters, shard.cost_bits, shard.length) for shard in shards):
         said.append(
             "No measured write had as many parameters per bit, or as few or many tokens: success is extrapolated."
         )
     found = [(shard.law_rank.rank, shard.length) for shard in shards if shard.law_rank]
-    if basis.law and any(basis.law.extrapolates(law_rank, length) for law_rank, length in found):
+    if inputs.law and any(inputs.law.extrapolates(law_rank, length) for law_rank, length in found):
         said.append("The law's ranks lie outside the ranks or lengths that were measured.")
     return tuple(said)

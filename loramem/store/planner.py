@@ -22,7 +22,7 @@ from loramem.models.shard_sizes import cut_groups
 from loramem.planning import calibration, timings
 from loramem.planning.cost import costs_bits
 from loramem.planning.limits import RankLimits
-from loramem.planning.plan import Basis, Plan, Price, plan_groups
+from loramem.planning.plan import Plan, PlanInputs, Price, plan_groups
 from loramem.records.outcome import Outcome
 from loramem.records.prompts import EncodedRecord, encode_records
 from loramem.records.record import Record, deduplicate
@@ -143,20 +143,20 @@ class Planner:
 
         learnt = [] if as_new else self.index.outcomes()
         whole = price(0, len(encoded)) if encoded else None
-        basis = self.basis(whole, sum(map(len, values)), kind, learnt)
+        inputs = self.plan_inputs(whole, sum(map(len, values)), kind, learnt)
         lengths = [len(value) for value in values]
         return plan_groups(
             sizes,
             lengths,
             price,
-            basis,
+            inputs,
             goal=request.goal,
             rank=request.rank,
             limits=limits or request.limits,
             one_adapter=request.one_adapter,
         )
 
-    def basis(self, price: Price | None, length: int, kind: str | None, learnt: Sequence[Outcome]) -> Basis:
+    def plan_inputs(self, price: Price | None, length: int, kind: str | None, learnt: Sequence[Outcome]) -> PlanInputs:
         """What a plan rests on: what is known of the base model and what this store's writes taught.
 
         Args:
@@ -168,7 +168,7 @@ class Planner:
         known = calibration.load(weights)
         if kind is None and known is not None and price is not None:
             kind = calibration.nearest_kind(known, price.cost_bits, length)
-        return calibration.basis(
+        return calibration.plan_inputs(
             known,
             place,
             self.placement.parameters_per_rank(model),
