@@ -234,8 +234,8 @@ def test_a_length_is_planned_for_the_base_model_of_the_store_and_with_what_its_w
     known(base.name, weights, *place).save(cached(weights))
     monkeypatch.setattr("loramem.models.base_model.load_base_model", no_base_model)
     asked: list[object] = []
-    whole = calibration.inputs
-    monkeypatch.setattr(calibration, "inputs", lambda *args: asked.append(args[4]) or whole(*args))
+    whole = calibration.plan_inputs
+    monkeypatch.setattr(calibration, "plan_inputs", lambda *args: asked.append(args[4]) or whole(*args))
     arguments = ["--model", str(base.resolve())] if named else []
     assert run(["capacity", "--length", "400", "--store", str(store), "--json", *arguments]) == 0
     assert json.loads(capsys.readouterr().out)["base_model"] == base.name

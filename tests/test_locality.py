@@ -125,7 +125,7 @@ def test_a_tiny_cell_changes_nothing_routed_and_something_unrouted(result: dict)
 
 
 def test_an_adapter_that_stayed_active_would_show(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(AdaptedModel, "rest", lambda _: None)
+    monkeypatch.setattr(AdaptedModel, "deactivate", lambda _: None)
     routed = [text["routed"] for text in locality.run(cell(base))["texts"].values()]
     assert not any(one["identical"] for one in routed)
     assert min(one["kl_max"] for one in routed) > 0

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loramem import WriterSettings
-from loramem.errors import UnknownChoice
+from loramem.errors import StoreFormatError, UnknownChoice
 from loramem.index.index import Index
 from loramem.index.rows import RENAMED, Ended
 from loramem.records.record import Record
@@ -68,7 +68,7 @@ def test_a_journal_without_newer_names_and_with_retired_settings_is_read(
     fields: dict[str, Any], expected: WriteRequest
 ) -> None:
     assert WriteRequest.from_json({**fields, "settings": OLD}) == expected
-    with pytest.raises(TypeError, match="unknown"):
+    with pytest.raises(StoreFormatError, match="unknown"):
         WriteRequest.from_json({**fields, "settings": {**OLD, "unknown": 1}})
 
 
