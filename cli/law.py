@@ -23,7 +23,6 @@ LAST_WRITES = 10
 @click.option("--modules", help="Only this placement, such as down_proj.")
 @click.option("--layers", help="Only these decoder layers, such as 4,5.")
 @click.option("--model", envvar="LORAMEM_MODEL", show_envvar=True, help="Only this base model.")
-@click.option("--combined", is_flag=True, help="Also one law for all mixtures of text and random tokens.")
 @click.option("--points", is_flag=True, help="Also every point with its residual.")
 @click.option("--plot", type=options.OutputPath(path_type=Path), help="Draw the one law chosen: .png, .svg or .pdf.")
 @options.runs_option
@@ -34,7 +33,6 @@ def command(
     modules: str | None,
     layers: str | None,
     model: str | None,
-    combined: bool,
     points: bool,
     plot: Path | None,
     runs: Path | None,
@@ -70,8 +68,6 @@ def command(
         (one,) = laws
         draw_law(one.runs, one.law, one.name, plot)
     if not as_json:
-        if combined:
-            _show_joint(found)
         _show_boundaries(found)
         if (store / "store.json").exists():
             _show_writes(store)
@@ -114,18 +110,6 @@ def _point_row(run: "Run", law: "MemoryLaw") -> tuple[str, ...]:
         "saturated" if run.saturated else f"{measured - predicted:+.3f}",
         f"{100 * run.ordered:.1f}",
     )
-
-
-def _show_joint(runs: "list[Run]") -> None:
-    """What C, α and β are when all mixtures of a base model and placement share them."""
-    from loramem.planning.law_tables import JOINT_COLUMNS, joint_rows
-
-    rows, remarks = joint_rows(runs)
-    for remark in remarks:
-        note(remark)
-    if rows:
-        click.echo("\nOne law for all mixtures, b by kind\n")
-        print_markdown(JOINT_COLUMNS, rows)
 
 
 def _show_boundaries(runs: "list[Run]") -> None:

@@ -100,18 +100,6 @@ def test_a_store_says_what_its_writes_taught(runs: Path, base: Path, tmp_path: P
     assert f"| 4 | 6 | {cost} | yes | - |" in shown
 
 
-def test_mixtures_share_all_but_b(runs: Path, tmp_path: Path, capsys) -> None:
-    for rank in (1, 2, 4, 8):
-        for length in (200, 400, 800):
-            run = replace(
-                RUN, kind="mixed", rank=rank, length=length, base_loss=9.0, parameters=rank, bits=5.0 * length
-            )
-            append_run(runs, replace(run, final_loss=9.0 - reduction(rank, length) - 1.5))
-    shown = law(capsys, "--runs", str(runs), "--store", str(tmp_path / "none"), "--combined")
-    joint = "| 9 | 0.400 | 0.300 | random -0.200, text -0.200, mixed 1.300 | 1.0000 | 0.0 |"
-    assert f"| down_proj of layers 4, tiny {joint}" in shown
-
-
 def test_shipped_runs_are_shown_without_a_file(tmp_path: Path, capsys) -> None:
     laws = json.loads(law(capsys, "--json", "--store", str(tmp_path / "none"), "--model", "loramem-tiny"))
     assert {"random", "phonebook", "text", "mixed"} <= {entry["name"].partition(",")[0] for entry in laws}

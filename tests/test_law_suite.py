@@ -9,7 +9,7 @@ from scipy.stats import t as student_t
 
 from loramem.errors import InputError
 from loramem.planning import calibrate
-from loramem.planning.law_tables import FittedRuns, fit_groups, joint_rows
+from loramem.planning.law_tables import FittedRuns, fit_groups
 from loramem.planning.runs import Run, append_run, read_runs, shipped_file
 from loramem.suites import memory_law
 from loramem.suites.figures import HeatMap, Plot
@@ -114,12 +114,10 @@ def test_a_kind_has_its_law_beside_the_published_fits() -> None:
     assert len(table.notes) == 2  # nothing is said of a combination that nobody asked for
 
 
-def test_mixtures_are_combined_with_one_b_and_with_one_for_each() -> None:
+def test_mixtures_are_combined_with_one_b() -> None:
     table = memory_law.table(lines(*made("random"), *made("text", 1.5), shipped=True))
     rows = {row[0].rpartition(", o_proj")[0]: dict(zip(table.columns, row, strict=True)) for row in table.rows}
-    assert set(rows) == {"random", "text", "mixtures, one b", "mixtures, b by kind"}
-    assert rows["mixtures, b by kind"]["R²"] == "1.0000"
-    assert rows["mixtures, b by kind"]["b"] == "random 0.000, text 1.500"
+    assert set(rows) == {"random", "text", "mixtures, one b"}
     assert float(rows["mixtures, one b"]["R²"]) < 0.5
     assert rows["mixtures, one b"]["R², Qwen"] == "0.983"
     assert table.notes[0].startswith("0 runs were made here; 20 ship")
@@ -156,9 +154,6 @@ def test_groups_without_a_law_say_why() -> None:
     fitted, remarks = fit_groups([("few", made("random")[:2]), ("enough", made("text"))])
     assert [one.name for one in fitted] == ["enough"]
     assert any(remark.startswith("few: ") for remark in remarks)
-    rows, (remark,) = joint_rows(made("random"))
-    assert rows == []
-    assert "needs two kinds" in remark
 
 
 def test_what_lies_beyond_half_the_lengths_is_predicted_where_it_can_be() -> None:

@@ -5,17 +5,15 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from loramem.errors import LawError
-from loramem.planning.joint_law import fit_joint
 from loramem.planning.law import MemoryLaw, Point
 from loramem.planning.law_fit import Agreement, HeldOut, fit, held_out, means_agreement
-from loramem.planning.runs import MIXTURES, Run, place_name
+from loramem.planning.runs import Run
 
 LAW_COLUMNS = (
     *("runs", "C", "α", "β", "b", "R²", "MAPE %", "MAPE % beyond half the lengths"),
     *("R² of means", "MAPE % of means", "of means beyond half", "points", "saturated"),
 )
 """The means are those over seeds, where a kind was measured with several."""
-JOINT_COLUMNS = ("runs", "C", "α", "β", "b", "R²", "MAPE %", "R² with one b", "points")
 
 
 @dataclass(frozen=True)
@@ -80,25 +78,3 @@ def fit_groups(groups: Iterable[tuple[str, Sequence[Run]]]) -> tuple[list[Fitted
         except LawError as error:
             remarks.append(f"{name}: {error}")
     return fitted, remarks + [f"{one.name}: {warning}" for one in fitted for warning in one.law.warnings]
-
-
-def joint_rows(runs: Iterable[Run]) -> tuple[list[tuple[str, ...]], list[str]]:
-    """What C, α and β are when all mixtures of a base model and placement share them, under `JOINT_COLUMNS`; and why
-    other groups have no such law."""
-    groups: dict[str, dict[str, list[Point]]] = {}
-    for run in runs:
-        if run.for_law and run.kind in MIXTURES:
-            groups.setdefault(place_name(run), {}).setdefault(run.kind, []).append(run.point)
-    rows, remarks = list[tuple[str, ...]](), list[str]()
-    for name, kinds in groups.items():
-        try:
-            law = fit_joint(kinds)
-        except LawError as error:
-            remarks.append(f"{name}: {error}")
-            continue
-        offsets = ", ".join(f"{kind} {b:.3f}" for kind, b in law.b.items())
-        shared = (f"{law.C:.4g}", f"{law.alpha:.3f}", f"{law.beta:.3f}", offsets)
-        rows.append(
-            (name, *shared, f"{law.r_squared:.4f}", f"{law.mape:.1f}", f"{law.one_offset:.4f}", str(law.points))
-        )
-    return rows, remarks

@@ -13,7 +13,7 @@ from statistics import median
 from typing import Any
 
 from loramem.errors import ArgumentError, InputError
-from loramem.planning.law_tables import LAW_COLUMNS, FittedRuns, fit_groups, joint_rows
+from loramem.planning.law_tables import LAW_COLUMNS, FittedRuns, fit_groups
 from loramem.planning.runs import KINDS, MIXTURES, Run, by_kind, place_name, read_runs, shipped_file
 from loramem.suites.figures import Axis, HeatMap, Plot, Point, Series, point
 from loramem.suites.runner import Known, Result, SuiteOptions, Table, public_name
@@ -126,17 +126,12 @@ def run(cell: Cell) -> Result:
 def table(lines: Sequence[Mapping[str, Any]]) -> Table:
     """A law per kind and of all mixtures, the intervals of its constants, and what the paper has for it."""
     runs = _runs(lines)
-    mixtures = list(_mixtures(runs))
-    groups, remarks = fit_groups([*by_kind(runs), *mixtures])
+    groups, remarks = fit_groups([*by_kind(runs), *_mixtures(runs)])
     columns = (
         *(*LAW_COLUMNS[:5], "± C", "± α", "± β", "± b", *LAW_COLUMNS[5:]),
         *("R², Llama", "R², Qwen", "MAPE %, Llama", "MAPE %, Qwen"),
     )
     rows = [_row(one) for one in groups]
-    joint, why_not = joint_rows(run for _, members in mixtures for run in members)
-    for name, *constants, r_squared, mape, _, points in joint:
-        fitted = (*constants, *["-"] * 4, r_squared, mape, *["-"] * 4, points, "-")
-        rows.append((f"{MIXED}, b by kind, {name}", *fitted, *_published(PUBLISHED_COMBINED)))
     shipped = sum(line["result"]["shipped"] for line in lines)
     notes = (
         f"{len(lines) - shipped} runs were made here; {shipped} ship with the package, made by the same base, dtype, "
@@ -145,7 +140,7 @@ def table(lines: Sequence[Mapping[str, Any]]) -> Table:
         "end below 0.69 nats are saturated and not fitted, by the paper's rule. Last columns: the published fits for "
         f"Llama3.1-8B-Instruct and Qwen3-8B-Instruct (text: r0, mixed: r40, random: r100, {MIXED}: r0 to r100).",
     )
-    return Table(columns, tuple(rows), (*notes, *remarks, *why_not))
+    return Table(columns, tuple(rows), (*notes, *remarks))
 
 
 def _row(one: FittedRuns) -> tuple[str, ...]:
