@@ -5,8 +5,6 @@ import doctest
 import json
 import math
 import random
-import subprocess
-import sys
 from collections.abc import Sequence
 
 import pytest
@@ -205,12 +203,6 @@ def test_the_fit_is_the_best_of_its_neighbourhood() -> None:
             assert loss(*other) > loss(*best)
 
 
-def test_without_a_length_slope_lengths_are_alike() -> None:
-    boundary = fit(drawn(300), use_length=False)
-    assert boundary.length_exponent == 0
-    assert boundary.probability(5000, 2200.0, 100) == boundary.probability(5000, 2200.0, 10_000)
-
-
 def test_longer_is_never_easier_whatever_the_outcomes_say() -> None:
     easier = [
         *at_densities([1, 2, 3, 4, 5, 6], [False] * 6, length=200),
@@ -366,13 +358,3 @@ def test_cross_validation_needs_something_to_leave_out() -> None:
             reliability(drawn(50), **options)
     with pytest.raises(BoundaryError, match="4 outcomes are too few"):
         reliability(drawn(5))
-
-
-def test_a_fitted_boundary_is_asked_without_numpy_scipy_or_torch() -> None:
-    code = (
-        "import sys\nfrom loramem.planning.success import SuccessBoundary\n"
-        "boundary = SuccessBoundary.from_json(sys.argv[1])\n"
-        "boundary.probability(4000, 2000.0, 1000), boundary.rank_for_success(1000, 2000.0, 500), boundary.to_json()\n"
-        "assert not {'numpy', 'scipy', 'torch'} & set(sys.modules)"
-    )
-    subprocess.run([sys.executable, "-c", code, SOME.to_json()], check=True)

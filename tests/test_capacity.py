@@ -11,39 +11,18 @@ from hypothesis import strategies as st
 
 from loramem.errors import DoesNotFit
 from loramem.models.shard_sizes import FILL, Size, cut
-from loramem.planning.law import MemoryLaw
 from loramem.planning.law_fit import SATURATED
 from loramem.planning.limits import GOALS, RankLimits
 from loramem.planning.plan import Plan, PlanInputs, Price, law_rank, plan_groups, plan_write
-from loramem.planning.success import SuccessBoundary
 from loramem.planning.visits import Pace
 from loramem.training.settings import MAX_RANK
+
+from .planning_samples import BOUNDARY, LAW, STUDENT_T
 
 PARAMETERS = 1000  # per rank
 BASIS = PlanInputs(PARAMETERS, matrices=8)
 SHARD_TOKENS = BASIS.size.shard_tokens() - 1  # of one record, beside its end token
 SHARD_RECORDS = BASIS.size.shard_tokens() // 2  # of one token and the end token
-# Even odds at two parameters per bit of cost, whatever the length; odds of 9 at 2 · 9^(1/4) = 2√3 parameters per bit.
-BOUNDARY = SuccessBoundary(
-    2.0, 0.0, 4.0, kind_needs={}, outcomes=20, certified=10, density_range=(0.1, 100.0), length_range=(1.0, 1e6)
-)
-# ΔL = 30 · √r / √ℓ + 1 with intervals of ± t · σ; t is 2.0150 for 90 % at 9 − 4 degrees of freedom.
-LAW = MemoryLaw(
-    C=30.0,
-    alpha=0.5,
-    beta=0.5,
-    b=1.0,
-    r_squared=0.99,
-    mape=3.0,
-    covariance=((0.0,) * 4,) * 4,
-    sigma=0.1,
-    points=9,
-    dropped=0,
-    rank_range=(1.0, 16.0),
-    length_range=(100.0, 900.0),
-    reduction_range=(1.0, 20.0),
-)
-STUDENT_T = 2.0150
 
 
 def priced(costs: Sequence[float], base_loss: float = 6.0) -> Callable[[int, int], Price]:

@@ -14,37 +14,16 @@ from loramem_cli.main import run
 from loramem import MemoryStore
 from loramem.planning import calibration, plan, timings
 from loramem.planning.calibration import Calibration, KindSamples, PlacedBoundary, PlacedLaw, Sample, cached
-from loramem.planning.law import MemoryLaw
-from loramem.planning.success import SuccessBoundary
 from loramem.planning.visits import Pace
 from loramem.records.outcome import Outcome
 
 from .conftest import numbers
+from .planning_samples import BOUNDARY, LAW
 
 WEIGHTS = "0123456789ab"
 SHIPPED = calibration.SHIPPED
 MODULES, LAYERS = ("down_proj",), (5,)
-# ΔL = 30 · √r / √ℓ + 1, ± 2.015 · 0.1 for 90 %.
-LAW = MemoryLaw(
-    C=30.0,
-    alpha=0.5,
-    beta=0.5,
-    b=1.0,
-    r_squared=0.99,
-    mape=3.0,
-    covariance=((0.0,) * 4,) * 4,
-    sigma=0.1,
-    points=9,
-    dropped=0,
-    rank_range=(1.0, 16.0),
-    length_range=(100.0, 900.0),
-    reduction_range=(1.0, 20.0),
-)
 OUTCOMES = tuple(Outcome("phonebook", rank, 400, 1000 * rank, 1000.0, rank > 2) for rank in (1, 2, 3, 4, 6, 8))
-# Even odds at two parameters per bit of cost.
-BOUNDARY = SuccessBoundary(
-    2.0, 0.0, 4.0, kind_needs={}, outcomes=20, certified=10, density_range=(0.1, 100.0), length_range=(1.0, 1e6)
-)
 
 
 def known(

@@ -5,8 +5,6 @@ import doctest
 import json
 import math
 import random
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -438,14 +436,3 @@ def test_means_that_do_not_differ_have_nothing_to_explain() -> None:
     law = fit(points_at([(r, n) for r in (1, 2, 4, 8) for n in (200, 400, 800, 1600)]))
     alike = [Point(rank, 400, BASE, BASE - 1) for rank in (1, 2)]
     assert means_agreement(law, alike * 2) is None
-
-
-def test_a_fitted_law_is_asked_without_numpy_scipy_or_torch() -> None:
-    code = (
-        "import sys\nfrom loramem.planning.law import MemoryLaw\n"
-        "law = MemoryLaw.from_json(sys.argv[1])\n"
-        "law.predict(4, 400), law.rank_for(3.0, 400), law.length_for(3.0, 4), law.predict_interval(4, 400)\n"
-        "law.extrapolates(4, 400), law.to_json()\n"
-        "assert not {'numpy', 'scipy', 'torch'} & set(sys.modules)"
-    )
-    subprocess.run([sys.executable, "-c", code, SOME.to_json()], check=True)

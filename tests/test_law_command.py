@@ -8,29 +8,9 @@ import pytest
 from loramem_cli import main
 
 from loramem import MemoryStore
-from loramem.planning.runs import Run, append_run
+from loramem.planning.runs import append_run
 
-RUN = Run(
-    kind="random",
-    rank=1,
-    length=1,
-    seed=0,
-    modules=("down_proj",),
-    layers=(4,),
-    records=1,
-    parameters=1,
-    bits=1.0,
-    cost_bits=1.0,
-    base_loss=12.0,
-    final_loss=0.0,
-    ordered=0.25,
-    certified=False,
-    steps=1,
-    visits=1,
-    training_s=1.0,
-    elapsed_s=1.0,
-    conditions={"base_model": "tiny", "base_weights": "0" * 12, "objective": "sft"},
-)
+from .planning_samples import RUN
 
 
 def reduction(rank: int, length: int) -> float:

@@ -15,11 +15,9 @@ from loramem.suites import memory_law
 from loramem.suites.figures import HeatMap, Plot
 from loramem.suites.runner import SuiteOptions
 
-RUN = Run(
-    kind="random", rank=1, length=1, seed=0, modules=("o_proj",), layers=(4,), records=1, parameters=1, bits=1.0,
-    cost_bits=1.0, base_loss=12.0, final_loss=0.0, ordered=0.25, certified=False, steps=1, visits=1, training_s=1.0,
-    elapsed_s=1.0, conditions={"base_model": "tiny", "base_weights": "0" * 12, "objective": "sft"},
-)  # fmt: skip
+from . import planning_samples as samples
+
+RUN = replace(samples.RUN, modules=("o_proj",))
 
 
 def made(kind: str, offset: float = 0.0) -> list[Run]:

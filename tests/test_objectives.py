@@ -197,24 +197,6 @@ def test_an_exposure_reaches_full_batches_only(records: int, ratio: float, batch
     assert exposed_records(records, ratio, batch_size) == expected
 
 
-@pytest.mark.parametrize(
-    ("records", "epochs", "batch_size", "boundaries", "batches"),
-    [  # rows of the published table; batches = optimiser steps x accumulation
-        (100, 300, 10, (20, 40, 60, 80, 300), 2600),
-        (400, 350, 10, (30, 60, 90, 120, 350), 11600),
-        (800, 350, 20, (30, 60, 90, 120, 350), 5800 * 2),
-        (1200, 500, 40, (60, 120, 180, 240, 500), 5700 * 2),
-        (1000, 400, 50, (40, 80, 120, 160, 400), 6400),
-        (6000, 700, 50, (100, 200, 300, 400, 700), 15000 * 4),
-    ],
-)
-def test_the_curriculum_takes_as_many_steps_as_the_published_runs(
-    records: int, epochs: int, batch_size: int, boundaries: tuple[int, ...], batches: int
-) -> None:
-    reached = (exposed_records(records, exposure(epoch, boundaries), batch_size) for epoch in range(epochs))
-    assert sum(reached) == batches * batch_size
-
-
 # --- the sliding window: one step
 
 

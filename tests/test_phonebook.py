@@ -11,7 +11,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loramem.embedded import base_path
 from loramem.errors import InputError, UnsupportedBaseModel
 from loramem.models.base_model import BaseModel, load_base_model
 from loramem.models.placement import Placement
@@ -233,11 +232,6 @@ def test_ours_keeps_its_rank_and_is_scored_as_it_is(base: Path, loaded: BaseMode
     assert count_exact(loaded, phonebook.encoded_records(loaded, cell_of(str(base), length=200))) == 0
 
 
-def test_the_base_model_of_the_suite_is_embedded() -> None:
-    assert {cell.model for cell in listed()} == {"loramem-tiny"}
-    assert base_path().name == "loramem-tiny"
-
-
 # The table, the remarks, the plots
 
 PLACED = {512: "o_proj of layer 4", 2048: "down_proj of layers 4, 5"}
@@ -338,14 +332,6 @@ def test_set_ups_are_kept_apart() -> None:
     assert table.notes[-1].startswith("branch, generated, epochs / 10: Fewest")
     names = [plot.name for plot in phonebook.plots(lines)]
     assert names == ["learning", "learning-2", "learning-3"]
-
-
-def test_the_published_numbers_agree_with_their_order_in_the_paper() -> None:
-    assert {len(means) for model in phonebook_results.PAPER.values() for means in model.values()} == {7}
-    assert (
-        phonebook_results.PAPER["Llama-3.1-8B"]["memft-sw"][3] < phonebook_results.PAPER["Llama-3.1-8B"]["memft-ot"][3]
-    )
-    assert phonebook_results.PAPER["Qwen3-8B"]["sft"][5] == phonebook_results.PAPER["Qwen3-8B"]["memft-sw"][5] == 99.5
 
 
 def test_the_plots_show_means_grids_and_the_cell_that_differs_most() -> None:

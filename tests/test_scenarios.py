@@ -124,16 +124,6 @@ def test_distance_and_first_wrong_character_by_hand(value: str, got: str, distan
 SHORT = st.text("abß\n", max_size=8)
 
 
-@given(SHORT, SHORT, SHORT)
-def test_the_edit_distance_is_a_metric_between_its_bounds(a: str, b: str, c: str) -> None:
-    distance = scenarios.edit_distance
-    assert (distance(a, b) == 0) == (a == b)
-    assert distance(a, b) == distance(b, a)
-    assert distance(a, c) <= distance(a, b) + distance(b, c)
-    assert abs(len(a) - len(b)) <= distance(a, b) <= max(len(a), len(b))
-    assert distance(a + c, b + c) == distance(c + a, c + b) == distance(a, b)
-
-
 def recursive(a: str, b: str) -> int:
     """The definition of the distance, without a table."""
     if not a or not b:

@@ -98,13 +98,6 @@ def test_the_unit_sits_at_the_papers_depth() -> None:
 # The paper's recipe
 
 
-def test_the_schedule_has_the_published_number_of_steps() -> None:
-    # shared/reference.md, section 4: Qwen, SW, PB1000, PB2000 and PB4000.
-    assert [Schedule.published(n).steps(n) for n in (100, 200, 400)] == [2600, 5200, 11600]
-    assert Schedule.published(10).batch_records == 10
-    assert Schedule.published(35).batch_records == 7  # 10 does not divide 35
-
-
 def test_the_recipe_runs_its_schedule_and_leaves_the_base_alone(
     loaded: BaseModel, records: list[EncodedRecord]
 ) -> None:
@@ -350,8 +343,13 @@ def test_warming_up_changes_no_weights(loaded: BaseModel) -> None:
 # The command
 
 
-def test_the_list_names_every_suite_without_torch() -> None:
-    code = "from loramem_cli.main import run; run(['suite', 'list'])\nimport sys; assert 'torch' not in sys.modules"
+def test_the_list_names_every_suite_and_cells_are_listed_without_torch() -> None:
+    code = (
+        "import sys\nfrom loramem_cli.main import run\nrun(['suite', 'list'])\n"
+        "from loramem.suites import linear_rule, long_context, runner\n"
+        "assert all(list(suite.cells(runner.SuiteOptions(), None)) for suite in (linear_rule, long_context))\n"
+        "assert 'torch' not in sys.modules"
+    )
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert [line.split()[0] for line in done.stdout.splitlines()] == list(runner.SUITES)
 

@@ -153,19 +153,18 @@ class SuccessBoundary:
         return self.steepness * (math.log(parameters) - self._log_need(cost_bits, length, kind))
 
 
-def fit(outcomes: Sequence[Outcome], *, use_length: bool = True) -> SuccessBoundary:
+def fit(outcomes: Sequence[Outcome]) -> SuccessBoundary:
     """The boundary that maximises the outcomes' likelihood times the prior.
 
     Args:
         outcomes: Of any kinds: their costs make them comparable, and what is left is κ.
-        use_length: Whether τ is fitted; else it is 0.
 
     Raises:
         BoundaryError: Fewer than five outcomes.
     """
     if len(outcomes) < MIN_OUTCOMES:
         raise BoundaryError(f"{len(outcomes)} outcomes are too few for a boundary. Write at least {MIN_OUTCOMES}.")
-    log_need, length_exponent, log_steepness, log_kind_needs = _most_probable(outcomes, use_length)
+    log_need, length_exponent, log_steepness, log_kind_needs = _most_probable(outcomes)
     densities = [outcome.parameters / max(outcome.cost_bits, MIN_COST_BITS) for outcome in outcomes]
     lengths = [float(outcome.length) for outcome in outcomes]
     certified = sum(outcome.certified for outcome in outcomes)
@@ -216,7 +215,7 @@ class Reliability:
     """Mean squared difference between probability and outcome; 0.25 is a coin."""
 
 
-def reliability(outcomes: Sequence[Outcome], *, bins: int = 5, folds: int = 10, use_length: bool = True) -> Reliability:
+def reliability(outcomes: Sequence[Outcome], *, bins: int = 5, folds: int = 10) -> Reliability:
     """Cross-validate: each outcome judged by a boundary that was fitted without its fold.
 
     Repeats of a write (same kind, rank, length and parameters) stay in one fold: one would give the other away.
@@ -231,7 +230,7 @@ def reliability(outcomes: Sequence[Outcome], *, bins: int = 5, folds: int = 10, 
     judged: list[tuple[float, bool]] = []
     for index in range(min(folds, len(groups))):
         inside = [outcome for outcome in outcomes if fold[_group(outcome)] == index]
-        boundary = fit([outcome for outcome in outcomes if fold[_group(outcome)] != index], use_length=use_length)
+        boundary = fit([outcome for outcome in outcomes if fold[_group(outcome)] != index])
         judged += [(boundary._log_odds(o.parameters, o.cost_bits, o.length, o.kind), o.certified) for o in inside]
     rows = []
     for low, high in pairwise(edge / bins for edge in range(bins + 1)):
@@ -250,7 +249,7 @@ def _group(outcome: Outcome) -> tuple[str, int, int, float]:
     return outcome.kind, outcome.rank, outcome.length, outcome.parameters
 
 
-def _most_probable(outcomes: Sequence[Outcome], use_length: bool) -> tuple[float, float, float, dict[str, float]]:
+def _most_probable(outcomes: Sequence[Outcome]) -> tuple[float, float, float, dict[str, float]]:
     """ln ρ, τ, ln s and every kind's ln κ."""
     import numpy as np
     from scipy.optimize import minimize
@@ -269,7 +268,7 @@ def _most_probable(outcomes: Sequence[Outcome], use_length: bool) -> tuple[float
         slopes = [-steepness * pull.sum(), -steepness * (pull @ length), pull @ odds, *(-steepness * (pull @ of_kind))]
         return np.logaddexp(0, -sign * odds).sum() + (prior @ prior) / 2, np.array(slopes) + prior / spread
 
-    bounds = [(None, None), (0, None if use_length else 0), (-3, 5), *[(None, None)] * len(kinds)]
+    bounds = [(None, None), (0, None), (-3, 5), *[(None, None)] * len(kinds)]
     # Not convex in ln s, but in 800 drawn sets of outcomes soft and sharp starts ended where the prior's mean does.
     log_need, length_exponent, log_steepness, *needs = minimize(
         loss, mean, jac=True, method="L-BFGS-B", bounds=bounds, tol=1e-12

@@ -56,7 +56,6 @@ def trainer_loop(
     batch_records: int,
     seed: int,
     cap_s: float,
-    every: int = 1,
     bfloat16: bool = False,
 ) -> dict[str, Any]:
     """Train one LoRA with `transformers.Trainer` until every record is decoded exactly.
@@ -65,8 +64,7 @@ def trainer_loop(
     nobody knows beforehand), no weight decay. The base is left as it was.
 
     Args:
-        cap_s: Training seconds after which it is stopped and scored as it is.
-        every: Epochs between decodings. Their time is not counted.
+        cap_s: Training seconds after which it is stopped and scored as it is. Decoding after each epoch is not counted.
         bfloat16: Autocast of the matrix products, as the writer has it where the processor multiplies it natively.
 
     Returns:
@@ -91,7 +89,7 @@ def trainer_loop(
         )
         torch.manual_seed(seed)
         model = get_peft_model(base.model, config)
-        watch = _UntilExact(base, records, cap_s, every)
+        watch = _UntilExact(base, records, cap_s)
         trainer = Trainer(
             model=model,
             args=arguments,
@@ -129,8 +127,8 @@ def trainer_loop(
 class _UntilExact(TrainerCallback):
     """Stops the Trainer at the first epoch after which every record is exact, or at the cap."""
 
-    def __init__(self, base: BaseModel, records: Sequence[EncodedRecord], cap_s: float, every: int) -> None:
-        self.base, self.records, self.cap_s, self.every = base, records, cap_s, every
+    def __init__(self, base: BaseModel, records: Sequence[EncodedRecord], cap_s: float) -> None:
+        self.base, self.records, self.cap_s = base, records, cap_s
         self.exact = self.epochs = 0
         self.seconds = self.eval_s = 0.0
 
@@ -148,8 +146,6 @@ class _UntilExact(TrainerCallback):
         self.seconds = self.trained_s()
         self.epochs += 1
         capped = self.seconds >= self.cap_s
-        if self.epochs % self.every and not capped:
-            return
         self.base.model.eval()  # the Trainer switches back before its next step
         if all_exact(self.base, self.records):
             self.exact = len(self.records)

@@ -31,7 +31,6 @@ SUITES = {
     "write-speed": "loramem.suites.write_speed",
     "write-scaling": "loramem.suites.write_scaling",
     "recall-speed": "loramem.suites.recall_speed",
-    "store-life": "loramem.suites.store_life",
     "large-base": "loramem.suites.large_base",
     "phonebook": "loramem.suites.phonebook",
     "long-context": "loramem.suites.long_context",
