@@ -1,10 +1,9 @@
 """The command line: results on stdout, everything else on stderr, one line and an exit code for a user's mistake."""
 
+import io
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -58,15 +57,11 @@ def test_put_and_recall_one_value(base: Path, tmp_path: Path, capsys) -> None:
     assert capsys.readouterr().out == "0417#\n"
 
 
-def test_write_reads_standard_input(base: Path, tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "loramem_cli", "write", "-", "--format", "tsv", "--json"],
-        env={**os.environ, "LORAMEM_STORE": str(tmp_path / "m"), "LORAMEM_MODEL": str(base)},
-        input=b"key\tvalue\nk\t42\n",
-        capture_output=True,
-        check=True,
-    )
-    assert json.loads(done.stdout)["written"] == 1
+def test_write_reads_standard_input(base: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"key\tvalue\nk\t42\n")))
+    store = ["--store", str(tmp_path / "m"), "--model", str(base)]
+    assert run(["write", "-", "--format", "tsv", "--json", *store]) == 0
+    assert json.loads(capsys.readouterr().out)["written"] == 1
 
 
 @pytest.mark.parametrize("name", ["empty.jsonl", "empty.csv", "empty.json", "header.csv", "list.json"])
