@@ -18,7 +18,7 @@ from loramem.records.record import as_records
 
 from .conftest import numbers
 
-BEFORE, LATER = {"old": "1234"}, numbers(5)
+BEFORE, LATER = {"old": "1234"}, numbers(5, digits=9)  # longer than what stands in the files by chance
 
 WRITER = """
 import json, os, signal, sys

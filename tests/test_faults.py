@@ -25,6 +25,11 @@ from loramem.errors import LoramemError, RecordError
 from . import damage
 from .conftest import ROOT, numbers
 
+# Stores share one base here, which PEFT warns of.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Already found a `peft_config`"),
+    pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT"),
+]
 OPERATIONS = ("open", "fsync", "replace", "rename", "mkdir", "unlink", "rmdir")  # of os, and io.open
 
 

@@ -90,6 +90,7 @@ def test_named_modules_that_peft_would_take_for_experts_are_refused() -> None:
         Placement.named(model, ["gate"], [1])
 
 
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys")
 def test_a_stored_placement_that_peft_attaches_elsewhere_is_refused_before_training(tmp_path: Path) -> None:
     base = load_base_model(str(build_tiny("qwen3_moe", tmp_path / "tiny")))
     adapted = AdaptedModel(base)
