@@ -14,12 +14,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from loramem import base_path
 from loramem.embedded import build
-from loramem.embedded.corpus import Generator, StandardLibrary
+from loramem.embedded.corpus import Generator, StandardLibrary, standard_library
 
 
 @pytest.fixture(scope="module")
 def library() -> StandardLibrary:
-    return StandardLibrary()
+    return standard_library()
 
 
 @pytest.fixture(scope="module")

@@ -70,11 +70,11 @@ def test_what_is_predicted_is_each_scored_token_from_those_before_it(base: Path)
 
 
 def test_neutral_text_differs_by_seed_and_source_code_is_held_out() -> None:
-    from loramem.embedded.corpus import StandardLibrary, is_held_out
+    from loramem.embedded.corpus import is_held_out, standard_library
 
     first, again, other = (locality.neutral_documents(None, seed) for seed in (0, 0, 1))
     assert first == again != other
-    held_out = {text for name, text in StandardLibrary().documents.items() if is_held_out(name)}
+    held_out = {text for name, text in standard_library().documents.items() if is_held_out(name)}
     assert set(first[locality.SOURCE]) <= held_out
     assert {name: sorted(texts) for name, texts in first.items()} == {n: sorted(t) for n, t in other.items()}
 

@@ -23,7 +23,7 @@ from loramem.suites.long_context import Cell, documentation
 from loramem.suites.positions import Forced, scores
 from loramem.suites.runner import SuiteOptions
 from loramem.training import trainer
-from loramem.training.trainer import NetworkSchedule, train_adapter
+from loramem.training.trainer import NetworkSchedule
 
 from .conftest import SHARED
 
@@ -327,13 +327,18 @@ def test_a_tiny_cell_gives_its_text_back(base: Path, method: str, unit: str) -> 
 def test_a_cut_is_one_of_the_writer_s_patience_too(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     patience: list[int] = []
 
-    def watched(model, name, records, rank, placement, settings, *more, schedule):
+    class SeenError(Exception):
+        pass
+
+    def watched(*_: object, schedule: NetworkSchedule) -> None:
         patience.append(schedule.patience_passes)
-        return train_adapter(model, name, records, rank, placement, settings, *more, schedule=schedule)
+        raise SeenError
 
     monkeypatch.setattr(trainer, "train_adapter", watched)
     for cut in (1, 10):
-        long_context.run(Cell("topics", "0", 0.0, 12, 16, "loramem", "branch", None, 0, cut, str(base), "cpu", None))
+        cell = Cell("topics", "0", 0.0, 12, 16, "loramem", "branch", None, 0, cut, str(base), "cpu", None)
+        with pytest.raises(SeenError):
+            long_context.run(cell)
     assert patience == [NetworkSchedule.patience_passes, NetworkSchedule.patience_passes // 10]
     assert patience[1] >= 1
 

@@ -20,7 +20,7 @@ import string
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 USER, ASSISTANT, END, PAD = "<|user|>", "<|assistant|>", "<|end|>", "<|pad|>"
@@ -109,6 +109,12 @@ class StandardLibrary:
         for name, text in self.documents.items():
             digest.update(f"{name}\0{text}\0".encode("utf-8", errors="surrogatepass"))
         return digest.hexdigest()
+
+
+@cache
+def standard_library() -> StandardLibrary:
+    """That of this interpreter, read once for all who draw from it."""
+    return StandardLibrary()
 
 
 class Generator:

@@ -11,7 +11,7 @@ from itertools import takewhile
 
 from transformers import PreTrainedTokenizerBase
 
-from loramem.embedded.corpus import StandardLibrary, is_held_out
+from loramem.embedded.corpus import is_held_out, standard_library
 from loramem.errors import ArgumentError, InputError, RecordError
 
 WINDOW = 16  # tokens before and after a drawn one that a tokenizer could merge it with
@@ -93,7 +93,7 @@ def _check(length: int, noise: float) -> None:
 
 def _source(tokenizer: PreTrainedTokenizerBase, length: int, seed: int) -> list[int]:
     ids: list[int] = []
-    texts = [text for name, text in StandardLibrary().documents.items() if is_held_out(name) and text.strip()]
+    texts = [text for name, text in standard_library().documents.items() if is_held_out(name) and text.strip()]
     first = seed % len(texts)
     for text in texts[first:] + texts[:first]:
         ids += _encode(tokenizer, text)

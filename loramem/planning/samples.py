@@ -10,7 +10,7 @@ import string
 
 import click
 
-from loramem.embedded.corpus import StandardLibrary, is_held_out
+from loramem.embedded.corpus import is_held_out, standard_library
 from loramem.errors import ArgumentError
 from loramem.records.record import Record
 
@@ -59,7 +59,7 @@ def _values(kind: str, rng: random.Random):  # type: ignore[no-untyped-def]  # a
         return lambda: rng.choice("6789") + "".join(rng.choices(string.digits, k=9))
     if kind == "hex":
         return lambda: "".join(rng.choices("0123456789abcdef", k=16))
-    library = StandardLibrary()
+    library = standard_library()
     if kind == "words":
         return lambda: " ".join(rng.choices(library.words, k=4))
     if kind == "source":

@@ -171,14 +171,14 @@ def neutral_documents(data: Path | None, seed: int) -> dict[str, list[str]]:
     Raises:
         InputError: The file is not UTF-8.
     """
-    from loramem.embedded.corpus import StandardLibrary, is_held_out
+    from loramem.embedded.corpus import is_held_out, standard_library
 
     if data is not None:
         try:
             return {data.name: [data.read_text(encoding="utf-8")]}
         except UnicodeDecodeError as error:
             raise InputError(f"{data} is not UTF-8: {error}.") from None
-    documents, rng = StandardLibrary().documents, random.Random(seed)
+    documents, rng = standard_library().documents, random.Random(seed)
     topics = [text for name, text in documents.items() if name.startswith("topic:")]
     source = [text for name, text in documents.items() if not name.startswith("topic:") and is_held_out(name)]
     return {DOCUMENTATION: rng.sample(topics, len(topics)), SOURCE: rng.sample(source, len(source))}
