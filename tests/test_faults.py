@@ -288,7 +288,9 @@ def test_processes_that_create_one_store_at_once_share_it(base: Path, tmp_path: 
         assert process.stdin
         process.stdin.write("\n")
         process.stdin.flush()
-    assert [process.wait() for process in running] == [0] * 2
+    for process in running:
+        process.communicate()  # closes its streams
+    assert [process.returncode for process in running] == [0] * 2
 
 
 def test_a_store_that_another_process_made_meanwhile_is_opened(base: Path, tmp_path: Path, monkeypatch) -> None:

@@ -1,7 +1,9 @@
 """A write of several shards: jobs that any executor runs, that resume, and that only the parent commits."""
 
+import json
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -133,15 +135,18 @@ MemoryStore(sys.argv[1], sys.argv[2]).write(json.loads(sys.argv[3]), progress=pr
 """
 
 
-@pytest.fixture
-def killed(base: Path, tmp_path: Path) -> Path:
-    """A store whose write was killed in the third of three shards."""
-    import json
-
-    path = tmp_path / "memory"
+@pytest.fixture(scope="module")
+def killed_once(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("killed") / "memory"
     command = [sys.executable, "-c", WRITER, str(path), str(base), json.dumps(RECORDS)]
     assert subprocess.run(command, env=os.environ, check=False).returncode == -signal.SIGKILL
     return path
+
+
+@pytest.fixture
+def killed(killed_once: Path, tmp_path: Path) -> Path:
+    """A store whose write was killed in the third of three shards."""
+    return shutil.copytree(killed_once, tmp_path / "memory")
 
 
 def trained(monkeypatch: pytest.MonkeyPatch) -> list[int]:

@@ -121,4 +121,5 @@ def test_closed_streams_end_in_one_line(command: str, tmp_path: Path) -> None:
 def test_a_question_to_a_closed_stdin_is_an_interrupt(written: Path, hub: HubServer, capsys, monkeypatch) -> None:
     monkeypatch.setattr("sys.stdin", None)
     assert run(["push", "me/asked", "--store", str(written)]) == 130
+    sys.stdin.close()  # what was opened in its place
     assert "Interrupted" in capsys.readouterr().err

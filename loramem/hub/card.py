@@ -111,13 +111,14 @@ Which adapter holds a key is in `records.jsonl`. With the adapter's folder at ha
 
 ```python
 import json
+from pathlib import Path
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 {load}
 adapter, key = "adapters/{first}", "your key"
-prompt = json.load(open("loramem.json"))["prompt"]  # the ids around the key
+prompt = json.loads(Path("loramem.json").read_text())["prompt"]  # the ids around the key
 tokenizer = AutoTokenizer.from_pretrained(folder)
 model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.{dtype})
 model.generation_config = GenerationConfig()  # published ones sample, or penalise repetition
