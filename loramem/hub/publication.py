@@ -36,6 +36,8 @@ Hex64 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=0, lt=2**53)]
 Tokens = Annotated[int, Field(ge=1, le=2**20)]
 Probability = Annotated[FiniteFloat, Field(gt=0.0, le=1.0)]
+Rank = Annotated[int, Field(ge=1, le=4096)]
+"""More than any server takes."""
 AdapterFile = Annotated[
     str, StringConstraints(pattern=r"^(adapter_model\.safetensors|adapter_config\.json|README\.md)$")
 ]
@@ -109,7 +111,7 @@ class PublishedRequest(_Strict):
     """How a write was asked for."""
 
     goal: GoalName
-    rank: Annotated[int, Field(ge=1, le=4096)] | None
+    rank: Rank | None
     one_adapter: bool = False
 
 
@@ -141,7 +143,7 @@ class PublishedAdapter(_Strict):
     id: Hex32
     namespace: str
     """A digest where keys are not published."""
-    rank: Annotated[int, Field(ge=1, le=4096)]
+    rank: Rank
     parameters: Count
     records: Tokens
     min_prob: Probability
