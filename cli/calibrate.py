@@ -16,8 +16,6 @@ from .output import note
 @click.option(
     "--kind",
     type=click.Choice(["phonebook", "text", "mixed", "random"]),
-    default="phonebook",
-    show_default=True,
     help="Phone numbers; or one long text, as it is, with 40 % random tokens, or random throughout.",
 )
 @click.option(
@@ -50,7 +48,7 @@ from .output import note
 @options.runs_option
 @options.model_options
 def command(
-    kind: str,
+    kind: str | None,
     data: Path | None,
     ranks: tuple[int, ...] | None,
     lengths: tuple[int, ...] | None,
@@ -69,11 +67,14 @@ def command(
 ) -> None:
     """Train adapters of several ranks on answers of several lengths, and fit the memory law to them.
 
-    Every run is kept as it is done; running again goes on where it stopped. What the runs say of the base model is
-    kept too, and plans use it.
+    Without options of its own it makes what a first write makes, in about a minute: phone numbers and random tokens
+    where writes begin. With any of them, the grid that they name. Every run is kept as it is done; running again goes
+    on where it stopped. What the runs say of the base model is kept too, and plans use it.
     """
     from loramem import embedded
+    from loramem.models.adapters import AdaptedModel
     from loramem.models.base_model import load_base_model
+    from loramem.planning.base_calibration import BUDGET_S, calibrate_base
     from loramem.planning.calibrate import (
         RANKS,
         CalibrationGrid,
@@ -83,9 +84,15 @@ def command(
         default_rate,
     )
     from loramem.planning.calibration import cached, summarise
-    from loramem.planning.runs import by_kind, default_file, read_runs, shipped_file
+    from loramem.planning.runs import LAW_OBJECTIVE, by_kind, default_file, read_runs, shipped_file
 
     base = load_base_model(model or embedded.NAME, device=device)
+    if not any((kind, data, ranks, lengths, modules, layers, learning_rate, seed, save)) and objective == LAW_OBJECTIVE:
+        calibrate_base(AdaptedModel(base), runs, budget_s=60 * budget_minutes if budget_minutes else BUDGET_S)
+        mine = [run for run in read_runs(runs or default_file()) if run.conditions["base_model"] == base.id]
+        show(by_kind([run for run in mine if run.over_features]), as_json=as_json)
+        return
+    kind = kind or "phonebook"
     place, records = options.placement(base.model, modules, layers), []
     if data is not None:
         kind = data.name

@@ -42,7 +42,7 @@ LARGEST_SAMPLE = 4000  # answer tokens: what longer ones cost is proportional
 @options.namespace_option
 @options.goal_options
 @options.one_adapter_option
-@options.store_options
+@options.planned_store_options
 def command(
     file: Path | None,
     length: int | None,
@@ -132,7 +132,7 @@ def _plan_length(
             )
         if model is None and manifest is not None:
             name = manifest.place()
-        known, samples = _measured(name, store.device, kind, length, known)
+        known, samples = _measured(name, store, kind, length, known)
     if math.ceil(length / records) > known.context_tokens:
         raise click.UsageError(
             f"A value of {math.ceil(length / records)} tokens exceeds the context of {known.base_model}, "
@@ -159,14 +159,18 @@ def _is_base_of(manifest: "Manifest", model: str) -> bool:
 
 
 def _measured(
-    name: str, device: str, kind: str, length: int, known: "Calibration | None"
+    name: str, store: options.StoreOptions, kind: str, length: int, known: "Calibration | None"
 ) -> "tuple[Calibration, KindSamples]":
-    """One pass of the base model over a sample, where no calibration says what this kind costs."""
+    """What a calibration says, made now if it may be; of a kind of which it says nothing, one pass over a sample."""
+    from loramem.models.adapters import AdaptedModel
     from loramem.models.base_model import load_base_model
+    from loramem.planning.base_calibration import known_of
     from loramem.planning.calibrate import bare_calibration, price_sample
 
-    base = load_base_model(name, device=device)
-    return known or bare_calibration(base), price_sample(base, kind, min(length, LARGEST_SAMPLE, base.max_tokens // 2))
+    base = load_base_model(name, device=store.device)
+    known = known or known_of(AdaptedModel(base), calibrate=store.calibrate) or bare_calibration(base)
+    samples = known.samples(kind)
+    return known, samples or price_sample(base, kind, min(length, LARGEST_SAMPLE, base.max_tokens // 2))
 
 
 def _draw(plan: "Plan", inputs: "PlanInputs", path: Path) -> None:
@@ -208,7 +212,7 @@ def _show(plan: "Plan", name: str, location: str) -> None:
         note(warning)
     if not plan.calibrated:
         model = "" if location == "loramem-tiny" else f" --model {location}"
-        note(f"To know instead of guessing: loramem calibrate{model}, then --objective memft-sw as well.")
+        note(f"To know instead of guessing: loramem calibrate{model}.")
 
 
 def _row(number: int, shard: "ShardPlan") -> tuple[str, ...]:

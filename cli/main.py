@@ -65,6 +65,8 @@ INTERRUPTED = 130
 def cli(verbose: bool) -> None:
     """Write facts verbatim into LoRA adapters of a frozen language model, and prove it."""
     logging.basicConfig(level=logging.INFO if verbose else logging.ERROR, format="%(levelname)s %(name)s: %(message)s")
+    if not verbose:  # a minute at a first write is said, whatever else is not
+        logging.getLogger("loramem.planning.base_calibration").setLevel(logging.WARNING)
 
 
 COMMANDS = (

@@ -88,6 +88,12 @@ _ONE_ADAPTER = click.option(
     is_flag=True,
     help="All records of a namespace in one adapter, for a server of a single LoRA; may be slower by far.",
 )
+_NO_CALIBRATE = click.option(
+    "--no-calibrate",
+    is_flag=True,
+    help="Do not measure a base model that nothing is known of, which takes about a minute, once; nor with "
+    "LORAMEM_CALIBRATE=0.",
+)
 _JSON = click.option("--json", "as_json", is_flag=True, help="JSON on stdout.")
 
 
@@ -99,6 +105,8 @@ class StoreOptions:
     model: str | None
     device: str
     wait_s: float = 0.0
+    calibrate: bool | None = None
+    """See `loramem.MemoryStore`."""
 
     def open(
         self, *, create: bool = False, keep_values: bool | None = None, serve: "Sequence[Dtype] | None" = None
@@ -114,6 +122,7 @@ class StoreOptions:
             keep_values=keep_values,
             serve=serve,
             wait_s=self.wait_s,
+            calibrate=self.calibrate,
         )
 
 
@@ -173,11 +182,20 @@ class RankOptions:
 
 
 def store_options(command: Command) -> Command:
-    """--store, --model, --device and --json; the first three, and --wait, as ``store``, `StoreOptions`."""
+    """--store, --model, --device and --json; all but --json, and --wait, as ``store``, `StoreOptions`."""
 
     @wraps(command)
-    def with_store(*, store: Path, model: str | None, device: str, wait_s: float = 0.0, **others: Any) -> Any:
-        return command(store=StoreOptions(store, model, device, wait_s), **others)
+    def with_store(
+        *,
+        store: Path,
+        model: str | None,
+        device: str,
+        wait_s: float = 0.0,
+        no_calibrate: bool = False,
+        **others: Any,
+    ) -> Any:
+        chosen = StoreOptions(store, model, device, wait_s, False if no_calibrate else None)
+        return command(store=chosen, **others)
 
     return _STORE(model_options(with_store))
 
@@ -195,6 +213,16 @@ def store_option(command: Command) -> Command:
 def json_option(command: Command) -> Command:
     """--json alone."""
     return _JSON(command)
+
+
+def planned_store_options(command: Command) -> Command:
+    """`store_options` and --no-calibrate, of commands that plan writes."""
+    return store_options(_NO_CALIBRATE(command))
+
+
+def planned_change_options(command: Command) -> Command:
+    """`change_options` and --no-calibrate."""
+    return change_options(_NO_CALIBRATE(command))
 
 
 def change_options(command: Command) -> Command:

@@ -10,7 +10,7 @@ from .progress import write_bar
 @click.command("put")
 @click.argument("key")
 @click.argument("value")
-@options.change_options
+@options.planned_change_options
 @options.namespace_option
 @options.goal_options
 def command(

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @click.command("write")
 @click.argument("file", type=click.Path(path_type=Path, allow_dash=True), required=False)
-@options.change_options
+@options.planned_change_options
 @options.input_options
 @options.namespace_option
 @options.goal_options

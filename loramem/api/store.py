@@ -53,6 +53,8 @@ class MemoryStore(Maintained):
         serve: Dtypes, beside that of the base model, that the adapters will be served in: every write is trained and
             proved in each. Decided when a store is made (bfloat16 unless said); of an existing one as that does.
         wait_s: Seconds that a change waits for another process to end its own.
+        calibrate: Whether the first write or plan measures a base model that nothing is known of, once, in about a
+            minute, so that ranks are no guess; yes unless LORAMEM_CALIBRATE=0 is in the environment.
 
     Raises:
         StoreNotFound: No store there and ``create`` is False.
@@ -87,9 +89,10 @@ class MemoryStore(Maintained):
         keep_values: bool | None = None,
         serve: Sequence[Dtype] | None = None,
         wait_s: float = 0.0,
+        calibrate: bool | None = None,
     ) -> None:
         self.wait_s = wait_s
-        path, request, base = Path(path), ModelOptions(base_model, revision, device, dtype), None
+        path, request, base = Path(path), ModelOptions(base_model, revision, device, dtype, calibrate), None
         if not (path / MANIFEST).exists():
             if not create:
                 raise StoreNotFound(f"There is no store at {path}. Write records first, or name it with --store.")

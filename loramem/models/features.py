@@ -56,6 +56,10 @@ class Features:
         """The positions of all parts, one part after the other."""
         return cls(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(cls)))
 
+    def first(self, count: int) -> "Features":
+        """The first ``count`` positions, not copied."""
+        return Features(*(getattr(self, field.name)[:count] for field in fields(self)))
+
     @property
     def size_bytes(self) -> int:
         return sum(getattr(self, field.name).nbytes for field in fields(self))

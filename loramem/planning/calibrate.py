@@ -11,7 +11,7 @@ import logging
 import math
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -210,7 +210,7 @@ def encode_sample(
         )
 
     if not data:
-        return encode(sample(kind, length, base.tokenizer, seed))
+        return encode(sample(kind, length, base.tokenizer, seed, base.unreachable))
     shuffled = encode(random.Random(seed).sample(list(data), len(data)))
     ends = list(accumulate(entry.length for entry in shuffled))
     if ends[-1] < length:
@@ -218,11 +218,13 @@ def encode_sample(
     return shuffled[: next(count for count, end in enumerate(ends, start=1) if end >= length)]
 
 
-def sample(kind: str, length: int, tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> list[Record]:
+def sample(
+    kind: str, length: int, tokenizer: PreTrainedTokenizerBase, seed: int = 0, excluded: Collection[int] = ()
+) -> list[Record]:
     """About ``length`` answer tokens of a kind: phone numbers, or one long text (see `NOISE`)."""
     if kind == "phonebook":
         return generate("phonebook", max(1, round(length / DIGITS)), seed)
-    return [Record("the text", long_text(tokenizer, length, NOISE[kind], seed))]
+    return [Record("the text", long_text(tokenizer, length, NOISE[kind], seed, excluded))]
 
 
 def spread(numbers: Sequence[int]) -> list[int]:

@@ -256,10 +256,11 @@ def nearest_kind(known: Calibration, cost_bits: float, length: int) -> str | Non
 def outcomes_of(run: Run) -> list[Outcome]:
     """The outcome that a run is for the success boundary, if its outcome says what a write would have come to.
 
-    A run of the law that was not certified says nothing: 400 phone numbers at rank 2 of the default placement stayed at
-    the entropy of a random digit with plain cross-entropy at its rate, and a write certifies them.
+    A run of the law through the network that was not certified says nothing: 400 phone numbers at rank 2 of the last
+    two layers stayed at the entropy of a random digit with plain cross-entropy at its rate, and a write certifies
+    them. Over features such runs converge, and what they do not certify no write did (docs/law.md).
     """
-    if run.for_law and not run.certified:
+    if run.for_law and not run.certified and not run.over_features:
         return []
     visits = None if run.for_law else run.visits / run.records
     return [Outcome(run.kind, run.rank, run.length, run.parameters, run.cost_bits, run.certified, visits)]

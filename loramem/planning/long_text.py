@@ -18,13 +18,16 @@ WINDOW = 16  # tokens before and after a drawn one that a tokenizer could merge 
 DRAWS = 200
 
 
-def long_text(tokenizer: PreTrainedTokenizerBase, length: int, noise: float, seed: int = 0) -> str:
+def long_text(
+    tokenizer: PreTrainedTokenizerBase, length: int, noise: float, seed: int = 0, excluded: Collection[int] = ()
+) -> str:
     """Standard-library source that loramem-tiny was never trained on, with random tokens in it.
 
     Args:
         length: Tokens.
         noise: Share of random tokens, from 0 to 1; at positions floor((i + ½) / noise), or just after.
         seed: Of the random tokens, and of the document that the text begins with; 0 is the first.
+        excluded: See `with_noise`.
 
     Raises:
         ArgumentError: The noise is not a share, or the length is not positive.
@@ -32,7 +35,7 @@ def long_text(tokenizer: PreTrainedTokenizerBase, length: int, noise: float, see
         RecordError: The tokenizer does not give the drawn tokens back.
     """
     _check(length, noise)
-    return with_noise(tokenizer, _source(tokenizer, length, seed), noise, seed)
+    return with_noise(tokenizer, _source(tokenizer, length, seed), noise, seed, excluded)
 
 
 def text_ids(tokenizer: PreTrainedTokenizerBase, text: str, length: int) -> list[int]:
@@ -65,7 +68,7 @@ def with_noise(
         ids: n tokens that are read again as they are.
         noise: Share of random tokens k/n, from 0 to 1; at positions floor((i + ½) n/k), or just after.
         seed: Of the random tokens.
-        excluded: Tokens that are not drawn, besides the special ones that have a role.
+        excluded: Tokens that are not drawn, besides those that were added to the vocabulary.
 
     Raises:
         ArgumentError: The noise is not a share, or there are no tokens.
@@ -110,7 +113,7 @@ def _replaced(
     excluded: Collection[int],
 ) -> list[int]:
     """The tokens with random ones at these places; at the next one where none stays itself between its neighbours."""
-    never = {*tokenizer.all_special_ids, *excluded}
+    never = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder, *excluded}
     vocabulary = [token for token in range(len(tokenizer)) if token not in never]
     mixed, waiting = list[int](), 0
     for place, token in enumerate(ids):

@@ -81,6 +81,11 @@ class Run:
         return self.final_loss < SATURATED
 
     @property
+    def over_features(self) -> bool:
+        """Whether it was trained behind the last attention alone."""
+        return "feature_rate" in self.conditions
+
+    @property
     def for_law(self) -> bool:
         """Whether it was trained as the law is about."""
         return bool(self.conditions["objective"] == LAW_OBJECTIVE)

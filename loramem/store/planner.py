@@ -20,6 +20,7 @@ from loramem.models.ending import Ending
 from loramem.models.placement import Placement
 from loramem.models.shard_sizes import cut_groups
 from loramem.planning import calibration, timings
+from loramem.planning.base_calibration import known_of
 from loramem.planning.cost import costs_bits
 from loramem.planning.limits import RankLimits
 from loramem.planning.plan import Plan, PlanInputs, Price, plan_groups
@@ -35,10 +36,17 @@ log = logging.getLogger(__name__)
 
 
 class Planner:
-    """Admits records to one store and plans their adapters."""
+    """Admits records to one store and plans their adapters.
 
-    def __init__(self, index: Index, manifest: Manifest, adapted: AdaptedModel) -> None:
-        self.index, self.adapted = index, adapted
+    Args:
+        calibrate: Whether the first plan calibrates a base model that nothing is known of; see
+            `loramem.planning.base_calibration.is_wanted`.
+    """
+
+    def __init__(
+        self, index: Index, manifest: Manifest, adapted: AdaptedModel, *, calibrate: bool | None = None
+    ) -> None:
+        self.index, self.adapted, self.calibrate = index, adapted, calibrate
         self.template, self.placement = manifest.template(), manifest.placed()
 
     def admit(self, records: Sequence[Record], on_conflict: OnConflict = "error") -> tuple[list[EncodedRecord], int]:
@@ -165,7 +173,7 @@ class Planner:
         """
         base, model, place = self.adapted.base, self.adapted.model, (self.placement.modules, self.placement.layers)
         weights = base.fingerprint.weights[:12]
-        known = calibration.load(weights)
+        known = known_of(self.adapted, calibrate=self.calibrate)
         if kind is None and known is not None and price is not None:
             kind = calibration.nearest_kind(known, price.cost_bits, length)
         return calibration.plan_inputs(

@@ -27,6 +27,8 @@ class ModelOptions:
     revision: str | None = None
     device: str = "auto"
     dtype: DtypeChoice = "auto"
+    calibrate: bool | None = None
+    """Whether the first plan calibrates a base model that nothing is known of; as the environment says if None."""
 
 
 class Session:
@@ -105,7 +107,7 @@ class Session:
         """Admits records and plans their adapters."""
         from loramem.store.planner import Planner
 
-        return Planner(self.index, self.manifest, self.adapted)
+        return Planner(self.index, self.manifest, self.adapted, calibrate=self._options.calibrate)
 
     @cached_property
     def transaction(self) -> "Transaction":

@@ -1,0 +1,286 @@
+"""What a base model that nobody calibrated can be told of in a minute: laws and a success boundary where writes begin.
+
+1. Features of one sample of each kind are collected once. A shorter length is a prefix of it, so that its points share
+   them, and so do the ranks of one length.
+2. A point (rank, length) is a run to convergence over features (`loramem.planning.feature_runs`). At each length
+   ranks go upwards until one is certified: those that end above 0.69 nats are points of the law, and all of them are
+   outcomes for the success boundary.
+3. The lengths furthest apart come first, so that whatever time allows has spanned the range. Every point is appended to
+   the file of runs as it is done, so that what was interrupted goes on where it stopped.
+"""
+
+import logging
+import math
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loramem._util.out_of_memory import is_out_of_memory
+from loramem.errors import LoramemError, UnsupportedBaseModel
+from loramem.models.adapters import AdaptedModel
+from loramem.models.ending import Ending
+from loramem.models.features import Features
+from loramem.models.placement import Placement
+from loramem.planning import calibration
+from loramem.planning.calibrate import bare_calibration, encode_sample, spread
+from loramem.planning.calibration import Calibration, cached, summarise
+from loramem.planning.cost import costs_bits
+from loramem.planning.feature_runs import RATE, STEPS, converged_losses
+from loramem.planning.runs import (
+    LAW_OBJECTIVE,
+    Run,
+    append_run,
+    default_file,
+    identity,
+    read_runs,
+    shipped_file,
+)
+from loramem.records.prompts import EncodedRecord
+from loramem.training.settings import WriterSettings
+from loramem.training.shard_training import NOT_UNDERSTOOD, features_of
+
+log = logging.getLogger(__name__)
+
+BUDGET_S = 90.0
+"""Of all points and their features: no point is begun that would probably end later."""
+FEATURE_SHARE = 0.4
+"""Of the budget, for collecting features."""
+FILLS = {"phonebook": (0.25, 0.5, 1.0, 1.75, 2.5), "random": (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2)}
+"""Answer tokens by the mean width of the adapted module. Digits are few and share what tells them apart: only beyond
+the size of a shard does a rank above 1 end above 0.69 nats (docs/law.md). Every random token is another."""
+RANKS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+MIN_TOKENS = 10
+SWITCH = "LORAMEM_CALIBRATE"
+"""Environment variable: 0 leaves base models uncalibrated."""
+
+
+def is_wanted(calibrate: bool | None) -> bool:
+    """What was asked for, or else what the environment says; yes unless told otherwise."""
+    return os.environ.get(SWITCH, "1") not in ("0", "false", "no") if calibrate is None else calibrate
+
+
+def known_of(adapted: AdaptedModel, *, calibrate: bool | None = None) -> Calibration | None:
+    """What is known of a base model, after a calibration where that is nothing.
+
+    A calibration that fails is logged, and leaves plans the guess that they make without one. Only exhausted memory is
+    raised.
+
+    Args:
+        calibrate: See `is_wanted`.
+    """
+    base = adapted.base
+    known = calibration.load(base.fingerprint.weights[:12])
+    if known is not None or not is_wanted(calibrate):
+        return known
+    log.warning(
+        "%s is calibrated, once, in at most %.0f s; --no-calibrate or %s=0 leaves that out", base.id, BUDGET_S, SWITCH
+    )
+    try:
+        return calibrate_base(adapted)
+    except (LoramemError, OSError, *NOT_UNDERSTOOD) as error:
+        if is_out_of_memory(error):
+            raise
+        log.warning("%s could not be calibrated (%s): its ranks remain a guess", base.id, error)
+    bare = bare_calibration(base)  # known not to be calibrated: the next write does not try again
+    try:
+        bare.save(cached(bare.base_weights))
+    except OSError as error:
+        log.warning("that was not kept: %s", error)
+    return bare
+
+
+def calibrate_base(adapted: AdaptedModel, runs: Path | None = None, *, budget_s: float = BUDGET_S) -> Calibration:
+    """Make the points that ``runs`` does not hold yet, and keep what they say in the user's cache.
+
+    Args:
+        runs: JSON lines; the user's cache unless given.
+
+    Raises:
+        UnsupportedBaseModel: No adapter of this model sits behind its last attention.
+        RecordError: The tokenizer cannot express a kind of data, and neither the other.
+        OSError: The cache cannot be written.
+    """
+    started, out = time.monotonic(), runs or default_file()
+    base, placement = adapted.base, adapted.ladder[0]
+    if len(adapted.ladder) == 1:
+        raise UnsupportedBaseModel(f"{type(base.model).__name__} has no placement behind its last attention.")
+    samples = _samples(adapted, placement, FEATURE_SHARE * budget_s / len(FILLS))
+    known = {run.identity: run for run in (*read_runs(shipped_file()), *read_runs(out))}
+    conditions = _conditions(adapted)
+    paces = list[float]()  # seconds per position of the points that were made
+    for sample, length in _lengths_in_turn(samples):
+        prefix = sample.prefix(length)
+        for rank in RANKS:
+            name = identity(sample.kind, rank, prefix.length, 0, placement.modules, placement.layers, conditions)
+            if name not in known:
+                pace = median(paces) if paces else 0.0  # a process may be held up for a while
+                if time.monotonic() - started + pace * len(prefix.features) > budget_s:
+                    log.info("no time left for rank %d of %d tokens of %s", rank, prefix.length, sample.kind)
+                    break
+                known[name] = run = _run(adapted, prefix, rank, placement, conditions)
+                append_run(out, run)
+                paces.append(run.elapsed_s / len(prefix.features))
+                log.info(
+                    "%s, rank %d, %d tokens: %.2f to %.2f nats per token, %.1f s",
+                    *(run.kind, rank, run.length, run.base_loss, run.final_loss, run.elapsed_s),
+                )
+            if known[name].certified:
+                break
+    found = summarise(bare_calibration(base), known.values())
+    found.save(cached(found.base_weights))
+    log.info("%s is calibrated: %d points in %.0f s", base.id, len(paces), time.monotonic() - started)
+    return found
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """Records of one kind with their features."""
+
+    kind: str
+    values: tuple[tuple[int, ...], ...]
+    """Answer tokens of each record, its end token last."""
+    features: Features
+    base_losses: Tensor
+    """(N,) nats."""
+    lengths: tuple[int, ...]
+    """That points are made of, in answer tokens."""
+
+    @property
+    def length(self) -> int:
+        """Answer tokens, end tokens not among them."""
+        return sum(len(value) - 1 for value in self.values)
+
+    @property
+    def is_answer(self) -> Tensor:
+        """(N,) whether a position is not that of an end token."""
+        ends = torch.tensor(list(accumulate(map(len, self.values)))) - 1
+        answers = torch.ones(len(self.features), dtype=torch.bool)
+        answers[ends] = False
+        return answers.to(self.base_losses.device)
+
+    def prefix(self, length: int) -> "_Sample":
+        """The first records with as many answer tokens; of a single long one its beginning, then the end token."""
+        if len(self.values) > 1:
+            ends = list(accumulate(len(value) - 1 for value in self.values))
+            count = next(count for count, end in enumerate(ends, start=1) if end >= length)
+            positions = sum(map(len, self.values[:count]))
+            return replace(
+                self,
+                values=self.values[:count],
+                features=self.features.first(positions),
+                base_losses=self.base_losses[:positions],
+            )
+        (value,) = self.values
+        cut = self.features.first(length + 1)
+        targets = cut.targets.clone()
+        targets[-1] = value[-1]
+        return replace(
+            self,
+            values=((*value[:length], value[-1]),),
+            features=replace(cut, targets=targets),
+            base_losses=self.base_losses[: length + 1],
+        )
+
+
+def _samples(adapted: AdaptedModel, placement: Placement, budget_s: float) -> list[_Sample]:
+    """Of every kind, as long as the base's context and ``budget_s`` seconds of frozen passes allow."""
+    width, found, refused = placement.size(adapted.model).width, [], None
+    for kind, fills in FILLS.items():
+        lengths = sorted({max(MIN_TOKENS, round(fill * width)) for fill in fills})
+        if kind != "phonebook":  # one text, which the context has to hold
+            lengths = [length for length in lengths if length <= adapted.base.max_tokens // 2]
+        try:
+            records = encode_sample(adapted.base, kind, lengths[-1], 0)
+        except LoramemError as error:  # a tokenizer may not give random tokens back
+            log.info("%s is not calibrated: %s", kind, error)
+            refused = error
+            continue
+        records, features = _collect(adapted, records, placement, budget_s)
+        with adapted.disabled():
+            losses, _ = Ending(adapted.model, features).scores()
+        values = tuple(tuple(record.answer_ids) for record in records)
+        held = sum(len(value) - 1 for value in values)
+        usable = tuple(length for length in lengths if length <= held) or (held,)
+        found.append(_Sample(kind, values, features, losses, usable))
+    if not found and refused is not None:
+        raise refused
+    return found
+
+
+def _collect(
+    adapted: AdaptedModel, records: list[EncodedRecord], placement: Placement, budget_s: float
+) -> tuple[list[EncodedRecord], Features]:
+    """Features of as many of the records as there is time for, twice as many at a time."""
+    started, parts, done = time.monotonic(), list[Features](), 0
+    while done < len(records):
+        until = min(len(records), max(8, 2 * done))
+        elapsed = time.monotonic() - started
+        if done and elapsed * until / done > budget_s:
+            break
+        part = features_of([adapted], records[done:until], placement)
+        if part is None:
+            raise UnsupportedBaseModel(f"{type(adapted.model).__name__} is not run from its last attention on.")
+        parts.append(part[0].to(adapted.model.dtype))
+        done = until
+    return records[:done], Features.joined(parts)
+
+
+def _lengths_in_turn(samples: list[_Sample]) -> Iterator[tuple[_Sample, int]]:
+    """The lengths of all kinds, those furthest apart first."""
+    orders = [(sample, spread(sample.lengths)) for sample in samples]
+    for place in range(max((len(order) for _, order in orders), default=0)):
+        yield from ((sample, order[place]) for sample, order in orders if place < len(order))
+
+
+def _run(adapted: AdaptedModel, sample: _Sample, rank: int, placement: Placement, conditions: dict[str, Any]) -> Run:
+    started = time.monotonic()
+    losses = converged_losses(adapted, sample.features, rank, placement)
+    elapsed_s = time.monotonic() - started
+    answers = sample.is_answer
+    before, after = sample.base_losses[answers], losses[answers]
+    probs = torch.exp(-before).split([len(value) - 1 for value in sample.values])
+    cost = sum(costs_bits([value[:-1] for value in sample.values], [each.tolist() for each in probs]))
+    return Run(
+        kind=sample.kind,
+        rank=rank,
+        length=sample.length,
+        seed=0,
+        modules=placement.modules,
+        layers=placement.layers,
+        records=len(sample.values),
+        parameters=rank * placement.parameters_per_rank(adapted.model),
+        bits=round(float((before / math.log(2) - 1).clamp(min=0).sum()), 1),
+        cost_bits=round(cost, 1),
+        base_loss=float(before.mean()),
+        final_loss=float(after.mean()),
+        ordered=round(float((after < math.log(2)).float().mean()), 4),
+        certified=float(losses.max()) <= -math.log(WriterSettings.certify_threshold),
+        steps=STEPS,
+        visits=STEPS * len(sample.values),
+        training_s=round(elapsed_s, 2),
+        elapsed_s=round(elapsed_s, 2),
+        conditions=conditions,
+    )
+
+
+def _conditions(adapted: AdaptedModel) -> dict[str, Any]:
+    base = adapted.base
+    return {
+        "base_model": base.id,
+        "base_weights": base.fingerprint.weights[:12],
+        "dtype": base.dtype,
+        "device": base.device.type,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "objective": LAW_OBJECTIVE,
+        "feature_rate": RATE,
+        "feature_steps": STEPS,
+    }
