@@ -5,15 +5,15 @@
 2. A point (rank, length) is a run to convergence over features (`loramem.planning.feature_runs`). At each length
    ranks go upwards until one is certified: those that end above 0.69 nats are points of the law, and all of them are
    outcomes for the success boundary.
-3. The lengths furthest apart come first, so that whatever time allows has spanned the range. Every point is appended to
-   the file of runs as it is done, so that what was interrupted goes on where it stopped.
+3. The shortest lengths come first, then those furthest apart, so that whatever time allows says something. Every
+   point is appended to the file of runs as it is done, so that what was interrupted goes on where it stopped.
 """
 
 import logging
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
@@ -234,10 +234,15 @@ def _collect(
 
 
 def _lengths_in_turn(samples: list[_Sample]) -> Iterator[tuple[_Sample, int]]:
-    """The lengths of all kinds, those furthest apart first."""
-    orders = [(sample, spread(sample.lengths)) for sample in samples]
+    """The lengths of all kinds: the shortest, which cost little, then those furthest apart."""
+    orders = [(sample, _in_turn(sample.lengths)) for sample in samples]
     for place in range(max((len(order) for _, order in orders), default=0)):
         yield from ((sample, order[place]) for sample, order in orders if place < len(order))
+
+
+def _in_turn(lengths: Sequence[int]) -> list[int]:
+    shortest = min(lengths)
+    return [shortest, *(length for length in spread(lengths) if length != shortest)]
 
 
 def _run(adapted: AdaptedModel, sample: _Sample, rank: int, placement: Placement, conditions: dict[str, Any]) -> Run:
