@@ -51,6 +51,8 @@ log = logging.getLogger(__name__)
 
 BUDGET_S = 90.0
 """Of all points and their features: no point is begun that would probably end later."""
+FIRST_POINTS = 3
+"""That are made whatever the ones before them took, as long as the budget is not spent."""
 FEATURE_SHARE = 0.4
 """Of the budget, for collecting features."""
 FILLS = {"phonebook": (0.25, 0.5, 1.0, 1.75, 2.5), "random": (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2)}
@@ -121,7 +123,8 @@ def calibrate_base(adapted: AdaptedModel, runs: Path | None = None, *, budget_s:
         for rank in RANKS:
             name = identity(sample.kind, rank, prefix.length, 0, placement.modules, placement.layers, conditions)
             if name not in known:
-                pace = median(paces) if paces else 0.0  # a process may be held up for a while
+                # A process may be held up for a while: one point alone says little of the next.
+                pace = median(paces) if len(paces) >= FIRST_POINTS else 0.0
                 if time.monotonic() - started + pace * len(prefix.features) > budget_s:
                     log.info("no time left for rank %d of %d tokens of %s", rank, prefix.length, sample.kind)
                     break
