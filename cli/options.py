@@ -88,11 +88,11 @@ _ONE_ADAPTER = click.option(
     is_flag=True,
     help="All records of a namespace in one adapter, for a server of a single LoRA; may be slower by far.",
 )
-_NO_CALIBRATE = click.option(
-    "--no-calibrate",
-    is_flag=True,
-    help="Do not measure a base model that nothing is known of, which takes about a minute, once; nor with "
-    "LORAMEM_CALIBRATE=0.",
+_CALIBRATE = click.option(
+    "--calibrate/--no-calibrate",
+    default=None,
+    help="Measure a base model that nothing is known of first, which takes about a minute, once; LORAMEM_CALIBRATE=1 "
+    "says so of all commands.",
 )
 _JSON = click.option("--json", "as_json", is_flag=True, help="JSON on stdout.")
 
@@ -191,10 +191,10 @@ def store_options(command: Command) -> Command:
         model: str | None,
         device: str,
         wait_s: float = 0.0,
-        no_calibrate: bool = False,
+        calibrate: bool | None = None,
         **others: Any,
     ) -> Any:
-        chosen = StoreOptions(store, model, device, wait_s, False if no_calibrate else None)
+        chosen = StoreOptions(store, model, device, wait_s, calibrate)
         return command(store=chosen, **others)
 
     return _STORE(model_options(with_store))
@@ -216,13 +216,13 @@ def json_option(command: Command) -> Command:
 
 
 def planned_store_options(command: Command) -> Command:
-    """`store_options` and --no-calibrate, of commands that plan writes."""
-    return store_options(_NO_CALIBRATE(command))
+    """`store_options` and --calibrate, of commands that plan writes."""
+    return store_options(_CALIBRATE(command))
 
 
 def planned_change_options(command: Command) -> Command:
-    """`change_options` and --no-calibrate."""
-    return change_options(_NO_CALIBRATE(command))
+    """`change_options` and --calibrate."""
+    return change_options(_CALIBRATE(command))
 
 
 def change_options(command: Command) -> Command:

@@ -4,7 +4,6 @@ import os
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing in the tests may reach the network
-os.environ["LORAMEM_CALIBRATE"] = "0"  # bases of tests stay uncalibrated, but for those of calibrations
 if "PYTEST_XDIST_WORKER" in os.environ:  # a worker per core; processes that tests start take one thread too
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 

@@ -127,22 +127,24 @@ def test_the_first_write_calibrates_and_the_next_does_not(
     with MemoryStore(tmp_path / "m", str(base)) as store, caplog.at_level(logging.WARNING):
         store.write(numbers(2))
         (said,) = [one for one in caplog.messages if "is calibrated, once" in one]
-        assert "LORAMEM_CALIBRATE=0" in said
+        assert "--no-calibrate" in said
         assert read_runs(default_file())
         monkeypatch.setattr(base_calibration, "calibrate_base", lambda *_: pytest.fail("calibrated again"))
         store.write({"another": "1234"})
         assert store.recall("another") == "1234"
 
 
-@pytest.mark.parametrize("off", ["argument", "environment", "option"])
+@pytest.mark.parametrize("off", ["argument", "environment", "default", "option"])
 def test_it_can_be_switched_off(base: Path, tmp_path: Path, off: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(base_calibration, "calibrate_base", lambda *_: pytest.fail("calibrated"))
     if off == "environment":
         monkeypatch.setenv(base_calibration.SWITCH, "0")
+    if off == "default":
+        monkeypatch.delenv(base_calibration.SWITCH)
     if off == "option":
         assert run(["put", "key", "12", "--model", str(base), "--no-calibrate", "--store", "m"]) == 0
         return
-    with MemoryStore(tmp_path / "m", str(base), calibrate=None if off == "environment" else False) as store:
+    with MemoryStore(tmp_path / "m", str(base), calibrate=False if off == "argument" else None) as store:
         store.write({"key": "12"})
 
 

@@ -54,7 +54,7 @@ class MemoryStore(Maintained):
             proved in each. Decided when a store is made (bfloat16 unless said); of an existing one as that does.
         wait_s: Seconds that a change waits for another process to end its own.
         calibrate: Whether the first write or plan measures a base model that nothing is known of, once, in about a
-            minute, so that ranks are no guess; yes unless LORAMEM_CALIBRATE=0 is in the environment.
+            minute, so that ranks are no guess; not unless LORAMEM_CALIBRATE=1 is in the environment if None.
 
     Raises:
         StoreNotFound: No store there and ``create`` is False.

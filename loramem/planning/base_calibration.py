@@ -61,12 +61,12 @@ the size of a shard does a rank above 1 end above 0.69 nats (docs/law.md). Every
 RANKS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 MIN_TOKENS = 10
 SWITCH = "LORAMEM_CALIBRATE"
-"""Environment variable: 0 leaves base models uncalibrated."""
+"""Environment variable: 1 calibrates base models at their first write or plan."""
 
 
 def is_wanted(calibrate: bool | None) -> bool:
-    """What was asked for, or else what the environment says; yes unless told otherwise."""
-    return os.environ.get(SWITCH, "1") not in ("0", "false", "no") if calibrate is None else calibrate
+    """What was asked for, or else what the environment says; no unless told otherwise."""
+    return os.environ.get(SWITCH, "0") in ("1", "true", "yes") if calibrate is None else calibrate
 
 
 def known_of(adapted: AdaptedModel, *, calibrate: bool | None = None) -> Calibration | None:
@@ -82,9 +82,7 @@ def known_of(adapted: AdaptedModel, *, calibrate: bool | None = None) -> Calibra
     known = calibration.load(base.fingerprint.weights[:12])
     if known is not None or not is_wanted(calibrate):
         return known
-    log.warning(
-        "%s is calibrated, once, in at most %.0f s; --no-calibrate or %s=0 leaves that out", base.id, BUDGET_S, SWITCH
-    )
+    log.warning("%s is calibrated, once, in about %.0f s at most; --no-calibrate leaves that out", base.id, BUDGET_S)
     try:
         return calibrate_base(adapted)
     except (LoramemError, OSError, *NOT_UNDERSTOOD) as error:

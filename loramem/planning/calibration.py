@@ -258,7 +258,7 @@ def outcomes_of(run: Run) -> list[Outcome]:
 
     A run of the law through the network that was not certified says nothing: 400 phone numbers at rank 2 of the last
     two layers stayed at the entropy of a random digit with plain cross-entropy at its rate, and a write certifies
-    them. Over features such runs converge, and what they do not certify no write did (docs/law.md).
+    them. Over features such runs converge; whether a write certifies what they do not was not measured.
     """
     if run.for_law and not run.certified and not run.over_features:
         return []
