@@ -223,7 +223,9 @@ def _write_adapter(
     """
     models, records = [adapted, *served.values()], [job.records[index] for index in indices]
     features = with_other_batches(models, records, features_of(models, records, job.placement))
-    compositions, met = [free_running(records), [[number] for number in range(len(records))]], 0
+    compositions, met = [free_running(records)], 0
+    if len(records) > 1:
+        compositions.append([[number] for number in range(len(records))])
     rank, placement, spent = job.rank, job.placement, list[Training]()
     for place in range(job.caution, len(CAUTION)):
         if features is not None:
