@@ -9,10 +9,11 @@ import pytest
 from click.testing import CliRunner
 
 from loramem import MemoryStore, Record, WriterSettings
+from loramem.models import shard_sizes
 from loramem.models.placement import Placement
 from loramem.suites import runner
 
-from .benchmarks import density, write_grid
+from .benchmarks import density, rounding, shard_size, write_grid
 from .benchmarks.command import command
 from .benchmarks.whole_write import make_deep, timed_write
 from .conftest import numbers
@@ -127,3 +128,21 @@ def test_density_orders_by_density_and_names_what_failed() -> None:
     table = density.table([dense, none, thin])
     assert [row[2] for row in table.rows] == ["rank 1", "rank 8", "rank 4"]
     assert table.notes == ("m, 2 records, rank 1: stopped after 600.0 s.",)
+
+
+def test_rounding_is_measured_in_each_way_of_decoding(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rounding.rounding(str(base), rounding.near_keys(3))
+    moved = [line for line in capsys.readouterr().out.splitlines() if "moved by" in line]
+    assert [line.partition(":")[0] for line in moved] == ["one pass", "decoded in a batch", "decoded alone"]
+    assert all(0 < float(line.split("moved by ")[1].split()[0]) < 1 for line in moved)
+
+
+def test_a_smaller_shard_makes_more_adapters_in_the_table(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shard_sizes, "FILL", shard_sizes.FILL)  # which a measurement sets
+    few, many = (
+        dict(zip(shard_size.COLUMNS, shard_size.measure(str(base), 4, 0, fill, "fast", False), strict=True))
+        for fill in (8.0, 0.2)
+    )
+    assert (few["records"], few["fill"], few["adapters"]) == ("4", "8", "1")
+    assert int(many["adapters"]) > 1
+    assert float(few["lowest p"]) >= SETTINGS.certify_threshold

@@ -30,7 +30,7 @@ from loramem.models.ending import Ending
 from loramem.models.features import Features
 from loramem.models.placement import Placement
 from loramem.planning import calibration
-from loramem.planning.calibrate import bare_calibration, encode_sample, spread
+from loramem.planning.calibrate import bare_calibration, base_conditions, encode_sample, spread
 from loramem.planning.calibration import Calibration, cached, summarise
 from loramem.planning.cost import costs_bits
 from loramem.planning.feature_runs import RATE, STEPS, converged_losses
@@ -278,14 +278,8 @@ def _run(adapted: AdaptedModel, sample: _Sample, rank: int, placement: Placement
 
 
 def _conditions(adapted: AdaptedModel) -> dict[str, Any]:
-    base = adapted.base
     return {
-        "base_model": base.id,
-        "base_weights": base.fingerprint.weights[:12],
-        "dtype": base.dtype,
-        "device": base.device.type,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
+        **base_conditions(adapted.base),
         "objective": LAW_OBJECTIVE,
         "feature_rate": RATE,
         "feature_steps": STEPS,

@@ -330,6 +330,11 @@ def _conditions(base: BaseModel, grid: CalibrationGrid) -> dict[str, Any]:
         law_training = {"learning_rate": NetworkSchedule.learning_rate}
         if grid.placement in Placement.ladder(base.model)[:-1]:
             law_training = {"feature_rate": WriterSettings.feature_rate}
+    return {**base_conditions(base), "objective": grid.objective, **law_training}
+
+
+def base_conditions(base: BaseModel) -> dict[str, Any]:
+    """What a run of any kind was made on."""
     return {
         "base_model": base.id,
         "base_weights": base.fingerprint.weights[:12],
@@ -337,6 +342,4 @@ def _conditions(base: BaseModel, grid: CalibrationGrid) -> dict[str, Any]:
         "device": base.device.type,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "objective": grid.objective,
-        **law_training,
     }
