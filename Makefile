@@ -1,6 +1,7 @@
 # make demo   the main job on the embedded base model: a hundred facts written, then recalled by another process
 # make test   the whole test suite
 # make lint   what CI checks beside the tests
+# make docs   the documentation as a site, in build/site
 # make venv   only the virtual environment, .venv
 #
 # Each target creates .venv if it is missing and brings it up to date when the requirements change.
@@ -10,7 +11,7 @@ BIN := .venv/bin
 DEMO_STORE := build/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-slow lint format
+.PHONY: help venv demo test test-slow lint format docs
 
 help:
 	@sed -n 's/^# \{0,1\}//p;/^$$/q' Makefile
@@ -40,6 +41,9 @@ lint: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: venv
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 format: venv
 	$(BIN)/ruff format .

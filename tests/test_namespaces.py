@@ -13,6 +13,7 @@ from loramem_cli.main import run
 import loramem.api.namespace
 from loramem import KeyNotFound, MemoryStore, Namespace, Record
 from loramem.errors import InvalidField
+from loramem.records.record import as_records
 
 DEFAULT, TEAM = {"k": "1", "only here": "2"}, {"k": "9", "b": "8", "c": "7"}
 
@@ -73,6 +74,12 @@ def test_a_view_writes_and_changes_its_namespace_alone(store: MemoryStore) -> No
     assert team.explain("g").value == "5"
     assert team.load("g")[1]
     assert {recall.key: recall.value for recall in store.recall_many()} == DEFAULT
+
+
+def test_a_record_that_names_no_namespace_is_written_to_the_one_given() -> None:
+    given = [Record("none", "1"), Record("own", "2", "team"), {"key": "row", "value": "3"}]
+    assert [record.namespace for record in as_records(given, "other")] == ["other", "team", "other"]
+    assert [record.namespace for record in as_records(given)] == ["", "team", ""]
 
 
 def test_a_record_for_another_namespace_is_refused_by_a_view(store: MemoryStore) -> None:

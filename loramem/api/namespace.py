@@ -1,7 +1,6 @@
 """One namespace of a store as a store of its own: the same methods, the namespace filled in."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
 from typing import Any, Protocol
 
 from loramem.errors import InvalidField
@@ -113,7 +112,7 @@ class Namespace:
                     key=record.key,
                     line=record.line,
                 )
-            own.append(replace(record, namespace=self.name))
+            own.append(record)
         return own
 
 

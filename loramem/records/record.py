@@ -5,7 +5,7 @@ Everything that can be said about a record without a tokenizer is checked here, 
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from loramem.errors import ConflictingRecord, EmptyField, InputError, InvalidField
@@ -144,8 +144,8 @@ def as_records(source: Mapping[str, str] | Iterable[RecordLike], namespace: str 
 
 
 def _as_record(entry: RecordLike, namespace: str, line: int) -> Record:
-    if isinstance(entry, Record):
-        return entry
+    if isinstance(entry, Record):  # with none of its own it is as a row without one
+        return entry if entry.namespace else replace(entry, namespace=namespace)
     if isinstance(entry, Mapping):
         return record_of_row(entry, namespace=namespace, line=line)
     if isinstance(entry, tuple | list) and len(entry) == 2:
