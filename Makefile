@@ -2,6 +2,7 @@
 # make test   the whole test suite
 # make lint   what CI checks beside the tests
 # make docs   the documentation as a site, in build/site
+# make wheel-check   wheel and sdist in dist/, the wheel tried in an environment of its own
 # make venv   only the virtual environment, .venv
 #
 # Each target creates .venv if it is missing and brings it up to date when the requirements change.
@@ -11,7 +12,7 @@ BIN := .venv/bin
 DEMO_STORE := build/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-slow lint format docs
+.PHONY: help venv demo test test-slow lint format docs wheel-check
 
 help:
 	@sed -n 's/^# \{0,1\}//p;/^$$/q' Makefile
@@ -44,6 +45,9 @@ lint: venv
 
 docs: venv
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+
+wheel-check: venv
+	PYTHON=$(PYTHON) tests/wheel.sh
 
 format: venv
 	$(BIN)/ruff format .

@@ -40,7 +40,7 @@ from . import (
 )
 from .output import prepare_streams
 
-# First match wins, so subclasses stand before their bases. Documented in README.
+# First match wins, so subclasses stand before their bases. Documented in docs/reference/cli.md.
 EXIT_CODES: tuple[tuple[type[Exception], int], ...] = (
     (errors.ArgumentError, 2),
     (errors.RecallError, 3),

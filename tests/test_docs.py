@@ -93,3 +93,15 @@ def test_a_page_does_what_it_says(page: Path, tmp_path: Path, monkeypatch: pytes
     for example in document.examples():
         with contextlib.suppress(SkipTest):  # of a block; the page goes on
             example.evaluate()
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "SECURITY.md"])
+def test_links_outside_the_site_lead_somewhere(page: str) -> None:
+    """The site's own are checked when it is built."""
+    text = (ROOT / page).read_text()
+    links = re.findall(r"\]\((?!https?://)([^)#]+)", text) + re.findall(r"`(tests/[\w./]+)`", text)
+    assert not [link for link in links if not (ROOT / link).exists()]
+
+
+def test_the_readme_is_short() -> None:
+    assert (ROOT / "README.md").stat().st_size <= 6 * 1024

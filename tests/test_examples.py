@@ -1,8 +1,7 @@
-"""The examples and the README's Python run as they stand."""
+"""The examples run as they stand."""
 
 import doctest
 import os
-import re
 import runpy
 import subprocess
 import sys
@@ -82,13 +81,6 @@ def test_peft_alone_recalls_what_was_deployed_one_by_one_and_in_a_mixed_batch(he
 def test_the_phone_book_is_what_its_script_writes(tmp_path: Path) -> None:
     shown = run("-m", "loramem.planning.samples", "phonebook", "100", cwd=tmp_path)
     assert shown == (ROOT / "examples" / "phonebook.jsonl").read_text()
-
-
-def test_the_python_blocks_of_the_readme_run(here: Here, tmp_path: Path) -> None:
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
-    assert blocks
-    (tmp_path / "session.py").write_text("\n".join(blocks))
-    here(tmp_path / "session.py")
 
 
 def test_docstring_examples_run() -> None:
