@@ -2,7 +2,9 @@
 
 import math
 import tempfile
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -186,7 +188,7 @@ def _draw(plan: "Plan", inputs: "PlanInputs", path: Path) -> None:
 
 
 def _show(plan: "Plan", name: str, location: str) -> None:
-    """Totals, then a row per adapter; what to keep in mind on stderr."""
+    """Totals, then the adapters; what to keep in mind on stderr."""
     success, seconds = plan.success, plan.training_s
     print_facts(
         [
@@ -195,6 +197,7 @@ def _show(plan: "Plan", name: str, location: str) -> None:
             ("answer tokens", f"{plan.length:,}"),
             ("cost of the values", f"{plan.cost_bits:,.0f} bits"),
             ("goal", plan.goal),
+            *([("law", plan.kind)] if plan.kind else []),
             ("adapters", len(plan.shards)),
             ("parameters", f"{plan.parameters:,}"),
             ("bits per parameter", f"{plan.cost_bits / plan.parameters:.3f}" if plan.parameters else "-"),
@@ -204,10 +207,9 @@ def _show(plan: "Plan", name: str, location: str) -> None:
         ]
     )
     click.echo()
-    law = f"law ({plan.kind})" if plan.kind else "law"
-    columns = ("adapter", "records", "tokens", "optimistic rank", f"{law}, 90 %", f"rank for {plan.goal}")
-    more = ("parameters", "base loss", "final loss", "success")
-    print_markdown((*columns, *more), [_row(number, shard) for number, shard in enumerate(plan.shards, start=1)])
+    ranks = ("optimistic rank", "law (90%)", "rank")
+    columns = ("adapter", "records", "tokens", *ranks, "base loss", "final loss", "success")
+    print_markdown(columns, _rows(plan.shards))
     for warning in plan.warnings:
         note(warning)
     if not plan.calibrated:
@@ -215,17 +217,24 @@ def _show(plan: "Plan", name: str, location: str) -> None:
         note(f"To know instead of guessing: loramem calibrate{model}.")
 
 
-def _row(number: int, shard: "ShardPlan") -> tuple[str, ...]:
+def _rows(shards: "Sequence[ShardPlan]") -> Iterator[tuple[str, ...]]:
+    """A row for every run of adapters that look alike: a large plan has thousands."""
+    first = 1
+    for row, alike in groupby(map(_row, shards)):
+        last = first + len(list(alike)) - 1
+        yield (str(first) if first == last else f"{first}–{last}", *row)
+        first = last + 1
+
+
+def _row(shard: "ShardPlan") -> tuple[str, ...]:
     found, final = shard.law_rank, shard.final_loss
     low, high = (_rank(end) if end else "?" for end in (found.low, found.high)) if found else ("", "")
     return (
-        str(number),
         f"{shard.records:,}",
         f"{shard.length:,}",
         str(shard.optimistic_rank),
         f"{_rank(found.rank)} ({low}–{high})" if found else "-",
         str(shard.rank),
-        f"{shard.parameters:,}",
         f"{shard.base_loss:.2f}",
         "-" if final is None else f"{final:.2f}" if final >= 0.69 else "< 0.69",
         "-" if shard.success is None else f"{shard.success:.0%}",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from . import options
-from .output import note, print_json, print_markdown
+from .output import note, print_json, print_markdown, print_text
 
 if TYPE_CHECKING:
     from loramem.planning.law import MemoryLaw
@@ -85,7 +85,7 @@ def show(groups: "Iterable[tuple[str, list[Run]]]", *, as_json: bool, points: bo
         return fitted
     print_markdown(LAW_COLUMNS, [one.row for one in fitted])
     for one in fitted if points else ():
-        click.echo(f"\n{one.name}\n")
+        print_text(f"\n{one.name}\n")
         print_markdown(
             ("rank", "tokens", "base loss", "final loss", "ΔL", "ΔL of the law", "residual", "ordered %"),
             [_point_row(run, one.law) for run in sorted(one.runs, key=lambda run: (run.length, run.rank))],
@@ -165,7 +165,7 @@ def _show_boundaries(runs: "list[Run]") -> None:
             "Brier score",
         )
         print_markdown(columns, rows)
-        click.echo("\nIts reliability, each outcome judged by a boundary fitted without it\n")
+        print_text("\nIts reliability, each outcome judged by a boundary fitted without it\n")
         print_markdown(("writes", "predicted", "outcomes", "mean predicted", "certified"), bins)
 
 
@@ -181,7 +181,7 @@ def _show_writes(store: Path) -> None:
     place = tuple(manifest.placement["modules"]), tuple(manifest.placement["layers"])
     before = calibration.plan_inputs(known, place, 1).boundary
     after = calibration.plan_inputs(known, place, 1, outcomes=outcomes).boundary
-    click.echo(f"\nThe last writes of {store}\n")
+    print_text(f"\nThe last writes of {store}\n")
     print_markdown(
         ("rank", "tokens", "cost in bits", "bits per parameter", "certified at this rank", "expected"),
         [
@@ -197,7 +197,7 @@ def _show_writes(store: Path) -> None:
         ],
     )
     if before and after:
-        click.echo(
+        print_text(
             f"\n{len(outcomes)} outcomes of this store move even odds from {1 / before.parameters_per_bit:.3f} to "
             f"{1 / after.parameters_per_bit:.3f} bits per parameter."
         )

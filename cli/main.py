@@ -1,5 +1,6 @@
 """Entry point: the command group, and exceptions as one line and an exit code."""
 
+import io
 import logging
 import sqlite3
 import sys
@@ -38,7 +39,7 @@ from . import (
     verify,
     write,
 )
-from .output import prepare_streams
+from .output import Notes, note, prepare_streams
 
 # First match wins, so subclasses stand before their bases. Documented in docs/reference/cli.md.
 EXIT_CODES: tuple[tuple[type[Exception], int], ...] = (
@@ -57,14 +58,16 @@ EXIT_CODES: tuple[tuple[type[Exception], int], ...] = (
     (errors.LoramemError, 1),
 )
 INTERRUPTED = 130
+MOST_COLUMNS = 120  # of help: longer lines are hard to read
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": MOST_COLUMNS})
 @click.version_option(package_name="loramem")
 @click.option("-v", "--verbose", is_flag=True, help="Log what happens to stderr.")
 def cli(verbose: bool) -> None:
     """Write facts verbatim into LoRA adapters of a frozen language model, and prove it."""
-    logging.basicConfig(level=logging.INFO if verbose else logging.ERROR, format="%(levelname)s %(name)s: %(message)s")
+    level = logging.INFO if verbose else logging.ERROR
+    logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s", handlers=[Notes()])
     if not verbose:  # a minute at a first write is said, whatever else is not
         logging.getLogger("loramem.planning.base_calibration").setLevel(logging.WARNING)
 
@@ -89,31 +92,38 @@ def run(arguments: Sequence[str] | None = None) -> int:
         try:
             argument.encode()
         except UnicodeEncodeError:  # Python keeps bytes that are not UTF-8 as surrogates, which no record can hold
-            click.echo(f"Error: the argument {argument!r} holds bytes that are not UTF-8.", err=True)
+            note(f"Error: the argument {argument!r} holds bytes that are not UTF-8.")
             return 2
     try:
         # click returns what ctx.exit(code) was given, and None from a command that just ends.
         return cli.main(args=arguments, standalone_mode=False) or 0
     except click.ClickException as error:
-        error.show()
+        _show(error)
         return error.exit_code
     except (click.Abort, KeyboardInterrupt):
-        click.echo("Interrupted.", err=True)
+        note("Interrupted.")
         return INTERRUPTED
     except OSError as error:  # a full disk, a folder that may not be written
-        click.echo(f"Error: {error}", err=True)
+        note(f"Error: {error}")
         return 1
     except sqlite3.Error as error:
-        click.echo(f"Error: index.db cannot be read ({error}). Run loramem verify --quick.", err=True)
+        note(f"Error: index.db cannot be read ({error}). Run loramem verify --quick.")
         return 4
     except (MemoryError, RuntimeError) as error:  # of a command that computes without a store
         if not is_out_of_memory(error):
             raise
-        click.echo(f"Error: {out_of_memory(error)}", err=True)
+        note(f"Error: {out_of_memory(error)}")
         return 1
     except errors.LoramemError as error:
-        click.echo(f"Error: {' '.join(str(error).splitlines())}", err=True)  # names of files may hold line ends
+        note(f"Error: {' '.join(str(error).splitlines())}")  # names of files may hold line ends
         return next(code for kind, code in EXIT_CODES if isinstance(error, kind))
+
+
+def _show(error: click.ClickException) -> None:
+    """As click does, but wrapped for a terminal."""
+    text = io.StringIO()
+    error.show(file=text)
+    note(text.getvalue().rstrip("\n"))
 
 
 def main() -> None:

@@ -7,13 +7,16 @@ stream's encoding lacks.
 import codecs
 import io
 import json
+import logging
 import os
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, is_dataclass
-from typing import Any
+from typing import IO, Any
 
 import click
+
+from . import terminal
 
 
 def prepare_streams() -> None:
@@ -70,21 +73,29 @@ def _missing(text: str) -> str | None:
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """A table on stdout, as wide as the terminal allows."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(*columns, box=None, header_style="bold", pad_edge=False)
-    for row in rows:
-        table.add_row(*(Text(str(cell)) for cell in row))
-    Console().print(table)
+    """A table on stdout: fitted to a terminal, otherwise a line per row with tabs between its cells."""
+    texts = [[str(cell) for cell in row] for row in rows]
+    if terminal.is_read(sys.stdout):
+        _print_fitted(columns, texts)
+        return
+    for row in (columns, *texts):
+        click.echo("\t".join(map(terminal.shown, row)))
 
 
 def print_markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """A Markdown table on stdout, for tables wider than a terminal that end in a document."""
+    """A table that ends in a document on stdout: fitted to a terminal, otherwise Markdown."""
+    if terminal.is_read(sys.stdout):
+        _print_fitted(columns, list(rows))
+        return
     for cells in (columns, ["---"] * len(columns), *rows):
         click.echo(f"| {' | '.join(cells)} |")
+
+
+def _print_fitted(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    from rich.console import Console
+
+    console = Console(highlight=False, markup=False, emoji=False)
+    console.print(terminal.table(columns, rows, console.width), soft_wrap=False)
 
 
 def note_needs_ids(count: int) -> None:
@@ -97,13 +108,35 @@ def note_needs_ids(count: int) -> None:
 
 
 def print_facts(facts: Iterable[tuple[str, object]]) -> None:
-    """Name and value, one pair a line."""
+    """Name and value on stdout, one pair a line; fitted to a terminal."""
     pairs = [(name, str(value)) for name, value in facts]
+    if terminal.is_read(sys.stdout):
+        click.echo(terminal.facts(pairs, terminal.columns(sys.stdout)))
+        return
     width = max(len(name) for name, _ in pairs)
     for name, value in pairs:
         click.echo(f"{name:<{width}}  {value}")
 
 
+def print_text(text: str) -> None:
+    """A sentence on stdout, wrapped where a terminal shows it."""
+    click.echo(_wrapped(text, sys.stdout))
+
+
 def note(message: str) -> None:
-    """A remark on stderr."""
-    click.echo(message, err=True)
+    """A remark on stderr, on one line; wrapped where a terminal shows it, with what follows set in."""
+    click.echo(_wrapped(message, sys.stderr, indent=2), err=True)
+
+
+class Notes(logging.Handler):
+    """Log records as remarks, which a bar that is being drawn makes room for."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        note(self.format(record))
+
+
+def _wrapped(text: str, stream: IO[str], indent: int = 0) -> str:
+    if not terminal.is_read(stream):
+        return text
+    width = terminal.columns(stream)
+    return "\n".join(terminal.wrap(line, width, indent) for line in text.split("\n"))

@@ -12,7 +12,7 @@ import click
 from click.core import ParameterSource
 
 from . import options
-from .output import note, print_json, print_markdown
+from .output import note, print_facts, print_json, print_markdown, print_text
 
 
 @click.group("suite")
@@ -25,9 +25,8 @@ def list_() -> None:
     """Show what can be measured."""
     from loramem.suites.runner import SUITES, load_suite
 
-    for name in SUITES:
-        summary = (load_suite(name).__doc__ or "").partition("\n\n")[0].replace("\n", " ")
-        click.echo(f"{name:<14} {summary.replace('``', '')}")
+    summaries = {name: (load_suite(name).__doc__ or "").partition("\n\n")[0] for name in SUITES}
+    print_facts((name, summary.replace("\n", " ").replace("``", "")) for name, summary in summaries.items())
 
 
 @command.command("run")
@@ -124,7 +123,7 @@ def run(
         return
     print_markdown(table.columns, table.rows)
     for remark in table.notes:
-        click.echo(f"\n{remark}")
+        print_text(f"\n{remark}")
 
 
 def _refuse_idle_options(name: str) -> None:

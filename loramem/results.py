@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from loramem._util.explained import Certainty, as_html, certainty
+
 
 @dataclass(frozen=True)
 class WriteReport:
@@ -69,6 +71,11 @@ class TokenProbability:
     ordered: bool
     """prob > 0.5: greedy decoding cannot choose another token here."""
 
+    @property
+    def certainty(self) -> Certainty:
+        """ "certain" (p ≥ 0.9), "near" (above 0.5) or "below"."""
+        return certainty(self.prob)
+
 
 @dataclass(frozen=True)
 class Explanation:
@@ -82,6 +89,9 @@ class Explanation:
     @property
     def min_prob(self) -> float:
         return min(token.prob for token in self.tokens)
+
+    def _repr_html_(self) -> str:
+        return as_html(self.key, self.adapter, ((token.text, token.prob, token.base_prob) for token in self.tokens))
 
 
 @dataclass(frozen=True)

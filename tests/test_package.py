@@ -27,7 +27,8 @@ PACKAGES = (
     ("training",),
     ("index", "models"),
     ("records",),
-    ("_util", "embedded", "results"),
+    ("results",),
+    ("_util", "embedded"),
     ("errors",),
 )
 """Packages and top-level modules of loramem; each imports from its own row only itself, beyond that what is below."""

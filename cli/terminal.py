@@ -1,0 +1,118 @@
+"""How text and tables are laid out for somebody who reads them in a terminal: to its width, broken between words alone.
+
+What goes into a pipe or a file is laid out for no width (`loramem_cli.output`).
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import IO, TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import JustifyMethod
+    from rich.table import Table
+
+GAPS = 2, 1
+"""Blanks between two columns of a table: as many as fit."""
+LARGEST_SHARE = 0.4
+"""Of the width: what a column may claim for its longest word. A longer one (an address, a path) is folded."""
+NUMBER = re.compile(r"-|[^a-z]*\d[^a-z]*", re.IGNORECASE)
+"""Cells that stand at the right of their column and are not broken, such as 1,234 or 8.3 (7.5–9)."""
+
+
+def is_read(stream: IO[str]) -> bool:
+    """Whether a stream is a terminal."""
+    return stream.isatty()
+
+
+def columns(stream: IO[str]) -> int:
+    """How many columns the terminal has; COLUMNS says otherwise, and 80 where nobody knows."""
+    from rich.console import Console
+
+    return Console(file=stream).width
+
+
+def shown(text: str) -> str:
+    """Text with escapes for what would move the cursor, colour the screen or begin a line."""
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
+
+
+def wrap(text: str, width: int, indent: int = 0) -> str:
+    """Lines of at most so many columns; a word that is longer stays whole, so that it can be copied.
+
+    Args:
+        indent: Blanks before all lines but the first.
+    """
+    from rich.cells import cell_len
+
+    first, *rest = text.split(" ")
+    lines = [first]
+    for word in rest:
+        left = width - cell_len(lines[-1]) - 1
+        if lines[-1].strip() and left < cell_len(word) <= width - indent:
+            lines.append(" " * indent + word)
+        else:
+            lines[-1] += f" {word}"
+    return "\n".join(lines)
+
+
+def table(heads: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> "Table | str":
+    """A table of at most so many columns, wrapped between words.
+
+    Columns in which nothing stands are left out. Where even the longest words do not fit side by side, every row is a
+    block of lines instead, a head and a cell on each.
+    """
+    from rich.table import Table
+    from rich.text import Text
+
+    used = [place for place in range(len(heads)) if not rows or any(row[place] for row in rows)]
+    heads = [heads[place] for place in used]
+    cells = [[shown(row[place]) for place in used] for row in rows]
+    columns = [_Column.of(head, [row[place] for row in cells], width) for place, head in enumerate(heads)]
+    free = [width - gap * (len(heads) - 1) for gap in GAPS]
+    fitting = [gap for gap, left in zip(GAPS, free, strict=True) if sum(column.least for column in columns) <= left]
+    if not fitting:
+        return "\n\n".join(facts(list(zip(heads, row, strict=True)), width) for row in cells)
+    laid_out = Table(box=None, pad_edge=False, padding=(0, fitting[0], 0, 0), header_style="bold")
+    sizes = _shrunk(columns, width - fitting[0] * (len(heads) - 1))
+    for head, column, size in zip(heads, columns, sizes, strict=True):
+        justify: JustifyMethod = "right" if column.numbers else "left"
+        laid_out.add_column(wrap(head, size), width=size, no_wrap=column.numbers, justify=justify, overflow="fold")
+    for row in cells:
+        laid_out.add_row(*map(Text, row))
+    return laid_out
+
+
+def facts(pairs: Sequence[tuple[str, str]], width: int) -> str:
+    """Name and value, one pair a line; what does not fit goes on under the value."""
+    from rich.cells import cell_len, set_cell_size
+
+    names = max(cell_len(name) for name, _ in pairs)
+    return "\n".join(wrap(f"{set_cell_size(name, names)}  {value}", width, names + 2) for name, value in pairs)
+
+
+@dataclass(frozen=True)
+class _Column:
+    """What the cells of a column take."""
+
+    numbers: bool
+    most: int
+    least: int
+
+    @classmethod
+    def of(cls, head: str, cells: Sequence[str], width: int) -> "_Column":
+        from rich.cells import cell_len
+
+        numbers = bool(cells) and all(map(NUMBER.fullmatch, cells))
+        parts = [*head.split(" "), *(cells if numbers else (word for cell in cells for word in cell.split(" ")))]
+        most = max(map(cell_len, (head, *cells)))
+        return cls(numbers, most, min(max(map(cell_len, parts)), int(LARGEST_SHARE * width)))
+
+
+def _shrunk(columns: Sequence[_Column], width: int) -> list[int]:
+    """Widths of columns that fit: what is too much goes off the widest, down to its longest word."""
+    sizes = [column.most for column in columns]
+    while sum(sizes) > width:
+        widest = max((size, place) for place, size in enumerate(sizes) if size > columns[place].least)[1]
+        sizes[widest] -= 1
+    return sizes
