@@ -14,6 +14,8 @@ import click
 from loramem.errors import ArgumentError, InputError
 from loramem.training.settings import MAX_RANK, WriterSettings
 
+from .progress import waiting
+
 if TYPE_CHECKING:
     from concurrent.futures import Executor
 
@@ -124,6 +126,19 @@ class StoreOptions:
             wait_s=self.wait_s,
             calibrate=self.calibrate,
         )
+
+    def load(
+        self, *, create: bool = False, keep_values: bool | None = None, serve: "Sequence[Dtype] | None" = None
+    ) -> "MemoryStore":
+        """The store with its base model, for what is sure to need it."""
+        with waiting("loading the base model"):
+            opened = self.open(create=create, keep_values=keep_values, serve=serve)
+            try:
+                _ = opened.base
+            except BaseException:
+                opened.close()
+                raise
+            return opened
 
 
 @dataclass(frozen=True)

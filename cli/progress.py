@@ -1,84 +1,165 @@
-"""Live bars on stderr."""
+"""Live bars on stderr, where a terminal shows them: one line, which goes when the work is done."""
 
+import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from . import terminal
+
 if TYPE_CHECKING:
+    from rich.progress import Progress
+
     from loramem.training.progress import ProgressCallback, WriteProgress
+
+UNTRAINED = 0.35
+"""Share of a shard's training that is over when its first tokens are ordered, about."""
+PROOF_READS = 2
+"""Of a record, beside the one that training sees: in each dtype, by and large."""
+LEAST_CERTAIN, ALONE_READS = 16, 12
+"""Records that are decoded once more when all are certified, and how many reads in a batch one of them costs."""
 
 
 @contextmanager
 def write_bar() -> Iterator["ProgressCallback"]:
-    """A callback that draws tokens ordered, lowest p, loss, rank, elapsed and estimated time."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TaskID,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
+    """A callback that draws facts learned and certified of all, and seconds left."""
+    if not terminal.is_read(sys.stderr):
+        yield lambda told: None
+        return
+    estimate = WriteEstimate(time.monotonic())
+    with _bar(estimate.left) as bar:
+        task = bar.add_task("reading the facts", total=None)
 
-    columns = (
-        TextColumn("[bold]shard {task.fields[shard]}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn(
-            "tokens  lowest p {task.fields[min_prob]:.3f}  loss {task.fields[loss]:.3f}  rank {task.fields[rank]}"
-        ),
-        TextColumn("step {task.fields[step]}"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    bar = Progress(*columns, console=Console(stderr=True))
-    tasks: dict[int, TaskID] = {}
+        def show(told: "WriteProgress") -> None:
+            estimate.see(told, time.monotonic())
+            bar.update(task, description=str(estimate), completed=estimate.learned, total=told.records_total)
 
-    def show(told: "WriteProgress") -> None:
-        if not tasks:
-            bar.start()  # not before: what fails earlier has nothing to draw, and ending would print an empty line
-        if told.shard not in tasks:
-            tasks[told.shard] = bar.add_task(
-                "", start=True, total=told.tokens_total, shard="", min_prob=0.0, loss=0.0, rank=0, step=0
-            )
-        bar.update(
-            tasks[told.shard],
-            completed=told.tokens_ordered,
-            shard=f"{told.shard}/{told.shards}",
-            min_prob=told.min_prob,
-            loss=told.loss,
-            rank=told.rank,
-            step=told.step,
-        )
-
-    try:
         yield show
-    finally:
-        if tasks:
-            bar.stop()
 
 
 @contextmanager
 def count_bar(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A callback that draws how many of how many are done."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    """A callback that draws how many of how many are done, and seconds left."""
+    if not terminal.is_read(sys.stderr):
+        yield lambda done, total: None
+        return
+    started, told = time.monotonic(), [0, 0]
 
-    columns = (TextColumn(f"[bold]{what}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    bar, task = Progress(*columns, console=Console(stderr=True)), None
+    def left(now: float) -> float | None:
+        done, total = told
+        return (now - started) * (total - done) / done if done else None
 
-    def show(done: int, total: int) -> None:
-        nonlocal task
-        if task is None:
-            bar.start()  # not before: what fails earlier has nothing to draw
-            task = bar.add_task("", total=total)
-        bar.update(task, completed=done, total=total)
+    with _bar(left) as bar:
+        task = bar.add_task(what, total=None)
 
-    try:
+        def show(done: int, total: int) -> None:
+            told[:] = done, total
+            bar.update(task, description=f"{done:,} of {total:,} {what}", completed=done, total=total)
+
         yield show
-    finally:
-        if task is not None:
-            bar.stop()
+
+
+@contextmanager
+def waiting(what: str) -> Iterator[None]:
+    """Says what is waited for, where nothing can be counted."""
+    if not terminal.is_read(sys.stderr):
+        yield
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status(what):
+        yield
+
+
+class WriteEstimate:
+    """How far a write is, and when it will be done.
+
+    Once a shard is proved, by the time that records took so far. Before, by what went before training: the base model
+    read all records to price them, and the shard's once more for what training sees; a proof reads them again.
+    """
+
+    def __init__(self, started: float) -> None:
+        """
+        Args:
+            started: Seconds on a monotonic clock, as all times here.
+        """
+        self.started = self.begun = started
+        self.shards: dict[int, WriteProgress] = {}
+        self.total = 0
+        self.per_read = 0.0
+        """Seconds that the base model takes for a record in a batch."""
+        self.ends: float | None = None
+
+    def see(self, told: "WriteProgress", now: float) -> None:
+        if not self.shards and not told.proved:
+            self.begun = now - told.elapsed_s
+            self.per_read = (self.begun - self.started) / (told.records_total + told.records)
+        self.total = told.records_total
+        known = self.shards.get(told.shard)
+        if known is None or told.proved or told.records_ordered >= known.records_ordered:
+            self.shards[told.shard] = told  # what is trained again, or gets an adapter of its own, takes nothing back
+        alone = min(LEAST_CERTAIN, told.records_total) * ALONE_READS * self.per_read
+        if told.proved:
+            self.ends = now + (now - self.begun) * (told.records_total / self._proved - 1) + alone
+        elif not self._proved:
+            self.ends = now + self._first_shard(told) + alone
+
+    def left(self, now: float) -> float | None:
+        """Seconds; None before anything is known."""
+        return None if self.ends is None else max(0.0, self.ends - now)
+
+    def __str__(self) -> str:
+        if self.certified == self.total:
+            return f"{self.total:,} facts certified, the least certain once more"
+        return f"{self.learned:,} of {self.total:,} facts learned, {self.certified:,} certified"
+
+    @property
+    def learned(self) -> int:
+        """Facts whose every token was certain enough when last seen in training."""
+        return sum(told.records_ordered for told in self.shards.values())
+
+    @property
+    def certified(self) -> int:
+        """Facts that were decoded from an adapter as saved."""
+        return sum(told.records_ordered for told in self.shards.values() if told.proved)
+
+    @property
+    def _proved(self) -> int:
+        return sum(told.records for told in self.shards.values() if told.proved)
+
+    def _first_shard(self, told: "WriteProgress") -> float:
+        """Seconds from a step of the first shard to the proof of the last."""
+        trained = UNTRAINED + (1 - UNTRAINED) * told.tokens_ordered / told.tokens_total
+        training = told.elapsed_s / trained
+        proof = PROOF_READS * told.records * self.per_read
+        others = (told.records_total - told.records) * ((1 + PROOF_READS) * self.per_read + training / told.records)
+        return training - told.elapsed_s + proof + others
+
+
+@contextmanager
+def _bar(left: Callable[[float], float | None]) -> "Iterator[Progress]":
+    """A line of what it is about, a bar as long as there is room, and seconds left, until the block ends."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
+    from rich.text import Text
+
+    class Left(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            seconds = left(time.monotonic())
+            return Text("" if seconds is None else f"{duration(seconds)} left", style="cyan")
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(bar_width=None), Left())
+    with Progress(*columns, console=console, transient=True, expand=True) as bar:
+        yield bar
+
+
+def duration(seconds: float) -> str:
+    """Such as 8 s, 2 min 05 s or 3 h 10 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02} min"

@@ -26,7 +26,7 @@ def command(
 
     settings = ranks.settings()
     record = Record(key, value, namespace)
-    with store.open(create=True) as opened, write_bar() as progress:
+    with store.load(create=True) as opened, write_bar() as progress:
         report = opened.write([record], goal=ranks.goal, rank=ranks.rank, settings=settings, progress=progress)
     if as_json:
         print_json(report)

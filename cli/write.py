@@ -73,7 +73,7 @@ def command(
 
     if file is None:
         with (
-            store.open() as opened,
+            store.load() as opened,
             options.pool(workers) as pool,
             write_bar() as progress,
         ):
@@ -82,7 +82,7 @@ def command(
         records = fields.read(file, namespace)
         keep_values = False if no_values else None  # unless said, as the store does
         with (
-            store.open(
+            store.load(
                 create=True,
                 keep_values=keep_values,
                 serve=None if serve is None else cast("list[Dtype]", serve.split(",")),

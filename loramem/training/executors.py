@@ -29,7 +29,7 @@ def run_jobs(
         adapted: The model that runs them in this process, if there is no executor.
         served: The same in other dtypes; see `write_shard`.
         executor: Runs `run_job` on each; its processes must find the base model and the staging folder.
-        progress: Told of every step in this process; of every finished shard with an executor.
+        progress: Told of every step in this process, and of every finished shard.
 
     Raises as `run_job`, at the first job that fails; jobs that have not begun are cancelled.
 
@@ -37,16 +37,18 @@ def run_jobs(
         WorkerLost: A worker process was killed, or ran out of memory.
     """
     if executor is None:
-        return [
-            write_shard(job, adapted, _numbered(progress, number, len(jobs)), served)
-            for number, job in enumerate(jobs, start=1)
-        ]
+        results = []
+        for number, job in enumerate(jobs, start=1):
+            results.append(write_shard(job, adapted, _numbered(progress, number, jobs), served))
+            if progress is not None:
+                progress(_finished(jobs, number, results[-1]))
+        return results
     futures = {executor.submit(run_job, job): number for number, job in enumerate(jobs, start=1)}
     try:
         for future in as_completed(futures):
             number = futures[future]
             if progress is not None:
-                progress(_finished(jobs[number - 1], future.result(), number, len(jobs)))
+                progress(_finished(jobs, number, future.result()))
             future.result()
     except BrokenExecutor as error:
         raise WorkerLost(
@@ -85,14 +87,20 @@ def _start_worker(threads: int) -> None:
     torch.set_num_threads(threads)
 
 
-def _numbered(progress: ProgressCallback | None, shard: int, shards: int) -> ProgressCallback | None:
-    """A callback that is also told which shard of how many is being written (1-based)."""
+def _numbered(progress: ProgressCallback | None, shard: int, jobs: Sequence[ShardJob]) -> ProgressCallback | None:
+    """A callback that is also told which shard of how many is being written (1-based), and what all of them hold."""
     if progress is None:
         return None
-    return lambda told: progress(replace(told, shard=shard, shards=shards))
+    total = _records(jobs)
+    return lambda told: progress(replace(told, shard=shard, shards=len(jobs), records_total=total))
 
 
-def _finished(job: ShardJob, result: ShardResult, number: int, count: int) -> WriteProgress:
+def _records(jobs: Sequence[ShardJob]) -> int:
+    return sum(len(job.records) for job in jobs)
+
+
+def _finished(jobs: Sequence[ShardJob], number: int, result: ShardResult) -> WriteProgress:
+    job = jobs[number - 1]
     tokens = [len(record.answer_ids) for record in job.records]
     return WriteProgress(
         step=sum(shard.training.steps for shard in result.shards),
@@ -102,6 +110,10 @@ def _finished(job: ShardJob, result: ShardResult, number: int, count: int) -> Wr
         loss=0.0,
         rank=max((shard.training.rank for shard in result.shards), default=job.rank),
         elapsed_s=sum(shard.training.elapsed_s for shard in result.shards),
+        records_ordered=len(job.records) - len(result.failed),
+        records=len(job.records),
         shard=number,
-        shards=count,
+        shards=len(jobs),
+        records_total=_records(jobs),
+        proved=True,
     )

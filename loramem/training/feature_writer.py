@@ -128,6 +128,7 @@ class _Run:
         self.targets = features[0].targets
         self.everywhere = torch.arange(len(self.targets), device=self.targets.device)
         self.step = 0
+        self.open_records: float = records  # before the last step, in the softmax over few
         self.rate = settings.feature_rate
         # Decoding and its dtypes round otherwise than features: a token that only just passed here may fail the proof.
         self.enough = (settings.certify_threshold + settings.train_threshold) / 2
@@ -217,13 +218,16 @@ class _Run:
         which is NaN if nothing moved."""
         self.ending.shuffle_deviations(self.generator)
         sums = torch.zeros(4, device=self.targets.device)
+        open_of = torch.zeros(self.records, device=self.targets.device)
         for rows in self.ending.chunks(len(self.targets) if self.sliding else TRAIN_ROWS):
             losses, weights = self.weighted_losses(rows)
             (losses * weights).sum().backward()
             seen = losses.detach()
             is_open = ~(seen <= -math.log(self.enough))  # NaN is open
             sums += torch.stack([weights.sum(), is_open.sum(), seen[is_open].sum(), seen.sum()])
-        total_weight, open_tokens, open_loss, loss = sums.tolist()  # one wait for the device
+            open_of.index_add_(0, self.features[0].owners[rows], is_open.to(open_of.dtype))
+        told = torch.cat([sums, (open_of > 0).sum()[None]])
+        total_weight, open_tokens, open_loss, loss, self.open_records = told.tolist()  # one wait for the device
         share = open_tokens / len(self.targets)
         if math.isfinite(loss) and self.optimizer.step(
             min(1.0, max(LEAST_SHARE, share / FEW)) * self.decay, 1 / max(total_weight, objectives.MIN_WEIGHT)
@@ -328,5 +332,7 @@ class _Run:
                 loss=loss,
                 rank=self.rank,
                 elapsed_s=time.monotonic() - self.started,
+                records_ordered=self.records - (int(self.open_records) if open_tokens else 0),
+                records=self.records,
             )
         )

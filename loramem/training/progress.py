@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class WriteProgress:
-    """What a progress callback is told after every step."""
+    """What a progress callback is told after every step, and once more when a shard is proved."""
 
     step: int
     tokens_ordered: int
@@ -18,8 +18,16 @@ class WriteProgress:
     """Mean cross-entropy of the last batch in nats per token."""
     rank: int
     elapsed_s: float
+    records_ordered: int = 0
+    """Records of the shard all whose tokens were at or above the certified probability when last seen."""
+    records: int = 0
+    """Of the shard."""
     shard: int = 1
     shards: int = 1
+    records_total: int = 0
+    """Of all shards."""
+    proved: bool = False
+    """Whether the shard is done: its ordered records were decoded from the adapter as saved, and are certified."""
 
 
 ProgressCallback = Callable[[WriteProgress], None]

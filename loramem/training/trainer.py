@@ -376,5 +376,7 @@ class _Run:
                 loss=loss,
                 rank=self.rank,
                 elapsed_s=time.monotonic() - self.started,
+                records_ordered=len(self.records) - int((self.open_tokens > 0).sum()),
+                records=len(self.records),
             )
         )
