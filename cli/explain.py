@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from loramem._util.explained import Certainty, certainty, visible
+from loramem._util.explained import MEANINGS, Certainty, certainty, visible
 
 from . import options, terminal
 from .output import print_json, print_table, print_text
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from loramem import Explanation
 
 COLOURS: dict[Certainty, str] = {"certain": "green", "near": "yellow", "below": "red"}
-BAR = 12
+BAR = 20
 """Characters of p = 1."""
 
 
@@ -57,19 +57,20 @@ def _draw(explanation: "Explanation") -> None:
     ):
         texts = zip(tokens, probs, strict=True)
         values.add_row(name, Text.assemble(*(_coloured(visible(token.text), prob) for token, prob in texts)))
-    table = Table("token", "p", "", "without", "", "", box=None, header_style="bold", pad_edge=False)
+    table = Table("token", "p", "", "without", "", box=None, header_style="bold", pad_edge=False)
     for token in tokens:
         table.add_row(
             Text(visible(token.text)),
             *(part for prob in (token.prob, token.base_prob) for part in _bar(prob)),
-            _coloured(token.certainty, token.prob),
         )
-    console.print(Text(terminal.shown(explanation.key), style="bold"), values, "", table, sep="\n")
+    legend = [(Text(level, style=COLOURS[level]), Text(f" {meaning}")) for level, meaning in MEANINGS.items()]
+    console.print(Text(terminal.shown(explanation.key), style="bold"), values, "", table, "", sep="\n")
+    console.print(Text("   ").join(Text.assemble(*parts) for parts in legend))
     print_text(f"lowest p {explanation.min_prob:.4f}, adapter {explanation.adapter}")
 
 
 def _bar(prob: float) -> "tuple[Text, Text]":
-    return _coloured(f"{prob:.4f}", prob), _coloured("█" * round(BAR * prob), prob)
+    return _coloured(f"{prob:.4f}", prob), _coloured("━" * round(BAR * prob), prob)
 
 
 def _coloured(text: str, prob: float) -> "Text":

@@ -39,6 +39,7 @@ from . import (
     verify,
     write,
 )
+from .groups import Commands
 from .output import Notes, note, prepare_streams
 
 # First match wins, so subclasses stand before their bases. Documented in docs/reference/cli.md.
@@ -61,11 +62,14 @@ INTERRUPTED = 130
 MOST_COLUMNS = 120  # of help: longer lines are hard to read
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": MOST_COLUMNS})
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": MOST_COLUMNS})
 @click.version_option(package_name="loramem")
 @click.option("-v", "--verbose", is_flag=True, help="Log what happens to stderr.")
 def cli(verbose: bool) -> None:
-    """Write facts verbatim into LoRA adapters of a frozen language model, and prove it."""
+    """Write facts verbatim into LoRA adapters of a frozen language model, and prove it.
+
+    The store is ./memory unless --store or LORAMEM_STORE names it; results go to stdout, everything else to stderr.
+    """
     level = logging.INFO if verbose else logging.ERROR
     logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s", handlers=[Notes()])
     if not verbose:  # a minute at a first write is said, whatever else is not

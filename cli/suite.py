@@ -12,10 +12,11 @@ import click
 from click.core import ParameterSource
 
 from . import options
+from .groups import Commands
 from .output import note, print_facts, print_json, print_markdown, print_text
 
 
-@click.group("suite")
+@click.group("suite", cls=Commands)
 def command() -> None:
     """Measure loramem on this machine, beside what else does the same."""
 

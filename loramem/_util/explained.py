@@ -15,7 +15,7 @@ TINTS: dict[Certainty, str] = {"certain": "46,160,67", "near": "210,153,34", "be
 """Red, green and blue."""
 MEANINGS: dict[Certainty, str] = {
     "certain": f"p ≥ {CERTAIN}",
-    "near": f"p > {ORDERED}: greedy decoding takes it",
+    "near": f"p > {ORDERED}",
     "below": f"p ≤ {ORDERED}",
 }
 _BOX = "display:inline-block;margin:0 2px 4px 0;vertical-align:top;text-align:center"

@@ -6,10 +6,19 @@ from xml.etree import ElementTree
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from loramem.suites.figures import HeatMap
 from loramem.suites.report import TITLE, Report
 from loramem.suites.runner import Table
 
 TEMPLATE = "report.html.jinja"
+THEMED = {
+    "#000000": "currentColor",
+    "#ffffff": "var(--page)",
+    "#dddddd": "var(--rule)",
+    "#555555": "var(--soft)",
+    "#777777": "var(--soft)",
+}
+"""Colours of the page for those that `loramem.suites.figures` draws with, besides the series' own."""
 
 
 def page(report: Report, remarks: Sequence[str], drawings: Mapping[str, bytes]) -> str:
@@ -27,7 +36,12 @@ def page(report: Report, remarks: Sequence[str], drawings: Mapping[str, bytes]) 
         lstrip_blocks=True,
     )
     environment.globals["numeric"] = numeric
-    inlined = {stem: inline(svg, stem) for stem, svg in drawings.items()}
+    environment.tests["heat_map"] = lambda plot: isinstance(plot, HeatMap)
+    plots = {part.stem(plot): plot for part in report.parts for plot in part.plots}
+    inlined = {
+        stem: svg if isinstance(plots[stem], HeatMap) else themed(svg)
+        for stem, svg in ((stem, inline(svg, stem)) for stem, svg in drawings.items())
+    }
     return environment.get_template(TEMPLATE).render(title=TITLE, report=report, remarks=remarks, drawings=inlined)
 
 
@@ -47,6 +61,14 @@ def inline(svg: bytes, prefix: str) -> str:
         element.tail = None
     root.attrib = {"viewBox": root.attrib["viewBox"], "role": "img", "aria-labelledby": f"{prefix}-caption"}
     return ElementTree.tostring(root, encoding="unicode")
+
+
+def themed(svg: str) -> str:
+    """An SVG element whose ink, paper and lines are those of the page, in a light scheme as in a dark one.
+
+    A heat map stays as it is: its numbers are black or white by the field that they stand on.
+    """
+    return re.sub("|".join(THEMED), lambda found: THEMED[found[0]], svg)
 
 
 def numeric(table: Table) -> tuple[bool, ...]:
