@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from loramem._util.explained import MEANINGS, Certainty, certainty, visible
+from loramem._util.printable import printable
 
 from . import options, terminal
 from .output import print_json, print_table, print_text
@@ -64,7 +65,7 @@ def _draw(explanation: "Explanation") -> None:
             *(part for prob in (token.prob, token.base_prob) for part in _bar(prob)),
         )
     legend = [(Text(level, style=COLOURS[level]), Text(f" {meaning}")) for level, meaning in MEANINGS.items()]
-    console.print(Text(terminal.shown(explanation.key), style="bold"), values, "", table, "", sep="\n")
+    console.print(Text(printable(explanation.key), style="bold"), values, "", table, "", sep="\n")
     console.print(Text("   ").join(Text.assemble(*parts) for parts in legend))
     print_text(f"lowest p {explanation.min_prob:.4f}, adapter {explanation.adapter}")
 

@@ -16,6 +16,8 @@ from typing import IO, Any
 
 import click
 
+from loramem._util.printable import printable
+
 from . import terminal
 
 
@@ -79,7 +81,7 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Non
         _print_fitted(columns, texts)
         return
     for row in (columns, *texts):
-        click.echo("\t".join(map(terminal.shown, row)))
+        click.echo("\t".join(map(printable, row)))
 
 
 def print_markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

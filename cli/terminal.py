@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING
 
+from loramem._util.printable import printable
+
 if TYPE_CHECKING:
     from rich.console import JustifyMethod
     from rich.table import Table
@@ -30,11 +32,6 @@ def columns(stream: IO[str]) -> int:
     from rich.console import Console
 
     return Console(file=stream).width
-
-
-def shown(text: str) -> str:
-    """Text with escapes for what would move the cursor, colour the screen or begin a line."""
-    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
 
 
 def wrap(text: str, width: int, indent: int = 0) -> str:
@@ -67,7 +64,7 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> "T
 
     used = [place for place in range(len(heads)) if not rows or any(row[place] for row in rows)]
     heads = [heads[place] for place in used]
-    cells = [[shown(row[place]) for place in used] for row in rows]
+    cells = [[printable(row[place]) for place in used] for row in rows]
     columns = [_Column.of(head, [row[place] for row in cells], width) for place, head in enumerate(heads)]
     free = [width - gap * (len(heads) - 1) for gap in GAPS]
     fitting = [gap for gap, left in zip(GAPS, free, strict=True) if sum(column.least for column in columns) <= left]

@@ -19,6 +19,7 @@ from sybil import Document, Example
 from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser, SkipParser
 
 from .conftest import ROOT
+from .screen import Screen
 
 PAGES = sorted(
     path
@@ -39,7 +40,6 @@ def session(example: Example) -> str | None:
             continue
         assert name == "loramem", f"{command!r} is no command that documentation can be run with"
         code, printed, told = loramem(arguments)
-        told = "\n".join(line for line in told.splitlines() if "━" not in line)  # bars
         got = told if expected.startswith(TOLD) else printed
         assert bool(code) == expected.startswith("Error:"), f"{command}: exit code {code}\n{told}"
         plain = (lambda text: text) if arguments[0] in EXACT else without_numbers
@@ -72,11 +72,11 @@ def steps(block: str) -> Iterator[tuple[str, str]]:
 
 
 def loramem(arguments: list[str]) -> tuple[int, str, str]:
-    """Exit code, standard output and standard error."""
-    out, err = io.StringIO(), io.StringIO()
+    """Exit code, standard output as a terminal shows it, and standard error."""
+    out, err = Screen(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         code = run(arguments)
-    return code, out.getvalue(), err.getvalue()
+    return code, out.text, err.getvalue()
 
 
 def without_numbers(text: str) -> str:
@@ -89,6 +89,7 @@ PARSERS = (SkipParser(), PythonCodeBlockParser(), CodeBlockParser(language="cons
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_a_page_does_what_it_says(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "80")
     document = Document.parse(str(page), *PARSERS)
     for example in document.examples():
         with contextlib.suppress(SkipTest):  # of a block; the page goes on

@@ -10,7 +10,7 @@ from loramem_cli.progress import ALONE_READS, PROOF_READS, WriteEstimate, count_
 from loramem import MemoryStore, WriteProgress, process_pool
 
 from .conftest import numbers
-from .test_terminal import Screen
+from .screen import Screen
 
 STEP = WriteProgress(1, 0, 100, 0.0, 1.0, 4, 0.0, records_ordered=0, records=10, shards=4, records_total=40)
 

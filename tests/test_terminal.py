@@ -13,11 +13,12 @@ from loramem_cli.main import cli, run
 from rich.console import Console
 
 from loramem import MemoryStore
+from loramem._util.printable import printable
 
 from .conftest import ROOT
+from .screen import ANSI, Screen
 
 Shown = Callable[..., dict[tuple[str, ...], tuple[str, str]]]
-ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 RENAMED = "the door with a long name that no column of a table can hold beside all the others"
 GATE = "the gate behind the old mill at the far end of the long road"
 COMMANDS = (
@@ -31,15 +32,6 @@ COMMANDS = (
     ("suite", "run", "write-speed", "--no-run", "--out", str(ROOT / "docs" / "results" / "write-speed.jsonl")),
 )
 """Commands whose output is laid out, and mistakes; `recall` prints values as they are."""
-
-
-class Screen(io.StringIO):
-    """A stream that says it is a terminal."""
-
-    encoding = "utf-8"
-
-    def isatty(self) -> bool:
-        return True
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +131,7 @@ def test_what_is_longer_than_a_column_is_folded_and_nothing_is_lost() -> None:
 
 
 def test_what_would_move_the_cursor_is_shown_as_an_escape() -> None:
-    assert terminal.shown("a\x1b[31mb\nc\td é☃") == r"a\x1b[31mb\nc\td é☃"
+    assert printable("a\x1b[31mb\nc\td é☃") == r"a\x1b[31mb\nc\td é☃"
 
 
 def test_columns_in_which_nothing_stands_are_left_out() -> None:

@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from html import escape
 from typing import Literal
 
+from loramem._util.printable import printable
+
 Certainty = Literal["certain", "near", "below"]
 
 CERTAIN, ORDERED = 0.9, 0.5
@@ -30,9 +32,7 @@ def certainty(prob: float) -> Certainty:
 
 def visible(text: str) -> str:
     """A token's text with its blanks, line ends and control characters to be seen."""
-    return "".join(
-        "␣" if one == " " else one if one.isprintable() else one.encode("unicode_escape").decode() for one in text
-    )
+    return printable(text).replace(" ", "␣")
 
 
 def as_html(key: str, adapter: str, tokens: Iterable[tuple[str, float, float]]) -> str:
@@ -50,9 +50,10 @@ def as_html(key: str, adapter: str, tokens: Iterable[tuple[str, float, float]]) 
         f'<span style="{_CELL};{_tint(level)}">{level}</span> {meaning}' for level, meaning in MEANINGS.items()
     )
     return (
-        f'<div style="font-size:14px;line-height:1.6;overflow-wrap:anywhere"><div><b>{escape(visible(key))}</b></div>'
+        f'<div style="font-size:14px;line-height:1.6;overflow-wrap:anywhere"><div><b>{escape(printable(key))}</b></div>'
         f'<div style="margin:.4em 0">{boxes}</div>'
-        f'<div style="font-size:12px;opacity:.8">Each token, p with adapter {escape(adapter[:12])}, p without it. '
+        '<div style="font-size:12px;opacity:.8">'
+        f"Below each token: p with adapter {escape(adapter[:12])}, p without it. "
         f"{legend}</div></div>"
     )
 
