@@ -138,7 +138,7 @@ def _run(line: str, number: int, path: Path) -> Run:
 
 def place_name(run: Run) -> str:
     """Placement and base model of a run, for people."""
-    return f"{','.join(run.modules)} of layers {','.join(map(str, run.layers))}, {run.conditions['base_model']}"
+    return f"{', '.join(run.modules)} of layers {', '.join(map(str, run.layers))}, {run.conditions['base_model']}"
 
 
 def by_kind(runs: Sequence[Run]) -> Iterator[tuple[str, list[Run]]]:
