@@ -5,7 +5,7 @@ from dataclasses import asdict
 import click
 
 from . import options
-from .output import print_json, print_table
+from .output import moment, print_json, print_table
 
 
 @click.command("history")
@@ -28,8 +28,8 @@ def command(key: str, store: options.StoreOptions, as_json: bool, namespace: str
         [
             (
                 v.key,
-                v.written_at,
-                v.ended_at or "-",
+                moment(v.written_at),
+                moment(v.ended_at) if v.ended_at else "-",
                 f"{v.ended_by} to {v.successor}" if v.successor else v.ended_by or "-",
                 v.answer_tokens,
                 f"{v.min_prob:.3f}",

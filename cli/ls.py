@@ -6,7 +6,7 @@ from datetime import datetime
 import click
 
 from . import options
-from .output import print_json, print_table
+from .output import moment, print_json, print_table
 
 _CHAT = {True: "yes", False: "needs ids", None: "-"}
 """Whether a chat server may be asked for the key; not known of older records, nor without a chat template."""
@@ -45,7 +45,15 @@ def command(
     print_table(
         ("key", "namespace", "tokens", "lowest p", "by chat", "adapter", "written"),
         [
-            (r.key, r.namespace, r.answer_tokens, f"{r.min_prob:.3f}", _CHAT[r.chat], r.adapter[:12], r.written_at)
+            (
+                r.key,
+                r.namespace,
+                r.answer_tokens,
+                f"{r.min_prob:.3f}",
+                _CHAT[r.chat],
+                r.adapter[:12],
+                moment(r.written_at),
+            )
             for r in records
         ],
     )

@@ -2,6 +2,7 @@
 
 import io
 import logging
+import os
 import sqlite3
 import sys
 from collections.abc import Sequence
@@ -131,4 +132,6 @@ def _show(error: click.ClickException) -> None:
 
 
 def main() -> None:
+    if sys.stderr is None or not sys.stderr.isatty():  # read when huggingface_hub is first imported
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     sys.exit(run())

@@ -100,6 +100,11 @@ def _print_fitted(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None
     console.print(terminal.table(columns, rows, console.width), soft_wrap=False)
 
 
+def moment(written_at: str) -> str:
+    """A time of the index (UTC, ISO 8601) as short as ISO allows."""
+    return written_at.replace("+00:00", "Z")
+
+
 def note_needs_ids(count: int) -> None:
     """Say that so many new keys cannot be asked by chat, if there are any."""
     if count:

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from rich.console import JustifyMethod
     from rich.table import Table
 
-GAPS = 2, 1
-"""Blanks between two columns of a table: as many as fit."""
+GAP = 2
+"""Blanks between two columns of a table."""
 LARGEST_SHARE = 0.4
 """Of the width: what a column may claim for its longest word. A longer one (an address, a path) is folded."""
 NUMBER = re.compile(r"-|[^a-z]*\d[^a-z]*", re.IGNORECASE)
@@ -66,13 +66,11 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> "T
     heads = [heads[place] for place in used]
     cells = [[printable(row[place]) for place in used] for row in rows]
     columns = [_Column.of(head, [row[place] for row in cells], width) for place, head in enumerate(heads)]
-    free = [width - gap * (len(heads) - 1) for gap in GAPS]
-    fitting = [gap for gap, left in zip(GAPS, free, strict=True) if sum(column.least for column in columns) <= left]
-    if not fitting:
+    free = width - GAP * (len(heads) - 1)
+    if sum(column.least for column in columns) > free:
         return "\n\n".join(facts(list(zip(heads, row, strict=True)), width) for row in cells)
-    laid_out = Table(box=None, pad_edge=False, padding=(0, fitting[0], 0, 0), header_style="bold")
-    sizes = _shrunk(columns, width - fitting[0] * (len(heads) - 1))
-    for head, column, size in zip(heads, columns, sizes, strict=True):
+    laid_out = Table(box=None, pad_edge=False, padding=(0, GAP, 0, 0), header_style="bold")
+    for head, column, size in zip(heads, columns, _shrunk(columns, free), strict=True):
         justify: JustifyMethod = "right" if column.numbers else "left"
         laid_out.add_column(wrap(head, size), width=size, no_wrap=column.numbers, justify=justify, overflow="fold")
     for row in cells:
@@ -94,6 +92,8 @@ class _Column:
 
     numbers: bool
     most: int
+    cells: int
+    """What they take without the head."""
     least: int
 
     @classmethod
@@ -102,14 +102,20 @@ class _Column:
 
         numbers = bool(cells) and all(map(NUMBER.fullmatch, cells))
         parts = [*head.split(" "), *(cells if numbers else (word for cell in cells for word in cell.split(" ")))]
-        most = max(map(cell_len, (head, *cells)))
-        return cls(numbers, most, min(max(map(cell_len, parts)), int(LARGEST_SHARE * width)))
+        widest, least = max(map(cell_len, cells), default=0), max(map(cell_len, parts))
+        return cls(numbers, max(cell_len(head), widest), widest, min(least, int(LARGEST_SHARE * width)))
 
 
 def _shrunk(columns: Sequence[_Column], width: int) -> list[int]:
-    """Widths of columns that fit: what is too much goes off the widest, down to its longest word."""
+    """Widths of columns that fit.
+
+    What is too much goes off columns whose head is wider than their cells, then off the widest; longest words stay whole.
+    """
     sizes = [column.most for column in columns]
+
+    def too_wide(place: int) -> tuple[bool, int]:
+        return sizes[place] > columns[place].cells, sizes[place]
+
     while sum(sizes) > width:
-        widest = max((size, place) for place, size in enumerate(sizes) if size > columns[place].least)[1]
-        sizes[widest] -= 1
+        sizes[max((place for place, size in enumerate(sizes) if size > columns[place].least), key=too_wide)] -= 1
     return sizes
