@@ -109,7 +109,7 @@ class _Column:
 def _shrunk(columns: Sequence[_Column], width: int) -> list[int]:
     """Widths of columns that fit.
 
-    What is too much goes off columns whose head is wider than their cells, then off the widest; longest words stay whole.
+    What is too much goes off columns whose head is wider than their cells, then off the widest. Words stay whole.
     """
     sizes = [column.most for column in columns]
 
