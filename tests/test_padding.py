@@ -9,8 +9,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from loramem import MemoryStore
 from loramem.errors import UnsupportedBaseModel
 from loramem.models.architecture import check_architecture
-from loramem.models.decoding import greedy_decode, shared_prefix
+from loramem.models.decoding import greedy_decode
 from loramem.models.layers import decoder_layers
+from loramem.models.prefix import shared_prefix
 
 from .architectures import build_tiny, tiny_config
 

@@ -7,7 +7,8 @@ import torch
 from transformers import GenerationConfig, GPT2Config, LlamaConfig, MistralConfig, PreTrainedModel, Qwen3Config
 from transformers.models.auto import AutoModelForCausalLM
 
-from loramem.models.decoding import SHARED_PREFIX_TOKENS, greedy_decode, shared_prefix
+from loramem.models.decoding import greedy_decode
+from loramem.models.prefix import SHARED_PREFIX_TOKENS, shared_prefix
 from loramem.store import read
 from loramem.store.read import decode_batches
 

@@ -28,6 +28,7 @@ from loramem.models.adapter_header import CONFIG, WEIGHTS
 from loramem.models.base_model import DTYPES, BaseModel
 from loramem.models.dtypes import Dtype
 from loramem.models.feature_cache import FeatureCache
+from loramem.models.layers import LastLayer, linears
 from loramem.models.module_names import adapted_paths
 from loramem.models.placement import Placement
 
@@ -58,6 +59,8 @@ class AdaptedModel:
         """Whether the end of the model alone gives what all of it gives (`features_of`); None until it was tried."""
         self._peft: PeftModel | None = None
         self._loaded: OrderedDict[str, None] = OrderedDict()
+        self._attached: list[LoraLayer] | None = None
+        """The modules that carry adapters; None until they are looked for again."""
 
     @property
     def model(self) -> PreTrainedModel:
@@ -125,15 +128,19 @@ class AdaptedModel:
                     )
                 else:
                     self._peft.load_adapter(str(folder), adapter_name=name, torch_device=place)
+            self._attached = None
             if self.adapter_dtype is not None:
                 for layer in self.lora_layers(name):
                     layer.lora_A[name].to(self.adapter_dtype)
                     layer.lora_B[name].to(self.adapter_dtype)
             while len(self._loaded) >= self.max_loaded:
                 self.remove(next(iter(self._loaded)))
-        self._loaded[name] = None
+            self._loaded[name] = None
+            self._activate(name, trainable=False)
         self._loaded.move_to_end(name)
-        self._activate(name, trainable=False)
+        for layer in self._carriers():  # what `_activate` does, without a walk over all modules
+            layer.enable_adapters(True)
+            layer.set_adapter(name, inference_mode=True)
 
     def is_loaded(self, name: str) -> bool:
         return name in self._loaded
@@ -142,6 +149,7 @@ class AdaptedModel:
         """Detach an adapter and free its memory."""
         assert self._peft is not None
         self._loaded.pop(name, None)
+        self._attached = None
         others = [other for other in self._peft.peft_config if other != name]
         if not others:
             # PEFT would go on holding the deleted adapter for the active one, and looks it up at the next load.
@@ -154,8 +162,8 @@ class AdaptedModel:
 
     def deactivate(self) -> None:
         """Make the model the plain base until an adapter is activated; loaded ones stay in memory."""
-        if self._peft is not None:
-            self._peft.base_model.disable_adapter_layers()
+        for layer in self._carriers():
+            layer.enable_adapters(False)
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -179,14 +187,27 @@ class AdaptedModel:
 
     def lora_layers(self, name: str) -> list[LoraLayer]:
         """The adapted linear modules of an adapter, in a fixed order; its matrices are ``lora_A[name].weight``…"""
-        return [
-            module
-            for _, module in sorted(self.model.named_modules())
-            if isinstance(module, LoraLayer) and name in module.lora_A
-        ]
+        return [layer for layer in self._carriers() if name in layer.lora_A]
+
+    def behind_attention(self, name: str) -> bool:
+        """Whether an adapter sits behind the last attention alone: keys and values of a prefix are the base's then,
+        the same for every such adapter."""
+        try:
+            last = LastLayer.of(self.model)
+        except UnsupportedBaseModel:
+            return False
+        free = {last.projection, *(module for block in last.blocks for _, module in linears(block))}
+        return all(layer.get_base_layer() in free for layer in self.lora_layers(name))
+
+    def _carriers(self) -> list[LoraLayer]:
+        if self._attached is None:
+            modules = sorted(self.model.named_modules())
+            self._attached = [module for _, module in modules if isinstance(module, LoraLayer)]
+        return self._attached
 
     def _activate(self, name: str, *, trainable: bool) -> None:
         assert self._peft is not None
+        self._attached = None
         self._peft.base_model.enable_adapter_layers()  # makes what was active before trainable, so it comes first
         self._peft.set_adapter(name, inference_mode=not trainable)
         self._peft.eval()

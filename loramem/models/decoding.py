@@ -3,18 +3,16 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import takewhile
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from loramem.models.batches import Batch, answer_logits, group_by_length, make_batch, pad_left, token_losses
+from loramem.models.prefix import Prefix, shared_prefix
 from loramem.records.prompts import EncodedRecord
 
 DECODE_RECORDS, DECODE_TOKENS = 256, 32_768
-SHARED_PREFIX_TOKENS = 16  # a chat template with a system prompt; below this the extra pass costs what it saves
 
 
 @torch.inference_mode()
@@ -24,6 +22,7 @@ def greedy_decode(
     max_tokens: int,
     end_id: int,
     forced: Sequence[Sequence[int]] | None = None,
+    kept: Prefix | None = None,
 ) -> list[list[int]]:
     """Free-running greedy decoding through every layer, one batch, KV cache; a long common prefix is run once.
 
@@ -31,11 +30,15 @@ def greedy_decode(
         prompts: Token ids of each prompt; padded on the left.
         max_tokens: Most new tokens, the end token included.
         forced: Ids that each prompt gets instead of its likeliest, for what the model computes on the way.
+        kept: What prompts may begin with, run before; taken where they do, and have no more in common.
 
     Returns:
         Generated ids of each prompt up to but without the end token. A row that never ended has ``max_tokens`` ids.
     """
     shared = shared_prefix(model, prompts)
+    if kept is None or shared > len(kept.ids) or not kept.begins(prompts):
+        kept = Prefix.of(model, prompts[0][:shared])
+    shared = 0 if kept is None else len(kept.ids)
     rest, mask = pad_left([prompt[shared:] for prompt in prompts])
     prefix = torch.tensor([prompts[0][:shared]] * len(prompts), dtype=torch.long)
     ids = torch.cat([prefix, rest], 1)
@@ -47,7 +50,7 @@ def greedy_decode(
         output = model.generate(  # type: ignore[operator]  # a mixin's method, hidden by nn.Module.__getattr__
             input_ids=ids.to(model.device),
             attention_mask=mask.to(model.device),
-            past_key_values=_prefix_cache(model, ids[:1, :shared], len(prompts)) if shared else None,
+            past_key_values=None if kept is None else kept.rows(len(prompts)),
             generation_config=config,
             logits_processor=None if forced is None else LogitsProcessorList([_Forced(forced, ids.shape[1])]),
         )
@@ -79,20 +82,6 @@ def _contiguous_before_the_head(model: PreTrainedModel) -> Iterator[None]:
         handle.remove()
 
 
-def shared_prefix(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> int:
-    """Tokens that all prompts of a batch begin with, if running them once is worth it and exact; otherwise 0.
-
-    Padding then lies between prefix and key, where a sliding window would count it and a recurrence would read it: such
-    models run every prompt.
-    """
-    columns = zip(*(prompt[:-1] for prompt in prompts), strict=False)
-    same = sum(1 for _ in takewhile(lambda tokens: len(set(tokens)) == 1, columns)) if len(prompts) > 1 else 0
-    window = model.config.get_text_config().to_dict().get("sliding_window")
-    if same < SHARED_PREFIX_TOKENS or window is not None:
-        return 0
-    return same if all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers) else 0
-
-
 def forced_batch(model: PreTrainedModel, records: Sequence[EncodedRecord]) -> Batch:
     """The records as a batch for one teacher-forced pass, with a long common prefix run already."""
     prompts = [record.prompt_ids for record in records]
@@ -100,15 +89,9 @@ def forced_batch(model: PreTrainedModel, records: Sequence[EncodedRecord]) -> Ba
     if not shared:
         return make_batch(records, model.device)
     rest = [replace(record, prompt_ids=record.prompt_ids[shared:]) for record in records]
-    cache = _prefix_cache(model, torch.tensor([prompts[0][:shared]]), len(records))
-    return make_batch(rest, model.device).after(shared, cache)
-
-
-def _prefix_cache(model: PreTrainedModel, prefix: Tensor, rows: int) -> DynamicCache:
-    cache = DynamicCache(config=model.config)
-    model(input_ids=prefix.to(model.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
-    cache.batch_repeat_interleave(rows)
-    return cache
+    prefix = Prefix.of(model, prompts[0][:shared])
+    assert prefix is not None  # what is shared may be
+    return make_batch(rest, model.device).after(shared, prefix.rows(len(records)))
 
 
 def decode_records(

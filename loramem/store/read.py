@@ -4,6 +4,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -14,6 +15,7 @@ from loramem.index.index import Index
 from loramem.index.rows import Located, StoredAdapter, StoredRecord
 from loramem.models.adapters import AdaptedModel
 from loramem.models.decoding import DECODE_RECORDS, DECODE_TOKENS, answer_probabilities, greedy_decode
+from loramem.models.prefix import Prefix
 from loramem.records.chat import Chat
 from loramem.records.prompts import PromptTemplate, decode_answer, encode_record
 from loramem.records.record import Record
@@ -99,8 +101,14 @@ class Reader:
         prompts = [self.prompt_ids(record) for record in records]
         most = max(record.answer_tokens for record in records) + 2  # the end token, and one beyond: it must have ended
         with self.active(found[0].adapter):
-            ids = greedy_decode(self.adapted.model, prompts, most, self.template.end_id)
+            kept = self._prefix if self.adapted.behind_attention(found[0].adapter.id) else None
+            ids = greedy_decode(self.adapted.model, prompts, most, self.template.end_id, kept=kept)
         return [decode_answer(tokenizer, row) for row in ids]
+
+    @cached_property
+    def _prefix(self) -> Prefix | None:
+        """What every prompt begins with, for adapters that do not change it."""
+        return Prefix.of(self.adapted.model, self.template.prefix_ids)
 
     def prompt_ids(self, record: StoredRecord) -> list[int]:
         """Ids that the record was trained with, whatever the chat template gives today."""
