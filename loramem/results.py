@@ -57,6 +57,9 @@ class Recall:
     min_prob: float
     """The record's certificate, proved when it was written."""
     adapter: str
+    prompt_tokens: int
+    answer_tokens: int
+    """The end token not counted."""
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,7 @@ class Counting:
 
     def decode_current(self, records: Sequence[StoredRecord]) -> Iterator[Recall]:
         self.batches, self.values = self.batches + 1, self.values + len(records)
-        return iter([Recall(record.key, "0", record.min_prob, record.adapter) for record in records])
+        return iter([Recall(record.key, "0", record.min_prob, record.adapter, 1, 1) for record in records])
 
 
 ADAPTERS, EACH, BATCH, WINDOW = 6, 50, 16, 64

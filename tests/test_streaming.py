@@ -64,7 +64,7 @@ class Counting:
 
     def decode_current(self, records: Sequence[StoredRecord]) -> Iterator[Recall]:
         self.most = max(self.most, held())
-        return iter([Recall(record.key, "0", record.min_prob, record.adapter) for record in records])
+        return iter([Recall(record.key, "0", record.min_prob, record.adapter, 1, 1) for record in records])
 
     def try_decode(self, records: Sequence[StoredRecord]) -> list[tuple[StoredRecord, str]]:
         return [(record, recall.value) for record, recall in zip(records, self.decode_current(records), strict=True)]

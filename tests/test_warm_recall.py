@@ -58,12 +58,24 @@ def test_recall_runs_the_prefix_of_all_prompts_once(
     assert [ids for (ids,) in seen if ids[: len(first)] == first] == [first]
 
 
-def test_an_adapter_before_the_last_attention_has_a_prefix_of_its_own(base: Path) -> None:
+def test_an_adapter_in_more_than_the_last_layer_has_a_prefix_of_its_own(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prefix, "SHARED_PREFIX_TOKENS", 1)
+    monkeypatch.setattr(AdaptedModel, "is_behind_attention", lambda *_: False)
+    records = numbers(2)
+    with MemoryStore(tmp_path / "memory", str(base)) as store:
+        store.write(records)
+        seen, first = passes(store.base.model), list(store.base.template.prefix_ids)
+        assert {key: store.recall(key) for key in records} == records
+    assert all(len(ids) > len(first) for (ids,) in seen if ids[: len(first)] == first)
+
+
+def test_placements_behind_the_last_attention_are_told(base: Path) -> None:
     adapted = AdaptedModel(load_base_model(str(base)))
-    ladder = Placement.ladder(adapted.model)
-    for number, placement in enumerate(ladder):
-        adapted.create(f"a{number}", 2, placement, seed=0)
-        assert adapted.behind_attention(f"a{number}") == (placement is not ladder[-1])
+    *behind, widest = Placement.ladder(adapted.model)
+    assert [adapted.is_behind_attention(placement) for placement in behind] == [True] * len(behind)
+    assert not adapted.is_behind_attention(widest)
 
 
 def test_between_recalls_the_model_is_the_plain_base(base: Path, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ Torch is imported only once the base model is needed.
 """
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar, get_args
 
 from loramem._util.choices import check_choice
 from loramem._util.out_of_memory import memory_errors
-from loramem.errors import ArgumentError, IntegrityError, KeyNotFound
+from loramem.errors import ArgumentError, IntegrityError, KeyNotFound, LoramemError, RecallError
 from loramem.index.connection import sqlite_errors
 from loramem.index.index import NAME as INDEX
 from loramem.index.index import Index
@@ -230,6 +230,45 @@ class Memory:
 
         numbered = self._recall_numbered(keys, namespace, windows=ordered)
         return in_order(numbered) if ordered else (recall for _, recall in numbered)
+
+    def recall_each(self, questions: Sequence[tuple[str, str]]) -> list[Recall | LoramemError]:
+        """Decode values of any namespaces and adapters in one turn, batched whatever adapters they are in.
+
+        Args:
+            questions: Namespace and key of each.
+
+        Returns:
+            In the order of ``questions`` what `recall_many` yields, or the error that `recall` would raise of it.
+        """
+        from loramem.store.mixed import answer_each
+
+        answers: dict[int, Recall | LoramemError] = {}
+        found = dict[int, Located]()
+        with self._turn():
+            with self._index.snapshot():
+                for place, (namespace, key) in enumerate(questions):
+                    try:
+                        found[place] = self._locate(key, namespace)
+                    except (KeyNotFound, IntegrityError) as error:
+                        answers[place] = error
+            places = list(found)
+            for number, answer in answer_each(self._session.reader, list(found.values())):
+                answers[places[number]] = answer
+            for place, before in found.items():
+                failed = answers[place]
+                if isinstance(failed, IntegrityError):  # or its adapter went in between
+                    answers[place] = self._moved(before, failed)
+        return [answers[place] for place in range(len(questions))]
+
+    def _moved(self, before: Located, error: IntegrityError) -> Recall | LoramemError:
+        """A record whose adapter was not as committed, from the one that holds it now, if that is another one."""
+        try:
+            now = self._locate(before.record.key, before.record.namespace)
+            if now.adapter.id == before.adapter.id:
+                return error
+            return next(self._session.reader.decode([now]))
+        except (KeyNotFound, RecallError, IntegrityError) as other:
+            return other
 
     def _recall_numbered(
         self, keys: Iterable[str] | None, namespace: str, *, windows: bool

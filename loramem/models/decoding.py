@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from loramem.models.batches import Batch, answer_logits, group_by_length, make_batch, pad_left, token_losses
-from loramem.models.prefix import Prefix, shared_prefix
+from loramem.models.prefix import Prefix, common_prefix
 from loramem.records.prompts import EncodedRecord
 
 DECODE_RECORDS, DECODE_TOKENS = 256, 32_768
@@ -35,10 +35,8 @@ def greedy_decode(
     Returns:
         Generated ids of each prompt up to but without the end token. A row that never ended has ``max_tokens`` ids.
     """
-    shared = shared_prefix(model, prompts)
-    if kept is None or shared > len(kept.ids) or not kept.begins(prompts):
-        kept = Prefix.of(model, prompts[0][:shared])
-    shared = 0 if kept is None else len(kept.ids)
+    common = common_prefix(model, prompts, kept)
+    shared = 0 if common is None else len(common.ids)
     rest, mask = pad_left([prompt[shared:] for prompt in prompts])
     prefix = torch.tensor([prompts[0][:shared]] * len(prompts), dtype=torch.long)
     ids = torch.cat([prefix, rest], 1)
@@ -50,7 +48,7 @@ def greedy_decode(
         output = model.generate(  # type: ignore[operator]  # a mixin's method, hidden by nn.Module.__getattr__
             input_ids=ids.to(model.device),
             attention_mask=mask.to(model.device),
-            past_key_values=None if kept is None else kept.rows(len(prompts)),
+            past_key_values=None if common is None else common.rows(len(prompts)),
             generation_config=config,
             logits_processor=None if forced is None else LogitsProcessorList([_Forced(forced, ids.shape[1])]),
         )
@@ -85,13 +83,12 @@ def _contiguous_before_the_head(model: PreTrainedModel) -> Iterator[None]:
 def forced_batch(model: PreTrainedModel, records: Sequence[EncodedRecord]) -> Batch:
     """The records as a batch for one teacher-forced pass, with a long common prefix run already."""
     prompts = [record.prompt_ids for record in records]
-    shared = shared_prefix(model, prompts)
-    if not shared:
+    common = common_prefix(model, prompts)
+    if common is None:
         return make_batch(records, model.device)
+    shared = len(common.ids)
     rest = [replace(record, prompt_ids=record.prompt_ids[shared:]) for record in records]
-    prefix = Prefix.of(model, prompts[0][:shared])
-    assert prefix is not None  # what is shared may be
-    return make_batch(rest, model.device).after(shared, prefix.rows(len(records)))
+    return make_batch(rest, model.device).after(shared, common.rows(len(records)))
 
 
 def decode_records(

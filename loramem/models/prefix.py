@@ -44,6 +44,16 @@ class Prefix:
         return cache
 
 
+def common_prefix(
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], kept: Prefix | None = None
+) -> Prefix | None:
+    """The longest that a batch may begin with: what was kept, or one pass over what else its prompts have in common."""
+    shared = shared_prefix(model, prompts)
+    if kept is not None and shared <= len(kept.ids) and kept.begins(prompts):
+        return kept
+    return Prefix.of(model, prompts[0][:shared])
+
+
 def can_be_shared(model: PreTrainedModel) -> bool:
     """Whether a prefix may be run by itself. Padding then lies between it and the key, where a sliding window would
     count it and a recurrence would read it: such models run every prompt."""

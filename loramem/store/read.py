@@ -15,7 +15,8 @@ from loramem.index.index import Index
 from loramem.index.rows import Located, StoredAdapter, StoredRecord
 from loramem.models.adapters import AdaptedModel
 from loramem.models.decoding import DECODE_RECORDS, DECODE_TOKENS, answer_probabilities, greedy_decode
-from loramem.models.prefix import Prefix
+from loramem.models.placement import Placement
+from loramem.models.prefix import Prefix, common_prefix
 from loramem.records.chat import Chat
 from loramem.records.prompts import PromptTemplate, decode_answer, encode_record
 from loramem.records.record import Record
@@ -41,16 +42,30 @@ class Reader:
             RecallError: A value is not the committed one; it is never returned.
             IntegrityError: The adapter's files are not what was committed.
         """
-        for each, value in zip(found, self._decoded(found), strict=True):
-            record = each.record
-            if not record.holds(value):
-                raise RecallError(
-                    f"Adapter {record.adapter} did not give back the committed value of {record.key!r}. Run "
-                    "loramem verify; the value is not returned.",
-                    key=record.key,
-                    adapter=record.adapter,
-                )
-            yield Recall(record.key, value, record.min_prob, record.adapter)
+        for each, (value, prompt_tokens) in zip(found, self._decoded(found), strict=True):
+            yield checked(each.record, value, prompt_tokens)
+
+    def answers(self, found: Sequence[Located]) -> Iterator[Recall | RecallError]:
+        """Decode records in one batch, in their order; an error in place of one whose value did not come back.
+
+        They are of one adapter, or of several that are all `mixable`.
+
+        Raises:
+            IntegrityError: An adapter's files are not what was committed.
+        """
+        mixed = len({each.adapter.id for each in found}) > 1
+        for each, (value, prompt_tokens) in zip(
+            found, self._decoded_mixed(found) if mixed else self._decoded(found), strict=True
+        ):
+            try:
+                yield checked(each.record, value, prompt_tokens)
+            except RecallError as error:
+                yield error
+
+    def mixable(self, adapter: StoredAdapter) -> bool:
+        """Whether its records may be in one batch with those of others: it changes no attention."""
+        modules, layers = adapter.placement["modules"], adapter.placement["layers"]
+        return self.adapted.is_behind_attention(Placement(tuple(modules), tuple(layers)))
 
     def decode_current(self, records: Sequence[StoredRecord]) -> Iterator[Recall]:
         """`decode`; where the adapter is gone, since another process compacted, from the one that holds them now.
@@ -93,17 +108,35 @@ class Reader:
 
     def decode_any(self, records: Sequence[StoredRecord]) -> list[tuple[StoredRecord, str]]:
         """Records of one adapter with what was decoded, whether it is the committed value or not: for checks only."""
-        return list(zip(records, self._decoded(self.index.located(records)), strict=True))
+        decoded = self._decoded(self.index.located(records))
+        return [(record, value) for record, (value, _) in zip(records, decoded, strict=True)]
 
-    def _decoded(self, found: Sequence[Located]) -> list[str]:
-        """What is decoded for records of one adapter, in one batch."""
-        records, tokenizer = [each.record for each in found], self.adapted.base.tokenizer
+    def _decoded(self, found: Sequence[Located]) -> list[tuple[str, int]]:
+        """What is decoded for records of one adapter, in one batch, and how many tokens each prompt has."""
+        records = [each.record for each in found]
         prompts = [self.prompt_ids(record) for record in records]
-        most = max(record.answer_tokens for record in records) + 2  # the end token, and one beyond: it must have ended
         with self.active(found[0].adapter):
-            kept = self._prefix if self.adapted.behind_attention(found[0].adapter.id) else None
-            ids = greedy_decode(self.adapted.model, prompts, most, self.template.end_id, kept=kept)
-        return [decode_answer(tokenizer, row) for row in ids]
+            kept = self._prefix if self.mixable(found[0].adapter) else None
+            texts = self._texts(records, prompts, kept)
+        return [(text, len(prompt)) for text, prompt in zip(texts, prompts, strict=True)]
+
+    def _decoded_mixed(self, found: Sequence[Located]) -> list[tuple[str, int]]:
+        """The same of records of several adapters, which stay loaded together."""
+        for adapter in {each.adapter.id: each.adapter for each in found}.values():
+            self.activate(adapter)
+        self.adapted.deactivate()
+        prompts = [self.prompt_ids(each.record) for each in found]
+        kept = common_prefix(self.adapted.model, prompts, self._prefix)
+        with self.adapted.mixed([each.adapter.id for each in found]):
+            texts = self._texts([each.record for each in found], prompts, kept)
+        return [(text, len(prompt)) for text, prompt in zip(texts, prompts, strict=True)]
+
+    def _texts(
+        self, records: Sequence[StoredRecord], prompts: Sequence[Sequence[int]], kept: Prefix | None
+    ) -> list[str]:
+        most = max(record.answer_tokens for record in records) + 2  # the end token, and one beyond: it must have ended
+        ids = greedy_decode(self.adapted.model, prompts, most, self.template.end_id, kept=kept)
+        return [decode_answer(self.adapted.base.tokenizer, row) for row in ids]
 
     @cached_property
     def _prefix(self) -> Prefix | None:
@@ -186,6 +219,22 @@ class Reader:
                 key=record.key,
             )
         return current
+
+
+def checked(record: StoredRecord, value: str, prompt_tokens: int) -> Recall:
+    """What was decoded for a record, as the answer to whoever asked.
+
+    Raises:
+        RecallError: It is not the committed value, which is never returned.
+    """
+    if not record.holds(value):
+        raise RecallError(
+            f"Adapter {record.adapter} did not give back the committed value of {record.key!r}. Run loramem verify; "
+            "the value is not returned.",
+            key=record.key,
+            adapter=record.adapter,
+        )
+    return Recall(record.key, value, record.min_prob, record.adapter, prompt_tokens, record.answer_tokens)
 
 
 def numbered_batches(
