@@ -34,6 +34,7 @@ from . import (
     rename,
     repair,
     rm,
+    serve,
     stats,
     suite,
     update,
@@ -82,7 +83,7 @@ COMMANDS = (
     *(update, rename, rm, erase, compact, gc),
     *(verify, repair, export, import_, backup),
     *(push, pull),
-    *(check, deploy),
+    *(check, deploy, serve),
     *(capacity, calibrate, law, suite),
 )
 for command in COMMANDS:

@@ -18,7 +18,7 @@ from loramem import errors, results
 from .conftest import ROOT
 
 PACKAGES = (
-    ("suites",),
+    ("suites", "endpoint"),
     ("api",),
     ("hub",),
     ("serving",),

@@ -1,0 +1,83 @@
+"""Concurrent questions, decoded together: whatever waits when a batch is done is the next one."""
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import TypeVar
+
+from loramem.endpoint.limits import Limits
+from loramem.endpoint.protocol import Question
+from loramem.errors import LoramemError
+from loramem.results import Recall
+
+Decode = Callable[[Sequence[Question]], Sequence[Recall | LoramemError]]
+_Result = TypeVar("_Result")
+_Asked = tuple[Question, "asyncio.Future[Recall | LoramemError]"]
+
+
+class Batcher:
+    """Takes questions one at a time and has them decoded in batches, in one thread, which alone uses the model.
+
+    Args:
+        decode: Answers questions in their order.
+    """
+
+    def __init__(self, decode: Decode, limits: Limits) -> None:
+        self.decode, self.limits = decode, limits
+        self._waiting = deque[_Asked]()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="loramem-decode")
+        self._more = asyncio.Event()
+
+    async def run(self) -> None:
+        """Decode what is asked until cancelled."""
+        try:
+            while True:
+                await self._more.wait()
+                batch = self._next()
+                if not batch:
+                    self._more.clear()
+                    continue
+                await self._answer(batch)
+        finally:
+            self._thread.shutdown(wait=False, cancel_futures=True)
+
+    async def ask(self, question: Question) -> Recall:
+        """The answer to one question.
+
+        Raises:
+            LoramemError: As `loramem.MemoryStore.recall`.
+        """
+        future = asyncio.get_running_loop().create_future()
+        self._waiting.append((question, future))
+        self._more.set()
+        answer: Recall | LoramemError = await future
+        if isinstance(answer, LoramemError):
+            raise answer
+        return answer
+
+    async def alone(self, call: Callable[[], _Result]) -> _Result:
+        """Run something else that needs the model, between batches."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, call)
+
+    async def _answer(self, batch: list[_Asked]) -> None:
+        try:
+            answers = await self.alone(partial(self.decode, [question for question, _ in batch]))
+        except Exception as error:  # of the batch as a whole, such as a store that cannot be read now
+            for _, future in batch:
+                if not future.done():
+                    future.set_exception(error)
+            return
+        for (_, future), answer in zip(batch, answers, strict=True):
+            if not future.done():
+                future.set_result(answer)
+
+    def _next(self) -> list[_Asked]:
+        """The oldest questions that somebody still waits for."""
+        batch = list[_Asked]()
+        while self._waiting and len(batch) < self.limits.batch_records:
+            question, future = self._waiting.popleft()
+            if not future.done():  # cancelled, where its client has gone or its time is over
+                batch.append((question, future))
+        return batch
