@@ -7,6 +7,7 @@ import uvicorn
 from loramem.endpoint.admission import LOOPBACK, Admission
 from loramem.endpoint.app import Endpoint, Unknown
 from loramem.endpoint.backends import Backend
+from loramem.endpoint.connections import WatchedProtocol
 from loramem.endpoint.limits import Limits
 
 CONNECTIONS = 4
@@ -38,6 +39,7 @@ def server_of(
     admission = Admission(limits, token, LOOPBACK if host in LOOPBACK else None)
     config = uvicorn.Config(
         Endpoint(backend, admission, unknown).app(),
+        http=WatchedProtocol,
         log_config=None,
         access_log=False,
         server_header=False,
