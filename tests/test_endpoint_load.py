@@ -46,21 +46,22 @@ def test_no_answer_is_wrong_while_the_store_changes(base: Path, tmp_path: Path) 
 
         def client(number: int) -> None:
             rng, after = random.Random(number), 0
-            with openai.OpenAI(base_url=url, api_key="unused", max_retries=0) as opened:
-                while after < 3:  # and a few once everything has changed
-                    after += changed.is_set()
-                    key = rng.choice(list(allowed))
-                    try:
-                        turns = [{"role": "user", "content": key}]
-                        answer = opened.chat.completions.create(model="loramem", messages=turns)
-                        value = answer.choices[0].message.content
-                    except openai.NotFoundError:
-                        value = None
-                    with lock:
-                        seen[key, value] += 1
-                    changed.wait(2 * rng.random())  # so that the one who changes things gets his turn
+            while after < 3:  # and a few once everything has changed
+                after += changed.is_set()
+                key = rng.choice(list(allowed))
+                try:
+                    value = recall(shared, key)
+                except openai.NotFoundError:
+                    value = None
+                with lock:
+                    seen[key, value] += 1
+                changed.wait(2 * rng.random())  # so that the one who changes things gets his turn
 
-        with serving(OwnModel(store, limits), limits) as url, ThreadPoolExecutor(CLIENTS) as pool:
+        with (
+            serving(OwnModel(store, limits), limits) as url,
+            openai.OpenAI(base_url=url, api_key="unused", max_retries=0) as shared,
+            ThreadPoolExecutor(CLIENTS) as pool,
+        ):
             clients = [pool.submit(client, number) for number in range(CLIENTS)]
             try:
                 done = subprocess.run([sys.executable, "-c", CHANGES, str(place)], cwd=ROOT, capture_output=True)
@@ -69,10 +70,9 @@ def test_no_answer_is_wrong_while_the_store_changes(base: Path, tmp_path: Path) 
             assert done.returncode == 0, done.stderr
             for each in clients:
                 each.result()
-            with openai.OpenAI(base_url=url, api_key="unused", max_retries=0) as last:
-                assert recall(last, "key 0") == "9999" and recall(last, "new 3") == "0003"
-                with pytest.raises(openai.NotFoundError):
-                    recall(last, "gone 0")
+            assert recall(shared, "key 0") == "9999" and recall(shared, "new 3") == "0003"
+            with pytest.raises(openai.NotFoundError):
+                recall(shared, "gone 0")
         wrong = {answer: count for answer, count in seen.items() if answer[1] not in allowed[answer[0]]}
         assert not wrong and sum(seen.values()) >= 3 * CLIENTS
 
