@@ -27,6 +27,7 @@ from . import (
     import_,
     law,
     ls,
+    mcp,
     pull,
     push,
     put,
@@ -83,7 +84,7 @@ COMMANDS = (
     *(update, rename, rm, erase, compact, gc),
     *(verify, repair, export, import_, backup),
     *(push, pull),
-    *(check, deploy, serve),
+    *(check, deploy, serve, mcp),
     *(capacity, calibrate, law, suite),
 )
 for command in COMMANDS:
