@@ -105,6 +105,16 @@ class Memory:
         with self._turn():
             return self._index.namespaces()
 
+    def record(self, key: str, namespace: str = "") -> StoredRecord:
+        """The index row of a key, without decoding anything.
+
+        Raises:
+            KeyNotFound: No such record; carries close keys.
+            IntegrityError: Its row is not what was committed.
+        """
+        with self._turn():
+            return self._find(key, namespace)
+
     def records(
         self,
         namespace: str | None = "",
