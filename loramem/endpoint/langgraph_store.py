@@ -104,7 +104,7 @@ class LoramemStore(BaseStore):
         held = [
             name for name in self.store.namespaces() if _path(name)[: len(op.namespace_prefix)] == op.namespace_prefix
         ]
-        keys = ((name, key) for name in held for key in self.store.keys(name))
+        keys: Iterator[tuple[str, str]] = ((name, key) for name in held for key in self.store.keys(name))
         wanted, last = op.filter or {}, op.offset + op.limit
         found = list[SearchItem]()
         if not wanted:  # then only what is shown is decoded
