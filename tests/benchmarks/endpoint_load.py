@@ -60,9 +60,8 @@ def compare(store: MemoryStore, records: int, requests: int, clients: int) -> No
     store.write(written)
     warm_up(store.base)
     keys = random.Random(0).choices(list(written), k=requests)
-    print(
-        f"{store.base.id}: {records} records in {len(store.adapters())} adapters, {requests} requests, {clients} clients"
-    )
+    adapters = len(store.adapters())
+    print(f"{store.base.id}: {records} records in {adapters} adapters, {requests} requests, {clients} clients")
     started, cpu = clock(store.base.device), time.process_time()
     recalled = sum(recall.value == written[recall.key] for recall in store.recall_many(keys))
     many_s, many_cpu = clock(store.base.device) - started, time.process_time() - cpu
