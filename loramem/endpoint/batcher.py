@@ -1,6 +1,7 @@
 """Concurrent questions, decoded together: whatever waits when a batch is done is the next one."""
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +13,8 @@ from loramem.endpoint.protocol import Question
 from loramem.errors import LoramemError
 from loramem.results import Recall
 
+LINGER, LOOKS = 0.1, 10
+"""A batch waits so much of the time that the one before took, at most, and looks so often whether it is full."""
 Decode = Callable[[Sequence[Question]], Sequence[Recall | LoramemError]]
 _Result = TypeVar("_Result")
 _Asked = tuple[Question, "asyncio.Future[Recall | LoramemError]"]
@@ -39,7 +42,10 @@ class Batcher:
                 if not batch:
                     self._more.clear()
                     continue
+                started = time.monotonic()
                 await self._answer(batch)
+                if len(batch) > 1:
+                    await self._gather(len(batch), LINGER * (time.monotonic() - started))
         finally:
             self._thread.shutdown(wait=False, cancel_futures=True)
 
@@ -60,6 +66,14 @@ class Batcher:
     async def alone(self, call: Callable[[], _Result]) -> _Result:
         """Run something else that needs the model, between batches."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, call)
+
+    async def _gather(self, answered: int, most_s: float) -> None:
+        """Give clients that were just answered a moment to ask again, so that batches do not fall into halves."""
+        wanted = min(self.limits.batch_records, len(self._waiting) + answered)
+        for _ in range(LOOKS):
+            if len(self._waiting) >= wanted:
+                break
+            await asyncio.sleep(most_s / LOOKS)
 
     async def _answer(self, batch: list[_Asked]) -> None:
         try:
