@@ -37,9 +37,7 @@
     │   ├── UnreadableAdapter         a folder is no PEFT LoRA, or cannot be read as one
     │   └── NotServable               a server would refuse the adapters, or serve something else
     ├── IntegrityError                a file or row is not what was committed
-    ├── EndpointError                 about questions that come over a network
-    │   ├── RequestRefused            the endpoint does not take a request; the client can do something about it
-    │   └── UpstreamError             the server that was asked for a record failed, or cannot be reached
+    ├── RequestRefused                the endpoint does not take a request; the client can do something about it
     ├── HubError                      the Hub cannot be reached, or said no
     │   ├── HubOffline                Hub calls are switched off
     │   ├── HubAccess                 no such repository for this token, or no right to do this
@@ -313,24 +311,12 @@ class IntegrityError(LoramemError):
         self.what = what
 
 
-class EndpointError(LoramemError):
-    """Something about questions that come over a network."""
-
-
-class RequestRefused(EndpointError):
+class RequestRefused(LoramemError):
     """The endpoint does not take a request. Attributes ``status`` (of HTTP), ``code`` (a word), ``param`` (a field)."""
 
     def __init__(self, message: str, *, status: int, code: str, param: str | None = None) -> None:
         super().__init__(message)
         self.status, self.code, self.param = status, code, param
-
-
-class UpstreamError(EndpointError):
-    """A server that decodes for the endpoint failed, refused, or cannot be reached. Attribute ``url``."""
-
-    def __init__(self, message: str, *, url: str) -> None:
-        super().__init__(message)
-        self.url = url
 
 
 class HubError(LoramemError):

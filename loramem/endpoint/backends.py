@@ -1,4 +1,4 @@
-"""Who decodes: the store's model in this process, or a server that has its adapters (`loramem.endpoint.upstream`)."""
+"""Who decodes: the store's own model, in this process."""
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
