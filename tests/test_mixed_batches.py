@@ -4,8 +4,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
-from loramem import MemoryStore, Recall
+from loramem import Dtype, MemoryStore, Recall
 from loramem.errors import IntegrityError, KeyNotFound, RecallError
 from loramem.models.adapters import AdaptedModel
 from loramem.store.mixed import mixed_batches
@@ -99,7 +100,22 @@ def test_a_damaged_adapter_fails_for_its_own_records_alone(
         assert isinstance(answer, IntegrityError if space == store.adapters()[0].namespace else Recall), key
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_row_is_computed_as_its_adapter_alone_computes_it(base: Path, written: Path, dtype: Dtype) -> None:
+    with MemoryStore(written, str(base)) as store:
+        reader = store._session.served_in(dtype).reader
+        adapted, ids = reader.adapted, torch.tensor([[5, 6, 7, 8]] * 3)
+        alone = []
+        for number, adapter in enumerate(store.adapters()):
+            with reader.active(adapter):
+                alone.append(adapted.model(input_ids=ids).logits[number])
+        with adapted.mixed([adapter.id for adapter in store.adapters()]):
+            together = adapted.model(input_ids=ids).logits
+        assert torch.equal(together, torch.stack(alone))
+        assert not torch.equal(together[0], together[1])
+
+
 def test_after_a_mixed_batch_the_model_is_the_plain_base(store: MemoryStore) -> None:
     values(store, list(RECORDS))
     layers = store._session.adapted._carriers()
-    assert layers and all(layer.disable_adapters and not layer._forward_pre_hooks for layer in layers)
+    assert layers and all(layer.disable_adapters and not layer._forward_hooks for layer in layers)

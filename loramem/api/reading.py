@@ -253,12 +253,15 @@ class Memory:
         from loramem.store.mixed import answer_each
 
         answers: dict[int, Recall | LoramemError] = {}
-        found = dict[int, Located]()
+        found, holds = dict[int, Located](), dict[str, StoredAdapter]()
         with self._turn():
             with self._index.snapshot():
                 for place, (namespace, key) in enumerate(questions):
                     try:
-                        found[place] = self._locate(key, namespace)
+                        record = self._find(key, namespace)
+                        if record.adapter not in holds:
+                            holds[record.adapter] = self._index.located([record])[0].adapter
+                        found[place] = Located(record, holds[record.adapter])
                     except (KeyNotFound, IntegrityError) as error:
                         answers[place] = error
             places = list(found)

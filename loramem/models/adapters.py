@@ -12,6 +12,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
+from itertools import accumulate, groupby
 from pathlib import Path
 from typing import Any
 
@@ -173,18 +174,31 @@ class AdaptedModel:
     def mixed(self, names: Sequence[str]) -> Iterator[None]:
         """Within this context each row of a batch goes through its own adapter; afterwards the model is the base.
 
+        The arithmetic is that of one adapter in PEFT, which for mixed batches rounds once more in half precision.
+
         Args:
-            names: An adapter that is loaded for each row of every pass.
+            names: An adapter that is loaded for each row of every pass; fastest with equal ones side by side.
         """
+        alike = [(name, len(list(rows))) for name, rows in groupby(names)]
+        ends = accumulate(count for _, count in alike)
+        runs = [(name, slice(end - count, end)) for (name, count), end in zip(alike, ends, strict=True)]
 
-        def named(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-            return args, {**kwargs, "adapter_names": list(names)}
+        def adapted(layer: nn.Module, args: tuple[Tensor, ...], result: Tensor) -> Tensor:
+            assert isinstance(layer, LoraLayer)
+            parts = []
+            for name, rows in runs:
+                part = result[rows]
+                if name in layer.lora_A:
+                    down, up = layer.lora_A[name], layer.lora_B[name]
+                    lora = up(down(args[0][rows].to(down.weight.dtype))) * layer.scaling[name]
+                    part = (part + lora).to(result.dtype)
+                parts.append(part)
+            return torch.cat(parts)
 
+        self.deactivate()
         with ExitStack() as hooks:
-            hooks.callback(self.deactivate)
             for layer in self._carriers():
-                layer.enable_adapters(True)
-                hooks.callback(layer.register_forward_pre_hook(named, with_kwargs=True).remove)
+                hooks.callback(layer.register_forward_hook(adapted).remove)
             yield
 
     @contextmanager

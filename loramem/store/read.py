@@ -125,11 +125,14 @@ class Reader:
         for adapter in {each.adapter.id: each.adapter for each in found}.values():
             self.activate(adapter)
         self.adapted.deactivate()
-        prompts = [self.prompt_ids(each.record) for each in found]
+        order = sorted(range(len(found)), key=lambda place: found[place].adapter.id)
+        records = [found[place].record for place in order]
+        prompts = [self.prompt_ids(record) for record in records]
         kept = common_prefix(self.adapted.model, prompts, self._prefix)
-        with self.adapted.mixed([each.adapter.id for each in found]):
-            texts = self._texts([each.record for each in found], prompts, kept)
-        return [(text, len(prompt)) for text, prompt in zip(texts, prompts, strict=True)]
+        with self.adapted.mixed([record.adapter for record in records]):
+            texts = self._texts(records, prompts, kept)
+        decoded = dict(zip(order, zip(texts, map(len, prompts), strict=True), strict=True))
+        return [decoded[place] for place in range(len(found))]
 
     def _texts(
         self, records: Sequence[StoredRecord], prompts: Sequence[Sequence[int]], kept: Prefix | None
