@@ -13,7 +13,7 @@ from loramem.models import shard_sizes
 from loramem.models.placement import Placement
 from loramem.suites import runner
 
-from .benchmarks import density, rounding, shard_size, write_grid
+from .benchmarks import density, endpoint_load, rounding, shard_size, warm_recall, write_grid
 from .benchmarks.command import command
 from .benchmarks.whole_write import make_deep, timed_write
 from .conftest import numbers
@@ -146,3 +146,21 @@ def test_a_smaller_shard_makes_more_adapters_in_the_table(base: Path, monkeypatc
     assert (few["records"], few["fill"], few["adapters"]) == ("4", "8", "1")
     assert int(many["adapters"]) > 1
     assert float(few["lowest p"]) >= SETTINGS.certify_threshold
+
+
+def test_warm_recall_is_timed_beside_plain_generate(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(warm_recall, "BATCH", 3)
+    with MemoryStore(tmp_path / "memory", str(base)) as store:
+        warm_recall.compare(store, turns=1)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(":")[0] for line in lines[1:]] == ["plain generate", "recall", "recall_many of 3"]
+    assert "1.00 and 1.00 times" in lines[1]
+
+
+def test_the_endpoint_is_asked_by_many_clients(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with MemoryStore(tmp_path / "memory", str(base)) as store:
+        endpoint_load.compare(store, records=3, requests=12, clients=4)
+    out = capsys.readouterr().out
+    assert "recall_many: 12 right" in out and "served: 12 answers, 0 wrong, 0 failed" in out
