@@ -19,10 +19,11 @@ from loramem.models.adapters import AdaptedModel
 from loramem.models.base_model import BaseModel, load_base_model
 from loramem.models.batches import shuffled
 from loramem.models.certificate import ALONE, Proof, examine, least_certain, prove, prove_alone
-from loramem.models.decoding import SHARED_PREFIX_TOKENS, answer_probabilities
+from loramem.models.decoding import answer_probabilities
 from loramem.models.ending import Ending
 from loramem.models.features import PASS_RECORDS, PASS_TOKENS, collect
 from loramem.models.placement import Placement
+from loramem.models.prefix import SHARED_PREFIX_TOKENS
 from loramem.records.prompts import EncodedRecord, encode_records
 from loramem.records.record import Record, as_records
 from loramem.training import shards

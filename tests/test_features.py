@@ -14,11 +14,12 @@ from transformers import PreTrainedModel
 
 from loramem.models.batches import answer_logits, make_batch
 from loramem.models.certificate import free_running
-from loramem.models.decoding import SHARED_PREFIX_TOKENS, forced_batch, greedy_decode
+from loramem.models.decoding import forced_batch, greedy_decode
 from loramem.models.ending import Ending
 from loramem.models.features import HIDDEN, _watched, collect, collect_decoding
 from loramem.models.layers import LastLayer, decoder_layers, linears
 from loramem.models.placement import Placement
+from loramem.models.prefix import SHARED_PREFIX_TOKENS
 
 from .test_batches import encoded
 from .test_trunk import ARCHITECTURES, RECORDS, TOLERANCE, build, difference, shared_model
