@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from loramem.models.dtypes import DTYPES, Dtype
-from loramem.serving.targets import TARGETS, Target
+from loramem.serving.targets import BASE_TYPES, TARGETS, BaseType, Target
 
 from . import options
 from .output import note, print_facts, print_json
@@ -24,6 +24,14 @@ from .output import note, print_facts, print_json
     help="Of the weights in the files.",
 )
 @click.option("--include-keys", is_flag=True, help="Also write which adapter answers which key. This names the keys.")
+@click.option(
+    "--hash-keys", is_flag=True, help="Also write which adapter answers which key, under salted digests of the keys."
+)
+@click.option(
+    "--base-type",
+    type=click.Choice(BASE_TYPES),
+    help="Of loramem-tiny's weights, written beside its adapters for llama.cpp; by --dtype unless given.",
+)
 @options.store_options
 def command(
     folder: Path,
@@ -32,6 +40,8 @@ def command(
     pad_rank: int | None,
     dtype: Dtype,
     include_keys: bool,
+    hash_keys: bool,
+    base_type: BaseType | None,
     store: options.StoreOptions,
     as_json: bool,
 ) -> None:
@@ -41,7 +51,14 @@ def command(
     """
     with store.open() as opened:
         report = opened.deploy(
-            target, folder, base_name=base_name, pad_rank=pad_rank, dtype=dtype, include_keys=include_keys
+            target,
+            folder,
+            base_name=base_name,
+            pad_rank=pad_rank,
+            dtype=dtype,
+            include_keys=include_keys,
+            hash_keys=hash_keys,
+            base_type=base_type,
         )
     if as_json:
         print_json(report)

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
         Version,
         WriteReport,
     )
-    from loramem.serving.targets import Target
+    from loramem.serving.targets import BaseType, Target
     from loramem.store.compact import CompactChoice
     from loramem.store.request import OnConflict
     from loramem.training.executors import process_pool
@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AdapterCheck",
     "BaseModel",
+    "BaseType",
     "ChatKeys",
     "CompactChoice",
     "CompactReport",
@@ -109,7 +110,7 @@ _HOMES = {
     "records.record": "Record RecordLike",
     "results": "AdapterCheck ChatKeys CompactReport DeployReport EraseReport Explanation Finding GcReport "
     "PushPlan PushReport Recall RepairReport ServingReport Stats TokenProbability VerifyReport Version WriteReport",
-    "serving.targets": "Target",
+    "serving.targets": "BaseType Target",
     "store.compact": "CompactChoice",
     "training.executors": "process_pool",
     "training.progress": "ProgressCallback WriteProgress",

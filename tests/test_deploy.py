@@ -1,5 +1,6 @@
 """Adapters in other hands: PEFT alone, several in one batch, and folders written for servers."""
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -131,7 +132,7 @@ def test_without_options_a_folder_holds_the_adapters_as_committed(store: MemoryS
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(
         [*report.adapters, "README.md", "prompt.json"]
     )
-    assert all(path.stat().st_mode & 0o077 == 0 for path in (tmp_path / "out").rglob("*"))
+    assert {path.name for path in (tmp_path / "out").rglob("*") if path.stat().st_mode & 0o004 == 0} == set()
     assert not list(tmp_path.glob("*.partial"))
 
 
@@ -174,6 +175,30 @@ def test_no_key_value_or_path_goes_along_unless_asked(store: MemoryStore, base: 
         }
 
 
+def test_a_routing_file_may_hold_salted_digests_in_place_of_keys(store: MemoryStore, tmp_path: Path) -> None:
+    store.deploy("sglang", tmp_path / "out", hash_keys=True)
+    found = lines(tmp_path / "out")
+    assert len({line["salt"] for line in found}) == 1 and "prompt_ids" not in found[0]
+    by_digest = {line["digest"]: line for line in found}
+    for record in store.records():
+        digest = hashlib.sha256(json.dumps([found[0]["salt"], "", record.key]).encode()).hexdigest()
+        assert (by_digest[digest]["adapter"], by_digest[digest]["max_tokens"]) == (record.adapter, 5)
+    assert not any(key in (tmp_path / "out" / "routing.jsonl").read_text() for key in RECORDS)
+    with pytest.raises(ArgumentError, match="not both"):
+        store.deploy("sglang", tmp_path / "both", include_keys=True, hash_keys=True)
+
+
+def test_what_names_keys_stays_private(store: MemoryStore, tmp_path: Path) -> None:
+    store.deploy("peft", tmp_path / "out", include_keys=True)
+    assert (tmp_path / "out" / "routing.jsonl").stat().st_mode & 0o077 == 0
+
+
+def test_a_deployed_folder_says_which_base_it_needs(store: MemoryStore, tmp_path: Path) -> None:
+    store.deploy("vllm", tmp_path / "out", base_name="someone/model")
+    prompt = json.loads((tmp_path / "out" / "prompt.json").read_text())
+    assert prompt["base_model"] == "someone/model" and prompt["base_fingerprint"] == store.manifest.fingerprint
+
+
 def test_the_guide_says_how_each_server_is_started(store: MemoryStore, tmp_path: Path) -> None:
     first = store.adapters()[0].id
     for target, expected in {
@@ -182,7 +207,10 @@ def test_the_guide_says_how_each_server_is_started(store: MemoryStore, tmp_path:
             "vllm serve someone/model",
             "--enable-lora --max-lora-rank 32 --max-loras 2",
             f'"model": "{first}"',
-            "not run by loramem",
+            "vLLM 0.32 was run so",
+            f"--lora-modules {first}=./{first} ",
+            '"max_tokens": 5,',  # of the longest value, and the end token
+            "with a system message or an earlier turn before it, no key is answered rightly.**",
         ),
         "sglang": (
             "--model-path someone/model",
@@ -260,7 +288,7 @@ def test_check_shows_who_takes_what(store: MemoryStore, capsys: pytest.CaptureFi
     shown = capsys.readouterr()
     for adapter in store.adapters():
         row = next(line for line in shown.out.splitlines() if adapter.id in line)
-        assert row.split() == [adapter.id, str(adapter.rank), "ok", "refused", "ok"]
+        assert row.split() == [adapter.id, str(adapter.rank), "ok", "refused", "ok", "ok"]
     first = store.adapters()[0].id  # what is alike is said once
     assert shown.err.count(f"vllm {first} and 1 more: base_model_name_or_path 'tiny-qwen3'") == 1
     assert shown.err.count("--base-name NAME") == 1 and "sglang: note: " in shown.err

@@ -38,6 +38,7 @@ def test_the_public_names_are_these() -> None:
     assert loramem.__all__ == [
         "AdapterCheck",
         "BaseModel",
+        "BaseType",
         "ChatKeys",
         "CompactChoice",
         "CompactReport",

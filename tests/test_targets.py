@@ -42,44 +42,50 @@ def refused(adapter: AdapterHeader, **server: Any) -> dict[str, list[str]]:
 
 
 def test_what_loramem_writes_is_taken_by_every_target() -> None:
-    assert refused(header()) == {"peft": [], "vllm": [], "sglang": []}
-    assert [findings_together([header()], Server(target)) for target in TARGETS] == [[], [], []]
+    assert refused(header()) == {"peft": [], "vllm": [], "sglang": [], "llama.cpp": []}
+    assert [findings_together([header()], Server(target)) for target in TARGETS] == [[], [], [], []]
 
 
 @pytest.mark.parametrize(
     ("change", "targets"),
     [
-        ({"bias": "lora_only"}, {"vllm", "sglang"}),
-        ({"bias": "all"}, {"vllm", "sglang"}),
-        ({"lora_bias": True}, {"peft", "vllm", "sglang"}),  # and no tensors of it are there, here and below
-        ({"use_dora": True}, {"peft", "vllm", "sglang"}),
-        ({"use_rslora": True}, {"sglang"}),
-        ({"modules_to_save": ["lm_head"]}, {"peft", "vllm", "sglang"}),
-        ({"trainable_token_indices": [1, 2]}, {"peft", "vllm", "sglang"}),
-        ({"rank_pattern": {"q_proj": 4}}, {"peft", "vllm", "sglang"}),
-        ({"rank_pattern": {"q_proj": 8}}, {"vllm", "sglang"}),
-        ({"use_bdlora": {"nblocks": 2}}, {"vllm", "sglang"}),
-        ({"use_qalora": True}, {"vllm", "sglang"}),
-        ({"alpha_pattern": {"q_proj": 4}}, {"vllm", "sglang"}),
-        ({"layer_replication": [[0, 2]]}, {"vllm", "sglang"}),
-        ({"alora_invocation_tokens": [7]}, {"vllm", "sglang"}),
-        ({"init_lora_weights": "pissa"}, {"vllm", "sglang"}),
+        ({"bias": "lora_only"}, {"vllm", "sglang", "llama.cpp"}),
+        ({"bias": "all"}, {"vllm", "sglang", "llama.cpp"}),
+        (
+            {"lora_bias": True},
+            {"peft", "vllm", "sglang", "llama.cpp"},
+        ),  # and no tensors of it are there, here and below
+        ({"use_dora": True}, {"peft", "vllm", "sglang", "llama.cpp"}),
+        ({"use_rslora": True}, {"sglang", "llama.cpp"}),
+        ({"modules_to_save": ["lm_head"]}, {"peft", "vllm", "sglang", "llama.cpp"}),
+        ({"trainable_token_indices": [1, 2]}, {"peft", "vllm", "sglang", "llama.cpp"}),
+        ({"rank_pattern": {"q_proj": 4}}, {"peft", "vllm", "sglang", "llama.cpp"}),
+        ({"rank_pattern": {"q_proj": 8}}, {"vllm", "sglang", "llama.cpp"}),
+        ({"use_bdlora": {"nblocks": 2}}, {"vllm", "sglang", "llama.cpp"}),
+        ({"use_qalora": True}, {"vllm", "sglang", "llama.cpp"}),
+        ({"alpha_pattern": {"q_proj": 4}}, {"vllm", "sglang", "llama.cpp"}),
+        ({"layer_replication": [[0, 2]]}, {"vllm", "sglang", "llama.cpp"}),
+        ({"alora_invocation_tokens": [7]}, {"vllm", "sglang", "llama.cpp"}),
+        ({"init_lora_weights": "pissa"}, {"vllm", "sglang", "llama.cpp"}),
         ({"init_lora_weights": "gaussian"}, set()),
         ({"init_lora_weights": "mica"}, set()),
         ({"init_lora_weights": "lora_ga"}, set()),
-        ({"init_lora_weights": "nonsense"}, {"peft", "vllm", "sglang"}),
-        ({"fan_in_fan_out": True}, {"vllm", "sglang"}),
-        ({"peft_type": "LOHA"}, {"peft", "vllm", "sglang"}),
-        ({"r": 0}, {"peft", "vllm", "sglang"}),
-        ({"r": 16}, {"peft", "vllm", "sglang"}),  # the tensors say 8
+        ({"init_lora_weights": "nonsense"}, {"peft", "vllm", "sglang", "llama.cpp"}),
+        ({"fan_in_fan_out": True}, {"vllm", "sglang", "llama.cpp"}),
+        ({"peft_type": "LOHA"}, {"peft", "vllm", "sglang", "llama.cpp"}),
+        ({"r": 0}, {"peft", "vllm", "sglang", "llama.cpp"}),
+        ({"r": 16}, {"peft", "vllm", "sglang", "llama.cpp"}),  # the tensors say 8
         ({"target_modules": "all-linear", "layers_to_transform": None}, set()),
-        ({"target_modules": "all-linear"}, {"peft", "vllm", "sglang"}),  # layers_to_transform goes with a list alone
+        (
+            {"target_modules": "all-linear"},
+            {"peft", "vllm", "sglang", "llama.cpp"},
+        ),  # layers_to_transform goes with a list alone
         ({"target_modules": r".*_proj", "layers_to_transform": None}, {"sglang"}),
-        ({"target_modules": r".*\.[qv]_proj", "layers_to_transform": None}, {"peft", "vllm", "sglang"}),
-        ({"exclude_modules": ["q_proj"]}, {"peft", "vllm", "sglang"}),
-        ({"target_modules": ["q_proj"]}, {"peft", "vllm", "sglang"}),
-        ({"layers_to_transform": [4]}, {"peft", "vllm", "sglang"}),
-        ({"layers_to_transform": [[4, 5]]}, {"peft", "vllm", "sglang"}),
+        ({"target_modules": r".*\.[qv]_proj", "layers_to_transform": None}, {"peft", "vllm", "sglang", "llama.cpp"}),
+        ({"exclude_modules": ["q_proj"]}, {"peft", "vllm", "sglang", "llama.cpp"}),
+        ({"target_modules": ["q_proj"]}, {"peft", "vllm", "sglang", "llama.cpp"}),
+        ({"layers_to_transform": [4]}, {"peft", "vllm", "sglang", "llama.cpp"}),
+        ({"layers_to_transform": [[4, 5]]}, {"peft", "vllm", "sglang", "llama.cpp"}),
         ({"base_model_name_or_path": None}, {"vllm"}),
         ({"base_model_name_or_path": "loramem-tiny"}, {"vllm"}),
     ],
@@ -116,13 +122,13 @@ def test_a_refusal_says_the_value_the_reason_and_the_remedy() -> None:
 
 def test_ranks_are_measured_against_what_the_server_may_be_started_with() -> None:
     assert [max_rank_option(rank) for rank in (1, 2, 16, 17, 300, 512, 513)] == [1, 8, 16, 32, 320, 512, None]
-    assert refused(header(rank=513)) == {"peft": [], "vllm": ["rank"], "sglang": []}
-    assert refused(header(rank=24), max_rank=16) == {"peft": [], "vllm": ["rank"], "sglang": ["rank"]}
+    assert refused(header(rank=513)) == {"peft": [], "vllm": ["rank"], "sglang": [], "llama.cpp": []}
+    assert refused(header(rank=24), max_rank=16) == {"peft": [], "vllm": ["rank"], "sglang": ["rank"], "llama.cpp": []}
     (vllm,) = findings(header(rank=24), Server("vllm", max_rank=16))
     (sglang,) = findings(header(rank=24), Server("sglang", max_rank=16))
     assert vllm.remedy == "Start it with --max-lora-rank 32."
     assert sglang.remedy == "Start it with --max-lora-rank 24."
-    assert refused(header(rank=24), max_rank=32) == {"peft": [], "vllm": [], "sglang": []}
+    assert refused(header(rank=24), max_rank=32) == {"peft": [], "vllm": [], "sglang": [], "llama.cpp": []}
 
 
 def test_a_rank_above_vllms_default_is_a_note_that_names_the_option() -> None:
@@ -142,9 +148,9 @@ def test_a_rank_above_vllms_default_is_a_note_that_names_the_option() -> None:
         (("up_proj", "down_proj"), {"sglang"}),
         (("k_proj", "v_proj"), {"sglang"}),
         (("q_proj",), {"sglang"}),
-        (("query_key_value",), {"sglang"}),
-        (("embed_tokens", "q_proj", "v_proj"), {"vllm", "sglang"}),
-        (("lm_head",), {"vllm", "sglang"}),
+        (("query_key_value",), {"sglang", "llama.cpp"}),
+        (("embed_tokens", "q_proj", "v_proj"), {"vllm", "sglang", "llama.cpp"}),
+        (("lm_head",), {"vllm", "sglang", "llama.cpp"}),
     ],
     ids=lambda value: str(sorted(value) if isinstance(value, set) else value),  # the same in every process
 )
@@ -157,13 +163,14 @@ def test_an_architecture_without_lora_layers_is_refused() -> None:
         "peft": [],
         "vllm": ["architecture"],
         "sglang": ["architecture"],
+        "llama.cpp": ["architecture"],
     }
     assert refused(header(), architecture="GPTNeoXForCausalLM")["vllm"] == ["architecture"]
-    assert refused(header(), architecture="Qwen3ForCausalLM") == {"peft": [], "vllm": [], "sglang": []}
+    assert refused(header(), architecture="Qwen3ForCausalLM") == {"peft": [], "vllm": [], "sglang": [], "llama.cpp": []}
 
 
 def test_vllm_wants_the_name_it_is_started_with() -> None:
-    assert refused(header(), base_is_local=True) == {"peft": [], "vllm": ["base"], "sglang": []}
+    assert refused(header(), base_is_local=True) == {"peft": [], "vllm": ["base"], "sglang": [], "llama.cpp": []}
     assert refused(header(), base_is_local=True, base_name="someone/model")["vllm"] == []
     assert refused(header(), base_name="/models/model")["vllm"] == ["base"]
 

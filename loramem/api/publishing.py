@@ -11,7 +11,7 @@ from loramem.errors import StoreReadOnly
 from loramem.models.dtypes import Dtype
 from loramem.results import DeployReport, PushPlan, PushReport, ServingReport
 from loramem.serving.check import check_store
-from loramem.serving.targets import TARGETS, Target
+from loramem.serving.targets import TARGETS, BaseType, Target
 from loramem.store import copies
 
 
@@ -30,7 +30,7 @@ class Publishing(Memory):
         """Whether servers would take the adapters as they are, with the reason and remedy for each that they would not.
 
         Args:
-            targets: Of "peft", "vllm" and "sglang".
+            targets: Of "peft", "vllm", "sglang" and "llama.cpp".
             max_rank: The server's maximum, where it runs already.
             base_name: The model name or path that it is started with.
             dtype: Also decode every record with base model and adapters cast to "bfloat16" or "float16", as servers do.
@@ -54,26 +54,33 @@ class Publishing(Memory):
         pad_rank: int | None = None,
         dtype: Dtype = "float32",
         include_keys: bool = False,
+        hash_keys: bool = False,
+        base_type: BaseType | None = None,
     ) -> DeployReport:
         """Write a new folder of adapters that a server takes as it is, and how to start it; no keys, no values.
 
         Args:
-            target: "peft", "vllm" or "sglang".
+            target: "peft", "vllm", "sglang" or "llama.cpp".
             base_name: What the server is started with; vLLM compares it with what the adapters say.
             pad_rank: One rank for all, padded with zeros, which keeps their function.
             dtype: Of the weights in the files.
             include_keys: Also write which adapter answers which key, with its prompt ids: this names the keys.
+            hash_keys: Write it under salted digests of the keys instead: whoever knows a key finds its adapter.
+            base_type: In which the embedded base model is written for llama.cpp; "F32" or "F16" by ``dtype`` if None.
 
         Raises:
             NotServable: The server would refuse the adapters, or serve something else; nothing was written.
             AdapterError: ``pad_rank`` is below the rank of an adapter.
+            ArgumentError: A dtype that the target's files are not written in, or keys and their digests at once.
+            LoramemError: For llama.cpp, the package `gguf` is not installed.
             StoreError: There is something at ``folder``, it lies in a store's folder, or the store is empty.
             IntegrityError: An adapter's files are not what was committed.
         """
         from loramem.serving.deploy import Deployment, deploy
 
         with self._turn():
-            return deploy(self._session, Path(folder), Deployment(target, base_name, pad_rank, dtype, include_keys))
+            wanted = Deployment(target, base_name, pad_rank, dtype, include_keys, hash_keys, base_type)
+            return deploy(self._session, Path(folder), wanted)
 
     def backup(self, target: str | Path) -> int:
         """Copy the store, while it may be written to, as it was committed at one moment; returns the bytes.

@@ -13,13 +13,16 @@ from loramem.models.adapter_header import AdapterHeader, read_header
 from loramem.models.dtypes import DTYPES, Dtype
 from loramem.results import AdapterCheck, ChatKeys, Finding, ServingReport
 from loramem.serving.rules import Server, findings, findings_together
-from loramem.serving.targets import NAMES, PEFT, Target
+from loramem.serving.targets import LLAMA_CPP, NAMES, PEFT, Target
 from loramem.store.integrity import file_problems
 from loramem.store.manifest import Manifest
 from loramem.store.session import Session
 
 if TYPE_CHECKING:
     from loramem.models.base_fit import BaseShape
+
+
+RECHECK = "loramem check --dtype bfloat16 (or float16) decodes every record there."
 
 
 def check_store(
@@ -143,8 +146,10 @@ def notes_of(
     found = []
     if server.target != PEFT and not rechecked:
         what = f"certificates of a base in {manifest.dtype} and adapters in float32"
-        why = f"{NAMES[server.target]} casts both to the dtype it serves in"
-        remedy = "loramem check --dtype bfloat16 (or float16) decodes every record there."
+        why, remedy = f"{NAMES[server.target]} casts both to the dtype it serves in", RECHECK
+        if server.target == LLAMA_CPP:
+            why = "llama.cpp computes in the types of its file, and rounds what meets quantised weights"
+            remedy = "loramem check --server URL asks the server for every key."
         found.append(Finding(server.target, None, "dtype", False, what, why, remedy))
     if tombstones:
         what = f"replaced or deleted records, {tombstones} of them"

@@ -1,4 +1,4 @@
-"""A folder of adapters that a server takes as it is: base name, rank and dtype as that server wants them.
+"""A folder of adapters that a server takes as it is: base name, rank, dtype and format as that server wants them.
 
 The function stays what was certified: padding a rank adds zero rows to A and zero columns to B and scales alpha with
 it. A cast does not, which `loramem.store.certificates` measures. Neither keys nor values go along unless asked.
@@ -6,7 +6,9 @@ it. A cast does not, which `loramem.store.certificates` measures. Neither keys n
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+import os
+import secrets
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,22 +16,26 @@ from typing import Any
 from safetensors.torch import load, save
 from torch import Tensor
 
+from loramem import embedded
 from loramem._util.choices import check_choice
-from loramem._util.files import beside, rename_new, write_directory, write_synced
+from loramem._util.files import beside, make_directory, rename_new, write_directory, write_synced
 from loramem._util.layout import ADAPTERS
-from loramem.errors import AdapterError, IntegrityError, NotServable, StoreError
-from loramem.index.rows import StoredAdapter, StoredRecord
+from loramem.errors import AdapterError, ArgumentError, IntegrityError, NotServable, StoreError
+from loramem.index.rows import StoredAdapter, StoredRecord, hidden_names
 from loramem.models.adapter_header import CONFIG, WEIGHTS, AdapterHeader, read_header
 from loramem.models.base_model import DTYPES
 from loramem.models.dtypes import Dtype
 from loramem.results import DeployReport, Finding
 from loramem.serving.check import chat_keys, check_headers, notes_of, server_of
-from loramem.serving.guide import guide
-from loramem.serving.targets import Target
+from loramem.serving.guide import DIGESTS, KEYS, NOWHERE, Asking, Routing, guide
+from loramem.serving.targets import BASE_TYPES, LLAMA_CPP, BaseType, Target
+from loramem.store.manifest import Manifest
 from loramem.store.session import Session
 
 PROMPT, ROUTING, GUIDE = "prompt.json", "routing.jsonl", "README.md"
-BASE = "FOLDER_OF_THE_BASE_MODEL"
+READABLE_FILE, READABLE_FOLDER = 0o644, 0o755
+"""A server runs under a user of its own; what names keys stays private."""
+BASE, BASE_FILE = "FOLDER_OF_THE_BASE_MODEL", "BASE_MODEL.gguf"
 """Where the adapters name a model that only this machine has: its folder is nobody else's business."""
 
 
@@ -46,9 +52,27 @@ class Deployment:
     """Of the weights in the files."""
     include_keys: bool = False
     """Write `ROUTING`, which says which adapter answers which key."""
+    hash_keys: bool = False
+    """Write `ROUTING` with salted digests in place of keys: whoever knows a key finds its adapter."""
+    base_type: BaseType | None = None
+    """Of the base model, where it goes along (the embedded one, to llama.cpp); None goes by ``dtype``."""
 
     def __post_init__(self) -> None:
         check_choice("dtype", self.dtype, tuple(DTYPES))
+        if self.target == LLAMA_CPP and self.dtype == "bfloat16":
+            raise ArgumentError(
+                "llama.cpp's adapters are float32 or float16 here. Use --dtype float16.",
+                argument="dtype",
+                value="bfloat16",
+            )
+        if self.include_keys and self.hash_keys:
+            raise ArgumentError(
+                "A routing file holds keys or their digests, not both. Leave out --include-keys or --hash-keys.",
+                argument="hash_keys",
+                value=True,
+            )
+        if self.base_type is not None:
+            check_choice("base_type", self.base_type, BASE_TYPES)
 
 
 def deploy(session: Session, folder: Path, wanted: Deployment) -> DeployReport:
@@ -66,30 +90,41 @@ def deploy(session: Session, folder: Path, wanted: Deployment) -> DeployReport:
         records = list(session.index.records())
     if not adapters:
         raise StoreError(f"{session.store} holds no adapters. Write records first.")
-    if wanted.include_keys:
+    if wanted.include_keys and manifest.key_salt is not None:
+        raise StoreError(f"{session.store} holds digests of its keys, not the keys. Use --hash-keys.")
+    if wanted.include_keys or wanted.hash_keys:
         records = session.reader.compared(records)  # of older ones it is not known
     chat = chat_keys(manifest, records)
     server = server_of(session, wanted.target, None, wanted.base_name)
     with beside(folder, session.store) as partial:
         made = partial / "folder"
+        as_peft = made if wanted.target != LLAMA_CPP else partial / "peft"
+        make_directory(made)
         for adapter in adapters:
             config, tensors = _committed(session.store, adapter)
             config, tensors = _padded(adapter.id, config, tensors, wanted.pad_rank)
             if wanted.base_name is not None:
                 config = {**config, "base_model_name_or_path": wanted.base_name}
-            write_directory(made / adapter.id, _files(adapter.id, config, tensors, wanted))
-        headers = [read_header(made / adapter.id) for adapter in adapters]
+            write_directory(as_peft / adapter.id, _files(adapter.id, config, tensors, wanted))
+        headers = [read_header(as_peft / adapter.id) for adapter in adapters]
         found = _accepted(headers, check_headers(headers, server), wanted.target)
         found += notes_of(manifest, server, sum(ended.get(one.id, 0) for one in adapters), chat, rechecked=False)
-        write_synced(made / PROMPT, (json.dumps(manifest.prompt, indent=2, sort_keys=True) + "\n").encode())
-        if wanted.include_keys:
-            write_synced(made / ROUTING, "".join(_routes(session, records)).encode())
         base_name = str(headers[0].config["base_model_name_or_path"])
         findable = wanted.base_name is not None or not server.base_is_local
-        text = guide(
-            headers, server.target, base_name if findable else BASE, manifest.prompt, found, chat, wanted.include_keys
+        served_as = base_name if findable else BASE
+        if wanted.target == LLAMA_CPP:
+            served_as = _as_gguf(session, as_peft, made, headers, wanted)
+        write_synced(
+            made / PROMPT, (json.dumps(_prompt(manifest, base_name), indent=2, sort_keys=True) + "\n").encode()
         )
+        if wanted.include_keys or wanted.hash_keys:
+            salt = (manifest.key_salt or secrets.token_hex(16)) if wanted.hash_keys else None
+            write_synced(made / ROUTING, "".join(_routes(session, records, salt)).encode())
+        routing: Routing = KEYS if wanted.include_keys else DIGESTS if wanted.hash_keys else NOWHERE
+        longest = max(record.answer_tokens for record in records) + 1
+        text = guide(headers, server.target, served_as, Asking(manifest.prompt, longest, chat, routing), found)
         write_synced(made / GUIDE, text.encode())
+        _make_readable(made)
         size_bytes = rename_new(made, folder)
     return DeployReport(
         folder=str(folder),
@@ -124,18 +159,59 @@ def pad(
     return {**config, "r": rank, "lora_alpha": alpha // old if alpha % old == 0 else alpha / old}, padded
 
 
-def _routes(session: Session, records: Iterable[StoredRecord]) -> Iterator[str]:
-    """A line of JSON per record: which adapter answers the key, and what to ask it."""
+def _prompt(manifest: Manifest, base_name: str) -> dict[str, Any]:
+    """How keys become prompts, and the base model that alone answers them."""
+    return {**manifest.prompt, "base_model": base_name, "base_fingerprint": manifest.fingerprint}
+
+
+def _routes(session: Session, records: Iterable[StoredRecord], salt: str | None) -> Iterator[str]:
+    """A line of JSON per record: which adapter answers the key, and what to ask it.
+
+    Args:
+        salt: Of the digests that stand for namespace and key; None names them, and the prompt's ids, which spell the
+            key, with them.
+    """
     for record in records:
-        line = {
-            "namespace": record.namespace,
-            "key": record.key,
-            "adapter": record.adapter,
-            "prompt_ids": session.reader.prompt_ids(record),
-            "chat": record.chat,  # whether the key as a chat's user message comes to these ids
-            "max_tokens": record.answer_tokens + 1,  # and the end token
-        }
+        known = {"adapter": record.adapter, "chat": record.chat, "max_tokens": record.answer_tokens + 1}
+        if salt is None:
+            named = {"namespace": record.namespace, "key": record.key}
+            line = {**named, **known, "prompt_ids": session.reader.prompt_ids(record)}
+        else:
+            hidden = session.manifest.key_salt is not None  # then the index has no keys either
+            digest = record.key if hidden else hidden_names(salt, record.namespace, record.key)[1]
+            line = {"salt": salt, "digest": digest, **known}
         yield json.dumps(line, ensure_ascii=False) + "\n"
+
+
+def _as_gguf(session: Session, as_peft: Path, made: Path, headers: Sequence[AdapterHeader], wanted: Deployment) -> str:
+    """Write every adapter as a GGUF file, and the embedded base model; returns what the guide calls the base."""
+    from loramem.models.gguf_file import SUFFIX, require_gguf
+    from loramem.models.pretrained import read_config
+    from loramem.serving.gguf_adapter import Heads, write_adapter
+    from loramem.serving.gguf_base import write_base
+
+    require_gguf("Writing for llama.cpp")
+    folder = session.base_folder() or session.base.folder
+    base = Heads.of(read_config(folder, session.manifest.base_model).to_dict())
+    for header in headers:
+        tensors = load((as_peft / header.name / WEIGHTS).read_bytes())
+        name = str(header.config["base_model_name_or_path"])
+        write_adapter(made / f"{header.name}.gguf", header.config, tensors, base, name, wanted.dtype)
+    if session.manifest.base_model != embedded.NAME:
+        own = session.manifest.base_model
+        return wanted.base_name or (own if own.endswith(SUFFIX) else BASE_FILE)
+    kind = wanted.base_type or ("F16" if wanted.dtype == "float16" else "F32")
+    write_base(folder, made / f"{embedded.NAME}-{kind}.gguf", kind)
+    return f"{embedded.NAME}-{kind}.gguf"
+
+
+def _make_readable(folder: Path) -> None:
+    """Let other users read what no key stands in, as far as the umask lets them."""
+    umask = os.umask(0o077)  # which cannot be asked without being set
+    os.umask(umask)
+    for path in (folder, *folder.rglob("*")):
+        if path.name != ROUTING:
+            path.chmod((READABLE_FOLDER if path.is_dir() else READABLE_FILE) & ~umask)
 
 
 def _committed(store: Path, adapter: StoredAdapter) -> tuple[dict[str, Any], dict[str, Tensor]]:

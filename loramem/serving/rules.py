@@ -1,12 +1,13 @@
 """What servers of PEFT LoRA adapters take, refuse and silently get wrong: rules over configs and tensor headers.
 
-Read in the sources, not run; a later version may take more:
+Read in the sources, or run where it says so; a later version may take more:
 
 - vLLM, main of 2026, 0.32, and 0.6 to 0.20: ``vllm/lora/peft_helper.py`` (``validate_legal``), ``lora/lora_model.py``,
   ``config/lora.py`` (ranks), ``plugins/lora_resolvers/filesystem_resolver.py``; docs.vllm.ai/en/latest/features/lora
 - SGLang, main of 2026 and 0.4 to 0.5: ``srt/lora/lora_config.py``, ``lora.py``, ``lora_manager.py``, ``utils.py``;
   docs.sglang.io/advanced_features/lora.html
 - PEFT 0.21, which is run: ``tests/test_deploy.py``, ``tests/test_peft_adapters.py``
+- llama.cpp, through the package xllamacpp of October 2026, which is run: ``tests/test_llama_cpp.py``
 """
 
 from collections import Counter
@@ -20,7 +21,7 @@ from loramem.models.adapter_config import PLACING, accepted, refusals
 from loramem.models.adapter_header import DTYPES, AdapterHeader
 from loramem.models.adapter_tensors import EMBEDDINGS, absences, disagreements
 from loramem.results import Finding
-from loramem.serving.targets import NAMES, PEFT, SGLANG, TARGETS, VLLM, Target
+from loramem.serving.targets import LLAMA_CPP, NAMES, PEFT, SGLANG, TARGETS, VLLM, Target
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What --max-lora-rank may be; a server loads any rank up to its maximum."""
@@ -28,6 +29,9 @@ VLLM_DEFAULT_RANK = 16
 SGLANG_BATCH = 8
 """Different adapters in one batch, unless --max-loras-per-batch says otherwise; vLLM's --max-loras is 1."""
 SGLANG_MODULES = frozenset("q_proj k_proj v_proj o_proj gate_proj up_proj down_proj qkv_proj gate_up_proj".split())
+LLAMA_CPP_MODULES = frozenset("q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split())
+LLAMA_CPP_ARCHITECTURES = frozenset({"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"})
+"""Modules and architectures whose adapters are converted."""
 WITHOUT_LORA = {VLLM: frozenset({"GPT2LMHeadModel", "GPTNeoXForCausalLM"}), SGLANG: frozenset({"GPT2LMHeadModel"})}
 """Architectures that the server runs without LoRA layers."""
 PLAIN_INITS = frozenset({"gaussian", "eva", "orthogonal", "mica", "lora_ga"})
@@ -196,10 +200,11 @@ def _config(adapter: AdapterHeader, server: Server) -> Iterator[Finding]:
 
 def _features(adapter: AdapterHeader, server: Server) -> Iterator[Finding]:
     for feature in FEATURES:
-        value = adapter.config.get(feature.field)
-        if server.target in feature.fate and not feature.plain(value):
-            what = f"{feature.field} {value!r}"
-            yield _refused(adapter, server, feature.field, what, feature.fate[server.target], feature.remedy)
+        value, fate = adapter.config.get(feature.field), feature.fate.get(server.target)
+        if server.target == LLAMA_CPP:
+            fate = "a GGUF adapter holds A, B and one alpha, and nothing else"
+        if fate is not None and not feature.plain(value):
+            yield _refused(adapter, server, feature.field, f"{feature.field} {value!r}", fate, feature.remedy)
 
 
 def _begun(adapter: AdapterHeader, server: Server) -> Iterator[Finding]:
@@ -218,7 +223,7 @@ def _rank(adapter: AdapterHeader, server: Server) -> Iterator[Finding]:
     elif server.target == VLLM and max_rank_option(rank) is None:
         why = f"vLLM's --max-lora-rank ends at {VLLM_RANKS[-1]}"
         yield _refused(adapter, server, "rank", what, why, "Write the records into more adapters of a smaller rank.")
-    elif server.target != PEFT and server.max_rank is not None and rank > server.max_rank:
+    elif server.target in (VLLM, SGLANG) and server.max_rank is not None and rank > server.max_rank:
         enough = max_rank_option(rank) if server.target == VLLM else rank
         why = f"the server's maximum is {server.max_rank}"
         yield _refused(adapter, server, "rank", what, why, f"Start it with --max-lora-rank {enough}.")
@@ -234,9 +239,10 @@ def _modules(adapter: AdapterHeader, server: Server) -> Iterator[Finding]:
     if found := sorted(modules & EMBEDDINGS):
         why = f"{NAMES[server.target]} serves adapted embeddings for some models and versions only"
         yield _refused(adapter, server, "modules", f"module {', '.join(found)}", why, "Adapt linear layers alone.")
-    if server.target == SGLANG and (unknown := sorted(modules - SGLANG_MODULES - EMBEDDINGS)):
-        why = f"SGLang's LoRA layers are {', '.join(sorted(SGLANG_MODULES))}"
-        yield _refused(adapter, server, "modules", f"module {', '.join(unknown)}", why, "Use vLLM or PEFT.")
+    for target, layers in ((SGLANG, SGLANG_MODULES), (LLAMA_CPP, LLAMA_CPP_MODULES)):
+        if server.target == target and (unknown := sorted(modules - layers - EMBEDDINGS)):
+            why = f"{NAMES[target]}'s LoRA layers are {', '.join(sorted(layers))}"
+            yield _refused(adapter, server, "modules", f"module {', '.join(unknown)}", why, "Use vLLM or PEFT.")
     if server.target == SGLANG:
         yield from _stacked(adapter, server)
 
@@ -265,6 +271,10 @@ def _architecture(adapter: AdapterHeader, server: Server) -> Iterator[Finding]:
     if server.architecture in WITHOUT_LORA.get(server.target, frozenset()):
         why = f"{NAMES[server.target]} has no LoRA layers for this architecture"
         remedy = "Serve it with PEFT, or merge the adapter into the base model."
+        yield _refused(adapter, server, "architecture", f"base model {server.architecture}", why, remedy)
+    elif server.target == LLAMA_CPP and server.architecture not in (None, *LLAMA_CPP_ARCHITECTURES):
+        why = f"converted are those of {', '.join(sorted(LLAMA_CPP_ARCHITECTURES))}"
+        remedy = "Serve it with PEFT, or convert it with llama.cpp's convert_lora_to_gguf.py and check the server."
         yield _refused(adapter, server, "architecture", f"base model {server.architecture}", why, remedy)
     elif adapter.config.get("fan_in_fan_out") and server.target != PEFT:
         why = f"{NAMES[server.target]} has no LoRA layers on transposed weights (Conv1D, as in GPT-2)"
@@ -339,6 +349,12 @@ def _sglang_together(adapters: Sequence[AdapterHeader], server: Server) -> Itera
     yield from _revision(adapters, server)
 
 
+def _llama_cpp_together(adapters: Sequence[AdapterHeader], server: Server) -> Iterator[Finding]:
+    if revisions := {str(found) for adapter in adapters if (found := adapter.config.get("revision"))}:
+        why = "llama.cpp does not compare an adapter with its base"
+        yield _note(server, "revision", "a pinned base", why, f"Convert the base model of revision {min(revisions)}.")
+
+
 def _revision(adapters: Sequence[AdapterHeader], server: Server) -> Iterator[Finding]:
     if revisions := {str(found) for adapter in adapters if (found := adapter.config.get("revision"))}:
         why = f"{NAMES[server.target]} does not read it from the adapter"
@@ -349,6 +365,7 @@ RULES_TOGETHER: Mapping[Target, Callable[[Sequence[AdapterHeader], Server], Iter
     PEFT: lambda _adapters, _server: iter(()),
     VLLM: _vllm_together,
     SGLANG: _sglang_together,
+    LLAMA_CPP: _llama_cpp_together,
 }
 
 

@@ -1,0 +1,177 @@
+"""Adapters served by llama.cpp itself: what `loramem deploy` writes is loaded, asked for every key, and compared."""
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+from loramem_cli.main import run
+
+from loramem import MemoryStore
+from loramem.errors import ArgumentError, NotServable
+from loramem.serving.gguf_adapter import Heads
+from loramem.serving.gguf_base import write_base
+from loramem.training import shards
+
+from .conftest import numbers
+from .llama_server import post, serving
+
+RECORDS = numbers(20)
+TEXTS = ["a 123 b", "  two  blanks\n\nand lines", "1,000.50 €", "don't", "naïve 東京 ½ ²", "tab\there"]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store of two adapters on loramem-tiny, and in "served" what is deployed of it."""
+    path = tmp_path_factory.mktemp("tiny") / "memory"
+    with MemoryStore(path) as store:
+        store.write(dict(list(RECORDS.items())[:10]))
+        store.write(dict(list(RECORDS.items())[10:]))
+        store.deploy("llama.cpp", path.parent / "served", include_keys=True)
+    return path
+
+
+@pytest.fixture(scope="module")
+def llama(base_of: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store on a Llama whose one adapter is in q and k as well, and that base as GGUF in "base.gguf"."""
+    path = tmp_path_factory.mktemp("llama") / "memory"
+    with pytest.MonkeyPatch.context() as patched, MemoryStore(path, str(base_of("llama"))) as store:
+        patched.setattr(shards, "features_of", lambda *_: None)
+        store.write(dict(list(RECORDS.items())[:4]))
+        (adapter,) = store.adapters()
+        assert {"q_proj", "k_proj"} <= set(adapter.placement["modules"])
+    write_base(base_of("llama"), path.parent / "base.gguf", "F32")
+    return path
+
+
+@pytest.fixture
+def store(tiny: Path) -> Iterator[MemoryStore]:
+    with MemoryStore(tiny, create=False) as opened:
+        yield opened
+
+
+def routes(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "routing.jsonl").read_text().splitlines()]
+
+
+def places(url: str) -> dict[str, int]:
+    """What the server numbers its adapters by."""
+    return {Path(each["path"]).stem: each["id"] for each in httpx2.get(f"{url}/lora-adapters").json()}
+
+
+def asked(url: str, route: dict[str, Any], adapter: int | None, **also: object) -> tuple[str, float]:
+    """The text, and the lowest probability of its tokens and the end token; "…" where it goes on."""
+    lora = [] if adapter is None else [{"id": adapter, "scale": 1.0}]
+    found: Any = post(
+        url,
+        **{
+            "prompt": route["prompt_ids"],
+            "n_predict": route["max_tokens"],
+            "lora": lora,
+            "temperature": 0,
+            "n_probs": 1,
+            "cache_prompt": False,
+            **also,
+        },
+    )
+    lowest = min(math.exp(token["logprob"]) for token in found["completion_probabilities"])
+    return found["content"] + "…" * (found["stop_type"] != "eos"), lowest
+
+
+def test_every_value_comes_back_with_the_certified_probability(store: MemoryStore) -> None:
+    folder = store.path.parent / "served"
+    certified = {record.key: record.min_prob for record in store.records()}
+    adapters = sorted(folder.glob("????????????????????????????????.gguf"))
+    assert [path.stem for path in adapters] == sorted(adapter.id for adapter in store.adapters())
+    with serving(folder / "loramem-tiny-F32.gguf", adapters) as url:
+        found = {route["key"]: asked(url, route, places(url)[route["adapter"]]) for route in routes(folder)}
+    assert {key: value for key, (value, _) in found.items()} == RECORDS
+    assert {key: p for key, (_, p) in found.items()} == pytest.approx(certified, abs=0.01)
+
+
+def test_the_embedded_base_has_the_same_ids_there(store: MemoryStore) -> None:
+    tokenizer, folder = store.base.tokenizer, store.path.parent / "served"
+    with serving(folder / "loramem-tiny-F32.gguf", []) as url:
+        for text in TEXTS:
+            answer = httpx2.post(f"{url}/tokenize", json={"content": text, "add_special": False}).json()
+            assert answer["tokens"] == tokenizer(text, add_special_tokens=False)["input_ids"], text
+
+
+def test_rows_of_q_and_k_move_with_those_of_llama(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def recalled(folder: Path) -> dict[str, tuple[str, float]]:
+        with serving(llama.parent / "base.gguf", list(folder.glob("*.gguf"))) as url:
+            return {route["key"]: asked(url, route, 0) for route in routes(folder)}
+
+    with MemoryStore(llama, create=False) as store:
+        expected = {
+            record.key: (RECORDS[record.key], pytest.approx(record.min_prob, abs=0.01)) for record in store.records()
+        }
+        store.deploy("llama.cpp", tmp_path / "right", include_keys=True)
+        assert recalled(tmp_path / "right") == expected
+        # The conversion that loads as well, and computes something else: the comparison above tells it.
+        monkeypatch.setattr(Heads, "reordered", lambda _self, _module, rows: rows)
+        store.deploy("llama.cpp", tmp_path / "wrong", include_keys=True)
+        assert recalled(tmp_path / "wrong") != expected
+
+
+def test_requests_as_the_guide_has_them_are_not_mixed_by_the_prompt_cache(store: MemoryStore) -> None:
+    """P of one adapter, Q of another, P of the other: with the cache it goes on from what the first computed."""
+    folder = store.path.parent / "served"
+    adapters = sorted(path for path in folder.glob("*.gguf") if path.stem != "loramem-tiny-F32")
+    first, *_, last = routes(folder)
+    assert first["adapter"] != last["adapter"]
+    with serving(folder / "loramem-tiny-F32.gguf", adapters) as url:
+        number = places(url)
+        alone = asked(url, first, number[last["adapter"]])
+    with serving(folder / "loramem-tiny-F32.gguf", adapters) as url:
+        assert asked(url, first, number[first["adapter"]])[0] == RECORDS[first["key"]]
+        assert asked(url, last, number[last["adapter"]])[0] == RECORDS[last["key"]]
+        assert asked(url, first, number[last["adapter"]]) == pytest.approx(alone)
+        assert asked(url, first, number[first["adapter"]])[0] == RECORDS[first["key"]]
+
+
+def test_float16_adapters_on_a_float16_base_recall(store: MemoryStore, tmp_path: Path) -> None:
+    report = store.deploy("llama.cpp", tmp_path / "out", dtype="float16", include_keys=True)
+    adapters = [tmp_path / "out" / f"{name}.gguf" for name in report.adapters]
+    with serving(tmp_path / "out" / "loramem-tiny-F16.gguf", adapters, slots=2) as url:
+        found = {
+            route["key"]: asked(url, route, report.adapters.index(route["adapter"]))[0]
+            for route in routes(tmp_path / "out")
+        }
+    assert found == RECORDS
+
+
+def test_the_guide_knows_what_goes_wrong_in_silence(store: MemoryStore) -> None:
+    text = (store.path.parent / "served" / "README.md").read_text()
+    first, second = (adapter.id for adapter in store.adapters())
+    for words in (
+        f"llama-server -m loramem-tiny-F32.gguf \\\n  --lora-scaled {first}.gguf:0,{second}.gguf:0",
+        "--cache-ram 0",
+        '"cache_prompt": false',
+        "--lora-init-without-apply",
+        '"n_predict": 5',  # four digits and the end token
+        "loramem check --server URL --target llama.cpp",
+    ):
+        assert words in text
+    prompt = json.loads((store.path.parent / "served" / "prompt.json").read_text())
+    assert prompt["base_fingerprint"] == store.manifest.fingerprint
+    assert prompt["base_model"] == "loramem-tiny"
+
+
+def test_what_cannot_be_converted_is_refused(
+    store: MemoryStore, base_of: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(ArgumentError, match="float32 or float16"):
+        store.deploy("llama.cpp", tmp_path / "out", dtype="bfloat16")
+    with MemoryStore(tmp_path / "neox", str(base_of("gpt_neox"))) as other:
+        other.write({"a": "1"})
+        with pytest.raises(NotServable, match="dense_4h_to_h"):
+            other.deploy("llama.cpp", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    arguments = ["deploy", str(tmp_path / "out"), "--store", str(store.path), "--target", "llama.cpp"]
+    assert run([*arguments, "--base-type", "Q8_0", "--json"]) == 0
+    capsys.readouterr()
+    assert (tmp_path / "out" / "loramem-tiny-Q8_0.gguf").is_file()
