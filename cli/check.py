@@ -1,4 +1,4 @@
-"""loramem check: whether servers take the adapters, and what certificates are worth in a server's dtype."""
+"""loramem check: whether servers take the adapters, what certificates are worth there, and what a server answers."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
@@ -14,7 +14,7 @@ from . import options
 from .output import note, print_json, print_table
 
 if TYPE_CHECKING:
-    from loramem.results import AdapterCheck, Finding, ServingReport
+    from loramem.results import AdapterCheck, Finding, ServerCheck, ServerReport, ServingReport
 
 RECALL_INCOMPLETE, NOT_SERVABLE = 3, 7
 
@@ -31,6 +31,9 @@ RECALL_INCOMPLETE, NOT_SERVABLE = 3, 7
     type=click.Choice(DTYPES),
     help="Also decode every record with base model and adapters cast to it, as servers do.",
 )
+@click.option("--server", metavar="URL", help="Ask a server for every key instead, and compare the answers.")
+@click.option("--at-once", type=click.IntRange(1), default=8, show_default=True, help="Requests to --server together.")
+@click.option("--timeout", type=click.FloatRange(0.1), default=60.0, show_default=True, help="Seconds for one answer.")
 @options.store_options
 def command(
     folders: tuple[Path, ...],
@@ -38,6 +41,9 @@ def command(
     max_rank: int | None,
     base_name: str | None,
     dtype: Dtype | None,
+    server: str | None,
+    at_once: int,
+    timeout: float,
     store: options.StoreOptions,
     as_json: bool,
 ) -> None:
@@ -46,8 +52,19 @@ def command(
     With FOLDER…, the PEFT LoRA adapters in these folders, whoever wrote them; with --model too, each tensor's path and
     shape is compared with the modules of that base model, whose weights are not loaded.
 
-    Exit code 7 when one would be refused or served wrongly, 3 when a record does not come back in --dtype.
+    With --server, the server that serves the store's adapters is asked for every record, by ids and greedily, and what
+    it answers is compared; --target says what it is, unless it says so itself, and LORAMEM_API_KEY holds its token.
+
+    Exit code 7 when one would be refused or served wrongly, 3 when a record does not come back in --dtype or from the
+    server.
     """
+    if server is not None:
+        if folders or dtype or len(targets) > 1 or base_name or max_rank:
+            raise click.UsageError("--server asks one server for a store's records; it goes with --target alone.")
+        with store.open() as opened:
+            answers = opened.check_server(server, next(iter(targets), None), at_once=at_once, timeout_s=timeout)
+        _report(answers, as_json)
+        return
     targets = targets or TARGETS
     if folders:
         if dtype:
@@ -67,6 +84,25 @@ def command(
         click.get_current_context().exit(NOT_SERVABLE)
     if not report.ok:
         click.get_current_context().exit(RECALL_INCOMPLETE)
+
+
+def _report(answers: "ServerReport", as_json: bool) -> None:
+    if as_json:
+        print_json({**asdict(answers), "ok": answers.ok})
+    else:
+        rows = ([one.adapter, *_asked(one)] for one in answers.adapters)
+        print_table(["adapter", "exact", "lowest p", "committed"], rows)
+        for one in answers.adapters:
+            for key, why in one.failed.items():
+                note(f"{answers.target}: {key!r}: {why}")
+    if not answers.ok:
+        click.get_current_context().exit(RECALL_INCOMPLETE)
+
+
+def _asked(one: "ServerCheck") -> list[str]:
+    """Exact of all, lowest p there and as committed."""
+    found = (one.min_prob, one.committed_min_prob)
+    return [f"{one.exact}/{one.records}", *("-" if value is None else f"{value:.3f}" for value in found)]
 
 
 def _show(report: "ServingReport") -> None:

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
         PushReport,
         Recall,
         RepairReport,
+        ServerCheck,
+        ServerReport,
         ServingReport,
         Stats,
         TokenProbability,
@@ -77,6 +79,8 @@ __all__ = [
     "Record",
     "RecordLike",
     "RepairReport",
+    "ServerCheck",
+    "ServerReport",
     "ServingReport",
     "ShardPlan",
     "Stats",
@@ -109,7 +113,8 @@ _HOMES = {
     "records.outcome": "Outcome",
     "records.record": "Record RecordLike",
     "results": "AdapterCheck ChatKeys CompactReport DeployReport EraseReport Explanation Finding GcReport "
-    "PushPlan PushReport Recall RepairReport ServingReport Stats TokenProbability VerifyReport Version WriteReport",
+    "PushPlan PushReport Recall RepairReport ServerCheck ServerReport ServingReport Stats TokenProbability "
+    "VerifyReport Version WriteReport",
     "serving.targets": "BaseType Target",
     "store.compact": "CompactChoice",
     "training.executors": "process_pool",

@@ -38,6 +38,7 @@
     │   └── NotServable               a server would refuse the adapters, or serve something else
     ├── IntegrityError                a file or row is not what was committed
     ├── RequestRefused                the endpoint does not take a request; the client can do something about it
+    ├── ServerError                   a server of adapters does not answer, or gives something else than answers
     ├── HubError                      the Hub cannot be reached, or said no
     │   ├── HubOffline                Hub calls are switched off
     │   ├── HubAccess                 no such repository for this token, or no right to do this
@@ -317,6 +318,10 @@ class RequestRefused(LoramemError):
     def __init__(self, message: str, *, status: int, code: str, param: str | None = None) -> None:
         super().__init__(message)
         self.status, self.code, self.param = status, code, param
+class ServerError(LoramemError):
+    """A server that adapters are asked of is not there, lacks one, or gives no answers. Attribute ``url``."""
+    def __init__(self, message: str, *, url: str) -> None:
+        self.url = url
 
 
 class HubError(LoramemError):

@@ -284,6 +284,36 @@ class ServingReport:
 
 
 @dataclass(frozen=True)
+class ServerCheck:
+    """One adapter as a server answers from it: every live record asked, every answer compared."""
+
+    adapter: str
+    records: int
+    exact: int
+    """Those whose value came back and ended there."""
+    failed: Mapping[str, str]
+    """Why the others did not, by key."""
+    min_prob: float | None
+    """Lowest p of any answer or end token of the exact ones, as the server tells it; None where it tells none."""
+    committed_min_prob: float | None
+    """Lowest certificate of the records, as committed."""
+
+
+@dataclass(frozen=True)
+class ServerReport:
+    """What `MemoryStore.check_server` found."""
+
+    url: str
+    target: str
+    """What the server is."""
+    adapters: tuple[ServerCheck, ...]
+
+    @property
+    def ok(self) -> bool:
+        return not any(one.failed for one in self.adapters)
+
+
+@dataclass(frozen=True)
 class DeployReport:
     """What `MemoryStore.deploy` wrote."""
 

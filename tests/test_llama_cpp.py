@@ -144,6 +144,33 @@ def test_float16_adapters_on_a_float16_base_recall(store: MemoryStore, tmp_path:
     assert found == RECORDS
 
 
+def test_check_asks_the_server_for_every_key(store: MemoryStore, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = store.path.parent / "served"
+    adapters = sorted(folder / f"{adapter.id}.gguf" for adapter in store.adapters())
+    base = folder / "loramem-tiny-F32.gguf"
+    with serving(base, adapters, slots=4) as url:
+        assert run(["check", "--store", str(store.path), "--server", url, "--json"]) == 0
+        report = json.loads(capsys.readouterr().out)
+        assert report["target"] == "llama.cpp"
+        for one in report["adapters"]:
+            assert (one["exact"], one["failed"]) == (10, {})
+            assert one["min_prob"] == pytest.approx(one["committed_min_prob"], abs=0.01)
+    with serving(base, adapters[:1]) as url:
+        assert run(["check", "--store", str(store.path), "--server", url]) == 1
+        assert f"was started without adapter {adapters[1].stem}" in capsys.readouterr().err
+
+
+def test_check_names_what_a_wrong_base_makes_of_the_keys(
+    store: MemoryStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Q4_1 is another base than the one that was written on, and llama.cpp loads the adapters all the same."""
+    report = store.deploy("llama.cpp", tmp_path / "out", base_type="Q4_1")
+    adapters = [tmp_path / "out" / f"{name}.gguf" for name in report.adapters]
+    with serving(tmp_path / "out" / "loramem-tiny-Q4_1.gguf", adapters) as url:
+        assert run(["check", "--store", str(store.path), "--server", url, "--target", "llama.cpp"]) == 3
+    assert capsys.readouterr().err.startswith("llama.cpp: 'key ")
+
+
 def test_the_guide_knows_what_goes_wrong_in_silence(store: MemoryStore) -> None:
     text = (store.path.parent / "served" / "README.md").read_text()
     first, second = (adapter.id for adapter in store.adapters())

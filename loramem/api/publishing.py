@@ -6,10 +6,11 @@ Torch is imported only once the base model is needed.
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from loramem._util.choices import check_choice
 from loramem.api.reading import Memory
 from loramem.errors import StoreReadOnly
 from loramem.models.dtypes import Dtype
-from loramem.results import DeployReport, PushPlan, PushReport, ServingReport
+from loramem.results import DeployReport, PushPlan, PushReport, ServerReport, ServingReport
 from loramem.serving.check import check_store
 from loramem.serving.targets import TARGETS, BaseType, Target
 from loramem.store import copies
@@ -44,6 +45,39 @@ class Publishing(Memory):
             return check_store(
                 self._session, list(targets), max_rank=max_rank, base_name=base_name, dtype=dtype, progress=progress
             )
+
+    def check_server(
+        self,
+        url: str,
+        target: Target | None = None,
+        *,
+        at_once: int = 8,
+        timeout_s: float = 60.0,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> ServerReport:
+        """Ask the server that serves the adapters for every record, greedily, by prompt ids, and compare the answers.
+
+        A bearer token is read from LORAMEM_API_KEY. Of the base model only the tokenizer is loaded.
+
+        Args:
+            url: Such as "http://localhost:8000".
+            target: "vllm", "sglang" or "llama.cpp"; None asks the server what it is.
+            at_once: Requests that are under way together.
+            timeout_s: For one answer.
+            progress: Told how many records of how many were asked.
+
+        Raises:
+            ServerError: It is not there, lacks an adapter, or gives something else than answers.
+            StoreError: The store does not hold its keys.
+            OtherBaseModel: The base model at hand is not the store's.
+            UnknownChoice: No such target.
+        """
+        from loramem.serving.check_server import check_server
+
+        if target is not None:
+            check_choice("target", target, TARGETS)
+        with self._turn():
+            return check_server(self._session, url, target, at_once=at_once, timeout_s=timeout_s, progress=progress)
 
     def deploy(
         self,

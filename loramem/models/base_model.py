@@ -145,6 +145,22 @@ def load_base_model(
     )
 
 
+def load_tokenizer(name: str, revision: str | None, stored: Mapping[str, str]) -> PreTrainedTokenizerBase:
+    """The tokenizer of a base model whose files have the fingerprint that a store was written with.
+
+    Args:
+        name, revision: As of `load_base_model`.
+        stored: The store's fingerprint.
+
+    Raises:
+        OtherBaseModel: Names every part that differs.
+        BaseModelNotFound, UnsupportedBaseModel: As `load_base_model`.
+    """
+    folder, identity, commit = find_base_model(name, revision)
+    fingerprint(folder).check(stored, folder, identity, same_dtype=False)
+    return read_tokenizer(folder, name, _lacking(name, commit))
+
+
 def check_dtype(name: str) -> None:
     """Refuse the name of a dtype that base models are not loaded in.
 

@@ -12,6 +12,8 @@ from loramem.models.dtypes import Dtype, DtypeChoice
 from loramem.store.manifest import Manifest
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from loramem.models.adapters import AdaptedModel
     from loramem.models.base_model import BaseModel
     from loramem.store.planner import Planner
@@ -60,15 +62,34 @@ class Session:
         from loramem.models.base_model import load_base_model
 
         manifest, options = self.manifest, self._options
-        name = options.name or manifest.place()
+        name, revision = self._named()
         base = load_base_model(
             name,
-            revision=options.revision or (manifest.revision if name == manifest.base_model else None),
+            revision=revision,
             device=options.device,
             dtype=manifest.dtype if options.dtype == "auto" else options.dtype,
         )
         base.check(manifest.fingerprint, manifest.dtype)
         return base.known_as(manifest.base_model, manifest.revision)
+
+    @cached_property
+    def tokenizer(self) -> "PreTrainedTokenizerBase":
+        """The base model's, whose files are those of the store; its weights are hashed and not loaded.
+
+        Raises as `base`.
+        """
+        from loramem.models.base_model import load_tokenizer
+
+        if "base" in self.__dict__:
+            return self.base.tokenizer
+        name, revision = self._named()
+        return load_tokenizer(name, revision, self.manifest.fingerprint)
+
+    def _named(self) -> tuple[str, str | None]:
+        """What the base model is found by here, and at which revision."""
+        manifest, options = self.manifest, self._options
+        name = options.name or manifest.place()
+        return name, options.revision or (manifest.revision if name == manifest.base_model else None)
 
     def base_folder(self) -> Path | None:
         """Where the base model lies on this machine, as far as that can be told without loading or the network."""
