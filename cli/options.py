@@ -63,7 +63,7 @@ _MODEL = click.option(
     "--model",
     envvar="LORAMEM_MODEL",
     show_envvar=True,
-    help="Base model: a Hub id or a local folder. A new store takes loramem-tiny, an existing one its own.",
+    help="Base model: a Hub id, a folder or a GGUF file. A new store takes loramem-tiny, an existing one its own.",
 )
 _DEVICE = click.option(
     "--device", default="auto", show_default=True, envvar="LORAMEM_DEVICE", show_envvar=True, help="auto, cpu, cuda…"

@@ -40,8 +40,9 @@ class MemoryStore(Maintained):
 
     Args:
         path: Folder of the store; created with its parents if ``create``.
-        base_model: "loramem-tiny" (default), a Hub id or a local folder. Optional for an existing store, unless
-            its folder was moved; if given it must be the model the store was written with, under whatever name.
+        base_model: "loramem-tiny" (default), a Hub id, a local folder or a GGUF file. Optional for an existing
+            store, unless its place is another; if given it must be the model the store was written with, under
+            whatever name.
         revision: Hub revision of the base model.
         device: "auto", "cpu", "cuda"…
         dtype: Of the base model: "float32", "bfloat16", "float16"; "auto" keeps the store's, or for a new store

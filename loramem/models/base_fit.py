@@ -21,6 +21,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from loramem import embedded
 from loramem.errors import BaseModelNotFound, UnsupportedBaseModel
 from loramem.models.adapter_header import AdapterHeader
+from loramem.models.gguf_file import check_gguf, is_gguf
+from loramem.models.pretrained import read_config
 
 Shapes = dict[str, tuple[int, ...]]
 SAMPLER = "lora_monteclora_sampler"
@@ -61,7 +63,8 @@ class BaseShape:
 
 
 def base_shape(name: str) -> BaseShape:
-    """The shape of a base model named by Hub id, local folder or "loramem-tiny"; of the Hub its config alone.
+    """The shape of a base model named by Hub id, local folder, GGUF file or "loramem-tiny"; of the Hub its config
+    alone.
 
     Raises:
         BaseModelNotFound: No such folder, and the Hub does not give a config.json.
@@ -71,6 +74,9 @@ def base_shape(name: str) -> BaseShape:
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise BaseModelNotFound(f"{name!r} has no config.json. Give the folder of a model of transformers.")
     try:
+        if is_gguf(folder):
+            check_gguf(folder, name)
+            return BaseShape(name, read_config(folder, name))
         config = AutoConfig.from_pretrained(folder if folder.is_dir() else name, trust_remote_code=False)
     except OSError as error:
         raise BaseModelNotFound(

@@ -21,6 +21,7 @@ from loramem.errors import BaseModelNotFound, UnsupportedBaseModel, reason
 from loramem.models.architecture import check_architecture
 from loramem.models.dtypes import Dtype, DtypeChoice
 from loramem.models.fingerprint import Fingerprint, fingerprint
+from loramem.models.gguf_file import check_gguf, is_gguf
 from loramem.models.model_files import check_files
 from loramem.models.parameters import parameters_sha256
 from loramem.models.pretrained import (
@@ -54,6 +55,7 @@ class BaseModel:
     location: str
     """What `load_base_model` finds it by, here: a folder if it was given by one, otherwise its id."""
     folder: Path
+    """Or a GGUF file."""
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     template: PromptTemplate
@@ -96,7 +98,8 @@ def load_base_model(
     """Load a causal language model and freeze it.
 
     Args:
-        name: "loramem-tiny", a local folder, or a Hub id (downloaded once, safetensors only).
+        name: "loramem-tiny", a local folder, a GGUF file (which is dequantised), or a Hub id (downloaded once,
+            safetensors only).
         revision: Hub branch, tag or commit; resolved to a commit.
         device: "auto" takes CUDA where there is one; otherwise a torch device.
         dtype: "float32", "bfloat16", "float16"; "auto" is float32 on CPU, bfloat16 on CUDA.
@@ -114,7 +117,7 @@ def load_base_model(
     check_dtype(dtype)
     folder, identity, commit = find_base_model(name, revision)
     lacking = _lacking(name, commit)
-    values = check_files(folder, name, lacking)
+    values = check_gguf(folder, name) if is_gguf(folder) else check_files(folder, name, lacking)
     with memory_errors():
         config = read_config(folder, name)
         model = read_model(folder, config, DTYPES[dtype], name, values)
@@ -183,13 +186,13 @@ def _device(name: str) -> torch.device:
 
 
 def location_of(name: str) -> str | None:
-    """The folder that a name is the path of; None if it is "loramem-tiny" or can only be a Hub id."""
+    """The folder or GGUF file that a name is the path of; None if it is "loramem-tiny" or can only be a Hub id."""
     local = _expanded(name)
-    return str(local.resolve()) if name != embedded.NAME and local.is_dir() else None
+    return str(local.resolve()) if name != embedded.NAME and (local.is_dir() or is_gguf(local)) else None
 
 
 def find_base_model(name: str, revision: str | None = None) -> tuple[Path, str, str | None]:
-    """Folder, public identity and commit of a base model named by Hub id, local folder or "loramem-tiny".
+    """Folder or GGUF file, public identity and commit of a base model named by Hub id, place or "loramem-tiny".
 
     Raises:
         BaseModelNotFound: No such folder, and the Hub does not give it.

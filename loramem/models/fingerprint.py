@@ -16,6 +16,7 @@ from typing import Any
 from loramem._util.cache import JsonFile, cache_folder
 from loramem.errors import BaseModelNotFound, OtherBaseModel, UnsupportedBaseModel
 
+SUFFIX = ".gguf"
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 HOW_SAVED = frozenset(
     {
@@ -101,13 +102,17 @@ class Fingerprint:
 
 
 def fingerprint(folder: Path, *, rehash: bool = False) -> Fingerprint:
-    """Hash a model folder; weights are hashed once and then known by path, size, mtime and inode.
+    """Hash a model folder, or a GGUF file, which is all parts in one; weights are hashed once and then known by path,
+    size, mtime and inode.
 
     Raises:
         UnsupportedBaseModel: A file of weights is no whole safetensors file.
         BaseModelNotFound: A file cannot be read, or there is no configuration.
     """
     try:
+        if folder.is_file():
+            whole = _weights_file(folder, rehash).sha256
+            return Fingerprint(weights=whole, tensors=whole, config=whole, tokenizer=whole)
         return _fingerprint(folder, rehash)
     except OSError as error:
         raise BaseModelNotFound(f"{folder} is no folder of a base model: {error}.") from None
@@ -184,7 +189,9 @@ class _WeightsFile:
 
     @classmethod
     def of(cls, known: Any) -> "_WeightsFile":
-        return cls(str(known["sha256"]), {str(name): str(sha256) for name, sha256 in known["tensors"].items()})
+        tensors = known["tensors"]
+        parts = None if tensors is None else {str(name): str(sha256) for name, sha256 in tensors.items()}
+        return cls(str(known["sha256"]), parts)
 
 
 def _read_by_transformers(folder: Path, files: set[str]) -> set[str]:
@@ -207,10 +214,10 @@ def _weights_file(path: Path, rehash: bool) -> _WeightsFile:
     entry = JsonFile(cache_folder() / "fingerprints" / f"{_digest([place])[:32]}.json", _WeightsFile.of)
     if not rehash and (known := entry.known()) is not None:
         return known
-    found = _hashed(path)
+    found = _WeightsFile(sha256_of(path), None) if path.suffix == SUFFIX else _hashed(path)
     now = path.stat()
     unchanged = (now.st_size, now.st_mtime_ns, now.st_ino) == (stat.st_size, stat.st_mtime_ns, stat.st_ino)
-    if unchanged and found.tensors is not None:
+    if unchanged and (found.tensors is not None or path.suffix == SUFFIX):
         entry.remember(asdict(found))
     return found
 

@@ -20,8 +20,8 @@ from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKEN
 from transformers.integrations.gguf.reader import GgufHeader, read_gguf_metadata
 
 from loramem.errors import BaseModelNotFound, LoramemError, UnsupportedBaseModel, reason
+from loramem.models.fingerprint import SUFFIX
 
-SUFFIX = ".gguf"
 MISSING = "gguf, which is not installed: pip install 'loramem[llama-cpp]'"
 ARCHITECTURES: Mapping[str, str] = {
     "llama": "LlamaForCausalLM",

@@ -19,6 +19,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
+    GgufConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -27,6 +28,7 @@ from transformers.utils import logging as logging_of_transformers
 
 from loramem._util.out_of_memory import is_out_of_memory
 from loramem.errors import BaseModelNotFound, LoramemError, UnsupportedBaseModel, is_failure, reason
+from loramem.models.gguf_file import check_tensors, complete, is_gguf, split_as_said
 from loramem.models.model_files import has_vocabulary
 from loramem.models.whole_model import check_size, check_whole
 from loramem.records.prompts import PromptTemplate
@@ -42,12 +44,19 @@ LONGEST = 10**9
 def read_config(folder: Path, name: str) -> PreTrainedConfig:
     """A base model's configuration, by the class that transformers has for it.
 
+    Args:
+        folder: Or a GGUF file, here and below.
+
     Raises:
         BaseModelNotFound: It cannot be read.
         UnsupportedBaseModel: It needs code that the folder brings, or is quantised.
     """
     with _reading("The configuration", name):
-        config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(
+            **_place(folder), trust_remote_code=False, local_files_only=True
+        )
+        if is_gguf(folder):
+            config = complete(config, folder, name)
         described = config.to_dict()
     if described.get("quantization_config") is not None:
         raise UnsupportedBaseModel(
@@ -71,10 +80,14 @@ def read_model(folder: Path, config: PreTrainedConfig, dtype: torch.dtype, name:
         with torch.device("meta"):
             described = AutoModelForCausalLM.from_config(deepcopy(config), trust_remote_code=False)
         check_size(values, described, name)
+        if is_gguf(folder):
+            check_tensors(folder, described, name)
+        dequantised: dict[str, Any] = {"quantization_config": GgufConfig(dequantize=True)} if is_gguf(folder) else {}
         with _quiet():
             # Shapes that differ would end in an error that does not name them; `check_whole` refuses them by name.
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                folder,
+                **_place(folder),
+                **dequantised,
                 config=config,
                 dtype=dtype,
                 use_safetensors=True,
@@ -101,10 +114,12 @@ def read_tokenizer(folder: Path, name: str, lacking: str) -> PreTrainedTokenizer
     """
     # transformers makes an empty tokenizer of some classes where there are no files, with an unknown token at most.
     absent = BaseModelNotFound(f"{name!r} has no vocabulary of a tokenizer (tokenizer.json). {lacking}")
-    with _reading("The tokenizer", name, absent if not has_vocabulary(folder) else None):
+    with _reading("The tokenizer", name, absent if not is_gguf(folder) and not has_vocabulary(folder) else None):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            folder, trust_remote_code=False, local_files_only=True
+            **_place(folder), trust_remote_code=False, local_files_only=True
         )
+        if is_gguf(folder):
+            tokenizer = split_as_said(tokenizer, folder, name)
         known = len(tokenizer) - len(tokenizer.added_tokens_decoder)
         rules = tokenizer.backend_tokenizer.model if tokenizer.is_fast else None
     if known <= 1:
@@ -119,6 +134,13 @@ def read_tokenizer(folder: Path, name: str, lacking: str) -> PreTrainedTokenizer
             "tokens every time. Set model.dropout to null in its tokenizer.json."
         )
     return tokenizer
+
+
+def _place(folder: Path) -> dict[str, Any]:
+    """How transformers is told where a base model is: a folder, or a GGUF file in one."""
+    if is_gguf(folder):
+        return {"pretrained_model_name_or_path": folder.resolve().parent, "gguf_file": folder.resolve().name}
+    return {"pretrained_model_name_or_path": folder}
 
 
 def context_tokens(config: PreTrainedConfig, tokenizer_limit: object = None) -> int:

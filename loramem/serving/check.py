@@ -166,6 +166,10 @@ def notes_of(
 
 def _architecture(folder: Path | None) -> str | None:
     """The base model's, if its config is on this machine."""
+    if folder is not None and folder.is_file():
+        from loramem.models.gguf_file import ARCHITECTURES, read_gguf
+
+        return ARCHITECTURES.get(read_gguf(folder, folder.name).architecture)
     try:
         names = json.loads((folder / "config.json").read_bytes()).get("architectures") if folder else None
     except (OSError, ValueError):

@@ -185,7 +185,8 @@ def _routes(session: Session, records: Iterable[StoredRecord], salt: str | None)
 
 def _as_gguf(session: Session, as_peft: Path, made: Path, headers: Sequence[AdapterHeader], wanted: Deployment) -> str:
     """Write every adapter as a GGUF file, and the embedded base model; returns what the guide calls the base."""
-    from loramem.models.gguf_file import SUFFIX, require_gguf
+    from loramem.models.fingerprint import SUFFIX
+    from loramem.models.gguf_file import require_gguf
     from loramem.models.pretrained import read_config
     from loramem.serving.gguf_adapter import Heads, write_adapter
     from loramem.serving.gguf_base import write_base

@@ -31,7 +31,7 @@ class Manifest:
     """The base model, prompt, placement and thresholds of a store."""
 
     base_model: str
-    """Hub id, "loramem-tiny", or a local folder's last name."""
+    """Hub id, "loramem-tiny", or the last name of a local folder or GGUF file."""
     location: str | None
     """Where a local base model was found; None for Hub models and the embedded one. Never leaves the store."""
     revision: str | None
@@ -67,7 +67,7 @@ class Manifest:
         Raises:
             BaseModelNotFound: It was a folder, which is not there, and nobody but the caller knows the new one.
         """
-        if self.location is not None and Path(self.location).is_dir():
+        if self.location is not None and Path(self.location).exists():
             return self.location
         local = self.revision is None and (self.base_model != embedded.NAME or self.location is not None)
         if not local:
@@ -75,8 +75,7 @@ class Manifest:
         give = "--model (LORAMEM_MODEL; base_model in Python)"
         if self.location is not None:
             raise BaseModelNotFound(
-                f"The folder of base model {self.base_model!r} is gone: {self.location}. Give its new "
-                f"place with {give}."
+                f"Base model {self.base_model!r} is gone from {self.location}. Give its new place with {give}."
             )
         raise BaseModelNotFound(
             f"The store does not say where its base model {self.base_model!r} lies: it comes from elsewhere, where "

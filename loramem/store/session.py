@@ -92,7 +92,8 @@ class Session:
         return name, options.revision or (manifest.revision if name == manifest.base_model else None)
 
     def base_folder(self) -> Path | None:
-        """Where the base model lies on this machine, as far as that can be told without loading or the network."""
+        """Where the base model lies here, a folder or a GGUF file, as far as that can be told without loading or the
+        network."""
         if "base" in self.__dict__:
             return self.base.folder
         try:
@@ -101,8 +102,8 @@ class Session:
             return None
         if name == embedded.NAME:
             return embedded.base_path()
-        if (folder := Path(name).expanduser()).is_dir():
-            return folder
+        if (place := Path(name).expanduser()).exists():
+            return place
         from huggingface_hub import try_to_load_from_cache
 
         revision = self.manifest.revision if name == self.manifest.base_model else None

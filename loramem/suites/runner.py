@@ -263,8 +263,8 @@ def machine(request: SuiteOptions) -> dict[str, Any]:
 
 
 def public_name(model: str) -> str:
-    """A base model as results name it: a local folder by its last name, since paths are nobody else's business."""
-    return Path(model).resolve().name if Path(model).is_dir() else model
+    """A base model as results name it: a local one by its last name, since paths are nobody else's business."""
+    return Path(model).resolve().name if Path(model).exists() else model
 
 
 def processor() -> str:
