@@ -55,8 +55,8 @@ def command(
     With --server, the server that serves the store's adapters is asked for every record, by ids and greedily, and what
     it answers is compared; --target says what it is, unless it says so itself, and LORAMEM_API_KEY holds its token.
 
-    Exit code 7 when one would be refused or served wrongly, 3 when a record does not come back in --dtype or from the
-    server.
+    Exit code 3 when a record does not come back in --dtype or from the server, 7 when an adapter would be refused or
+    served wrongly.
     """
     if server is not None:
         if folders or dtype or len(targets) > 1 or base_name or max_rank:
@@ -80,10 +80,10 @@ def command(
         print_json({**asdict(report), "certificates": certificates, "ok": report.ok})
     else:
         _show(report)
-    if any(finding.refused for finding in report.findings):
-        click.get_current_context().exit(NOT_SERVABLE)
-    if not report.ok:
+    if not all(one.ok for one in report.certificates):
         click.get_current_context().exit(RECALL_INCOMPLETE)
+    if not report.ok:
+        click.get_current_context().exit(NOT_SERVABLE)
 
 
 def _report(answers: "ServerReport", as_json: bool) -> None:

@@ -227,7 +227,8 @@ class AdapterCheck:
     unscored: int
     """Failed records whose value is not kept, so that nothing could be scored."""
     min_prob: float | None
-    """Lowest teacher-forced p of any answer or end token of the records that were scored; None if none was."""
+    """Lowest teacher-forced p of any answer or end token of the records that were scored, over several compositions of
+    batches, each record alone among them; None if none was. A server's batches are others."""
     committed_min_prob: float | None
     """Lowest certificate of the same records, as committed; None without records."""
     dtypes: dict[str, str]
@@ -242,7 +243,7 @@ class AdapterCheck:
 
     @property
     def margin(self) -> float | None:
-        """What is left of the lowest p above 0.5, where greedy decoding cannot choose otherwise."""
+        """What is left of the lowest p that was seen above 0.5, where greedy decoding cannot choose otherwise."""
         return None if self.min_prob is None else self.min_prob - 0.5
 
 

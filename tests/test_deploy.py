@@ -321,6 +321,35 @@ def test_check_exits_3_when_a_record_does_not_come_back(
     assert "2/3" in shown.out and "not recalled in float32: 'key 1'" in shown.err
 
 
+def test_the_name_of_the_base_is_a_note_for_a_store_and_hides_no_record_that_fails(
+    store: MemoryStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`deploy --base-name` writes that name, and the adapters of a store are no files to be served as they are."""
+    ask = ["check", "--target", "vllm", "--base-name", "someone/model", "--store"]
+    assert run([*ask, str(store.path)]) == 0
+    assert f"note: base_model_name_or_path '{store.manifest.base_model}'" in capsys.readouterr().err
+    folder = str(store.path / "adapters" / store.adapters()[0].id)
+    assert run(["check", folder, "--target", "vllm", "--base-name", "someone/model"]) == 7
+    shutil.copytree(store.path, tmp_path / "memory")
+    execute(tmp_path / "memory", "update records set salt = 'other' where key = 'key 1'")
+    reseal(tmp_path / "memory")
+    without_name = ["check", "--target", "vllm", "--store", str(tmp_path / "memory")]
+    assert run(without_name) == 7
+    assert run([*without_name, "--dtype", "float32"]) == 3
+    capsys.readouterr()
+
+
+def test_the_lowest_probability_is_of_every_record_alone_as_well(store: MemoryStore) -> None:
+    reader = store._session.served_in("bfloat16").reader
+    alone = min(
+        token.prob
+        for record in store.records()
+        for token in reader.token_probabilities(store._index.located([record])[0], RECORDS[record.key])
+    )
+    report = store.check(["vllm"], dtype="bfloat16")
+    assert min(one.min_prob for one in report.certificates if one.min_prob is not None) <= alone
+
+
 def test_check_reads_adapters_of_others(store: MemoryStore, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     folder = store.path / "adapters" / store.adapters()[0].id
     foreign = tmp_path / "foreign"

@@ -70,6 +70,18 @@ def examine(model: PreTrainedModel, records: Sequence[EncodedRecord], ending: En
     return Examination(tuple(min_probs), wrong, {"by length": _sizes(free), "drafts": _sizes(drafts)})
 
 
+def lowest_probabilities(
+    model: PreTrainedModel, records: Sequence[EncodedRecord], compositions: Sequence[Batches]
+) -> list[float]:
+    """Per record, the lowest teacher-forced probability of its tokens from the active adapter, over compositions of
+    batches: half precision rounds otherwise in every company of records."""
+    lowest = [math.inf] * len(records)
+    for batches in compositions:
+        for index, least, _ in _check_drafts(model, records, batches):
+            lowest[index] = min(lowest[index], least)
+    return lowest
+
+
 def free_running(records: Sequence[EncodedRecord]) -> Batches:
     """The composition that a proof decodes token by token."""
     return group_by_length(records, range(len(records)), DECODE_RECORDS, DECODE_TOKENS)

@@ -8,6 +8,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers import modeling_gguf_pytorch_utils as gguf_loader
 from transformers.utils import logging as logging_of_transformers
 
 from loramem._util.out_of_memory import is_out_of_memory
@@ -226,9 +228,13 @@ def _quiet() -> Iterator[None]:
     logging_of_transformers.disable_progress_bar()
     loader = logging.getLogger("transformers.modeling_utils")
     loader.addFilter(_is_no_report)
+    names = vars(gguf_loader)
+    bar = names["tqdm"]
+    names["tqdm"] = partial(bar, disable=True)  # it asks for none of the above
     try:
         yield
     finally:
+        names["tqdm"] = bar
         loader.removeFilter(_is_no_report)
         if shown:
             logging_of_transformers.enable_progress_bar()

@@ -130,7 +130,7 @@ def check_headers(headers: Sequence[AdapterHeader], server: Server) -> list[Find
 def server_of(session: Session, target: Target, max_rank: int | None, base_name: str | None) -> Server:
     """What a store says of the server that would load its adapters."""
     is_local = session.manifest.revision is None  # otherwise its name is a Hub id, wherever it lies here
-    return Server(target, max_rank, base_name, is_local, _architecture(session.base_folder()))
+    return Server(target, max_rank, base_name, is_local, _architecture(session.base_folder()), rewritten=True)
 
 
 def notes_of(

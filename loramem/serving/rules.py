@@ -53,6 +53,8 @@ class Server:
     """Whether the configs name a model that only this machine has."""
     architecture: str | None = None
     """First of "architectures" in the base model's config.json."""
+    rewritten: bool = False
+    """Whether `loramem deploy` writes the adapters with `base_name`: of a store they are no files to be served yet."""
     compared: bool = False
     """Whether the tensors are compared with the base model itself, which knows what modules it has."""
 
@@ -305,9 +307,11 @@ def _base(adapter: AdapterHeader, server: Server) -> Iterator[Finding]:
     named = adapter.config.get("base_model_name_or_path")
     resolver = "vLLM's filesystem resolver loads an adapter only if this equals the name the server is started with"
     remedy = "loramem deploy --target vllm --base-name NAME writes it as you name the model to vllm serve."
+    if named == embedded.NAME:
+        remedy += " The folder of loramem-tiny is what loramem.base_path() gives in Python."
     if server.base_name is not None and named != server.base_name:
-        why = f"{resolver}, {server.base_name!r}"
-        yield _refused(adapter, server, "base", f"base_model_name_or_path {named!r}", why, remedy)
+        what, why = f"base_model_name_or_path {named!r}", f"{resolver}, {server.base_name!r}"
+        yield replace(_refused(adapter, server, "base", what, why, remedy), refused=not server.rewritten)
     elif not named or (server.base_name is None and (server.base_is_local or named == embedded.NAME)):
         why = f"{resolver}, and no server finds a model by this one"
         yield _refused(adapter, server, "base", f"base_model_name_or_path {named!r}", why, remedy)

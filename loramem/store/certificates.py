@@ -1,7 +1,8 @@
 """Certificates looked at again: every record of adapters decoded and scored, in the store's dtype or a server's.
 
-A server casts the base model and the adapters to the dtype it serves in. p moves a little there, and with it what the
-certificates of a store in float32 are worth: this measures it, through PEFT, in the batches that a proof decodes in.
+A server casts the base model and the adapters to the dtype it serves in. p moves there, and with it what the
+certificates of a store in float32 are worth: this measures it, through PEFT, in the batches that a proof decodes in and
+of every record alone, and says the lowest.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -9,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from loramem.errors import IntegrityError
 from loramem.index.rows import StoredAdapter, StoredRecord
 from loramem.models.adapters import STORED_DTYPE
-from loramem.models.certificate import examine, least_certain, misrecalled
+from loramem.models.certificate import examine, free_running, least_certain, lowest_probabilities, misrecalled
 from loramem.models.dtypes import Dtype
 from loramem.records.prompts import encode_record
 from loramem.records.record import Record
@@ -73,6 +74,8 @@ def _check(
     with reader.active(adapter):
         found = examine(model, encoded)
         alone = [[index] for index in least_certain(found.min_probs)]
+        singly = [[index] for index in range(len(encoded))]
+        elsewhere = lowest_probabilities(model, encoded, [free_running(encoded), singly])
         wrong = {encoded[index].record.key for index in (*found.wrong, *misrecalled(model, encoded, alone))}
     failed = tuple(row.key for row in rows if row.key in wrong or row.key not in known)
     return AdapterCheck(
@@ -81,7 +84,7 @@ def _check(
         exact=len(rows) - len(failed),
         failed=failed,
         unscored=len(rows) - len(encoded),
-        min_prob=min(found.min_probs, default=None),
+        min_prob=min((*found.min_probs, *elsewhere), default=None),
         committed_min_prob=min((row.min_prob for row in rows), default=None),
         dtypes={"base": base.dtype, "adapter": adapter_dtype},
         device=base.device.type,
