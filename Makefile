@@ -1,5 +1,6 @@
 # make demo   the main job on the embedded base model: a hundred facts written, then recalled by another process
 # make test   the whole test suite
+# make test-vllm   a store served by vLLM and asked for everything; installs vLLM (3.4 GB) into build/vllm
 # make lint   what CI checks beside the tests
 # make docs   the documentation as a site, in build/site
 # make wheel-check   wheel and sdist in dist/, the wheel tried in an environment of its own
@@ -12,7 +13,7 @@ BIN := .venv/bin
 DEMO_STORE := build/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-slow lint format docs wheel-check
+.PHONY: help venv demo test test-slow test-vllm lint format docs wheel-check
 
 help:
 	@sed -n 's/^# \{0,1\}//p;/^$$/q' Makefile
@@ -37,6 +38,9 @@ test: venv
 
 test-slow: venv
 	$(BIN)/python -m pytest --numprocesses auto --runslow
+
+test-vllm: venv
+	tests/vllm.sh
 
 lint: venv
 	$(BIN)/ruff check .

@@ -14,6 +14,7 @@ from loramem.models.placement import Placement
 from loramem.suites import runner
 
 from .benchmarks import density, endpoint_load, rounding, shard_size, warm_recall, write_grid
+from .benchmarks import density, llama_cpp, rounding, shard_size, write_grid
 from .benchmarks.command import command
 from .benchmarks.whole_write import make_deep, timed_write
 from .conftest import numbers
@@ -164,3 +165,13 @@ def test_the_endpoint_is_asked_by_many_clients(base: Path, tmp_path: Path, capsy
         endpoint_load.compare(store, records=3, requests=12, clients=4)
     out = capsys.readouterr().out
     assert "recall_many: 12 right" in out and "served: 12 answers, 0 wrong, 0 failed" in out
+def test_llama_cpp_is_asked_on_each_file_of_a_base(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+        store.write(numbers(3))
+    llama_cpp.main([str(tmp_path / "memory"), "--of", str(base), "--types", "F32", "F16"])
+    rows = [row.split("|") for row in capsys.readouterr().out.splitlines()[2:]]
+    assert [(row[1].strip(), row[2].strip()) for row in rows] == [
+        ("tiny-qwen3-F32.gguf", "3/3"),
+        ("tiny-qwen3-F16.gguf", "3/3"),
+    ]
+    assert float(rows[0][3]) == pytest.approx(float(rows[0][4]), abs=0.01)
