@@ -36,13 +36,13 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def llama(base_of: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store on a Llama whose one adapter is in q and k as well, and that base as GGUF in "base.gguf"."""
+    """A store of two adapters in all modules of a Llama, q and k among them, and that base as GGUF in "base.gguf"."""
     path = tmp_path_factory.mktemp("llama") / "memory"
     with pytest.MonkeyPatch.context() as patched, MemoryStore(path, str(base_of("llama"))) as store:
         patched.setattr(shards, "features_of", lambda *_: None)
         store.write(dict(list(RECORDS.items())[:4]))
-        (adapter,) = store.adapters()
-        assert {"q_proj", "k_proj"} <= set(adapter.placement["modules"])
+        store.write(dict(list(RECORDS.items())[4:8]))
+        assert [{"q_proj", "k_proj"} <= set(one.placement["modules"]) for one in store.adapters()] == [True, True]
     write_base(base_of("llama"), path.parent / "base.gguf", "F32")
     return path
 
@@ -103,7 +103,8 @@ def test_the_embedded_base_has_the_same_ids_there(store: MemoryStore) -> None:
 def test_rows_of_q_and_k_move_with_those_of_llama(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def recalled(folder: Path) -> dict[str, tuple[str, float]]:
         with serving(llama.parent / "base.gguf", list(folder.glob("*.gguf"))) as url:
-            return {route["key"]: asked(url, route, 0) for route in routes(folder)}
+            number = places(url)
+            return {route["key"]: asked(url, route, number[route["adapter"]]) for route in routes(folder)}
 
     with MemoryStore(llama, create=False) as store:
         expected = {
@@ -117,20 +118,27 @@ def test_rows_of_q_and_k_move_with_those_of_llama(llama: Path, tmp_path: Path, m
         assert recalled(tmp_path / "wrong") != expected
 
 
-def test_requests_as_the_guide_has_them_are_not_mixed_by_the_prompt_cache(store: MemoryStore) -> None:
-    """P of one adapter, Q of another, P of the other: with the cache it goes on from what the first computed."""
-    folder = store.path.parent / "served"
-    adapters = sorted(path for path in folder.glob("*.gguf") if path.stem != "loramem-tiny-F32")
-    first, *_, last = routes(folder)
-    assert first["adapter"] != last["adapter"]
-    with serving(folder / "loramem-tiny-F32.gguf", adapters) as url:
-        number = places(url)
-        alone = asked(url, first, number[last["adapter"]])
-    with serving(folder / "loramem-tiny-F32.gguf", adapters) as url:
-        assert asked(url, first, number[first["adapter"]])[0] == RECORDS[first["key"]]
-        assert asked(url, last, number[last["adapter"]])[0] == RECORDS[last["key"]]
-        assert asked(url, first, number[last["adapter"]]) == pytest.approx(alone)
-        assert asked(url, first, number[first["adapter"]])[0] == RECORDS[first["key"]]
+def test_requests_as_the_guide_has_them_are_not_mixed_by_the_prompt_cache(llama: Path, tmp_path: Path) -> None:
+    """P of one adapter and then of the other, which without the cache computes every key and value of P anew."""
+    with MemoryStore(llama, create=False) as store:
+        names = store.deploy("llama.cpp", tmp_path / "out", include_keys=True).adapters
+    adapters, every = [tmp_path / "out" / f"{name}.gguf" for name in names], routes(tmp_path / "out")
+    alone = {}
+    for number in range(2):
+        with serving(llama.parent / "base.gguf", adapters) as url:
+            alone |= {(route["key"], number): asked(url, route, number) for route in every}
+
+    def differing(cached: bool) -> int:
+        count = 0
+        with serving(llama.parent / "base.gguf", adapters, cache_mib=8192 if cached else 0) as url:
+            for p, q in zip(every, every[1:], strict=False):
+                asked(url, p, 0, cache_prompt=cached)
+                asked(url, q, 1, cache_prompt=cached)
+                count += asked(url, p, 1, cache_prompt=cached) != pytest.approx(alone[p["key"], 1], abs=1e-4)
+        return count
+
+    assert differing(cached=False) == 0
+    assert differing(cached=True) > 0  # why the guide says so
 
 
 def test_float16_adapters_on_a_float16_base_recall(store: MemoryStore, tmp_path: Path) -> None:
