@@ -15,11 +15,16 @@ from loramem_cli.main import run
 
 from loramem import MemoryStore, base_path
 from loramem.errors import BaseModelNotFound, OtherBaseModel, UnsupportedBaseModel
+from loramem.models.adapters import AdaptedModel
 from loramem.models.base_fit import base_shape
 from loramem.models.base_model import load_base_model
 from loramem.models.fingerprint import sha256_of
 from loramem.models.gguf_file import check_gguf
+from loramem.models.rounded_inputs import rounded
+from loramem.records.prompts import encode_records
+from loramem.records.record import as_records
 from loramem.serving.gguf_base import write_base
+from loramem.training.shard_training import features_of, with_other_batches
 
 from .conftest import numbers
 from .llama_server import serving
@@ -158,6 +163,31 @@ def test_records_written_on_a_quantised_file_come_back_where_it_is_served(
         with serving(path, sorted(out.glob("*.gguf")), slots=2) as url:
             assert run(["check", "--server", url, *arguments]) == 0
     capsys.readouterr()
+
+
+def test_inputs_are_rounded_in_blocks_as_llama_cpp_rounds_them() -> None:
+    inputs = torch.linspace(-1.0, 2.54, 64)
+    found = rounded(inputs[None])[0]
+    for block in (slice(0, 32), slice(32, 64)):  # by ggml's quantize_row_q8_0_ref: d = max |x| / 127, q = round(x / d)
+        scale = np.float32(np.float16(inputs[block].abs().max().item() / 127))
+        assert found[block].tolist() == pytest.approx(
+            (np.rint(inputs[block].numpy() / scale) * scale).tolist(), rel=1e-3
+        )
+    assert torch.equal(rounded(torch.zeros(1, 32)), torch.zeros(1, 32))
+    assert torch.equal(rounded(inputs[:5]), inputs[:5])
+
+
+def test_writes_on_quantised_files_train_over_rounded_inputs_as_well(files: Callable[[str], Path]) -> None:
+    found = {}
+    for kind in ("F16", "Q4_1"):
+        base = load_base_model(str(files(kind)))
+        adapted = AdaptedModel(base)
+        records = encode_records(as_records(RECORDS), base.tokenizer, base.template, base.max_tokens)
+        found[kind] = with_other_batches([adapted], records, features_of([adapted], records, adapted.ladder[0]))
+    assert {kind: len(features) for kind, features in found.items() if features} == {"F16": 1, "Q4_1": 2}
+    plain, eight_bits = found["Q4_1"]
+    difference = (eight_bits.entering - plain.entering).norm() / plain.entering.norm()
+    assert 1e-3 < difference < 0.1
 
 
 def test_a_store_knows_its_file_wherever_it_lies(files: Callable[[str], Path], tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +132,7 @@ def test_requests_as_the_guide_has_them_are_not_mixed_by_the_prompt_cache(llama:
     def differing(cached: bool) -> int:
         count = 0
         with serving(llama.parent / "base.gguf", adapters, cache_mib=8192 if cached else 0) as url:
-            for p, q in zip(every, every[1:], strict=False):
+            for p, q in pairwise(every):
                 asked(url, p, 0, cache_prompt=cached)
                 asked(url, q, 1, cache_prompt=cached)
                 count += asked(url, p, 1, cache_prompt=cached) != pytest.approx(alone[p["key"], 1], abs=1e-4)

@@ -21,7 +21,7 @@ from loramem.errors import BaseModelNotFound, UnsupportedBaseModel, reason
 from loramem.models.architecture import check_architecture
 from loramem.models.dtypes import Dtype, DtypeChoice
 from loramem.models.fingerprint import Fingerprint, fingerprint
-from loramem.models.gguf_file import check_gguf, is_gguf
+from loramem.models.gguf_file import check_gguf, is_gguf, read_gguf
 from loramem.models.model_files import check_files
 from loramem.models.parameters import parameters_sha256
 from loramem.models.pretrained import (
@@ -66,6 +66,8 @@ class BaseModel:
     fingerprint: Fingerprint
     device: torch.device
     dtype: Dtype
+    rounds_inputs: bool = False
+    """Whether it was dequantised from a file that llama.cpp computes with inputs of eight bits."""
 
     def check(self, stored: Mapping[str, str], dtype: str) -> None:
         """Compare with the fingerprint that a store was written with, and in which dtype.
@@ -145,6 +147,7 @@ def load_base_model(
         fingerprint=replace(fingerprint(folder, rehash=rehash), parameters=parameters),
         device=target,
         dtype=dtype,
+        rounds_inputs=is_gguf(folder) and read_gguf(folder, name).is_quantised,
     )
 
 

@@ -56,6 +56,8 @@ class GgufFile:
     """Values by key; of arrays their lengths."""
     tensors: Mapping[str, int]
     """Number of values by name."""
+    is_quantised: bool
+    """Whether any is kept in fewer than sixteen bits."""
 
     @property
     def architecture(self) -> str:
@@ -98,8 +100,9 @@ def read_gguf(path: Path, name: str) -> GgufFile:
     """
     try:
         fields, _ = read_gguf_metadata(str(path))
-        tensors = {info.name: math.prod(info.shape) for info in GgufHeader.from_file(str(path)).tensors}
-        return GgufFile(path, fields, tensors)
+        header = GgufHeader.from_file(str(path))
+        tensors = {info.name: math.prod(info.shape) for info in header.tensors}
+        return GgufFile(path, fields, tensors, header.has_quantized_weights)
     except Exception as error:  # the parser raises whatever it meets
         raise BaseModelNotFound(
             f"{name!r} cannot be read as GGUF ({reason(error)}). Download or copy it again."

@@ -19,6 +19,7 @@ from loramem.models.batches import Batches, answer_logits, make_batch
 from loramem.models.ending import Ending
 from loramem.models.features import Features, collect, collect_decoding
 from loramem.models.placement import Placement
+from loramem.models.rounded_inputs import rounded_inputs
 from loramem.models.trunk import SPLIT_TOLERANCE
 from loramem.records.prompts import EncodedRecord
 from loramem.training.feature_writer import train_on_features
@@ -156,11 +157,17 @@ def with_other_batches(
     models: Sequence[AdaptedModel], records: Sequence[EncodedRecord], features: list[Features] | None
 ) -> list[Features] | None:
     """Of one model in half precision the features of other batches as well: it rounds otherwise in every company of
-    records, as models of other dtypes do, and of these there are none to train over."""
-    if features is None or len(models) > 1 or models[0].model.dtype == torch.float32:
-        return features
+    records, as models of other dtypes do, and of these there are none to train over. Of weights that were dequantised
+    those of rounded inputs, which llama.cpp multiplies them with."""
+    if features is None:
+        return None
     with models[0].disabled():
-        return [*features, collect(models[0].model, records, OTHER_BATCH_RECORDS)]
+        if len(models) == 1 and models[0].model.dtype != torch.float32:
+            features = [*features, collect(models[0].model, records, OTHER_BATCH_RECORDS)]
+        if models[0].base.rounds_inputs:
+            with rounded_inputs(models[0].model):
+                features = [*features, collect(models[0].model, records)]
+    return features
 
 
 @torch.no_grad()
