@@ -29,7 +29,7 @@ ONE: dict[str, str] = {"key": "1"}
         ("on_conflict", ("error", "skip", "replace"), lambda store, it: store.plan(ONE, on_conflict=it)),
         ("objective", ("sft", "memft-ot", "memft-sw"), lambda _, it: WriterSettings(objective=it)),
         ("which", ("advised", "dead", "all"), lambda store, it: store.compact(which=it)),
-        ("target", ("peft", "vllm", "sglang"), lambda store, it: store.check([it])),
+        ("target", ("peft", "vllm", "sglang", "llama.cpp"), lambda store, it: store.check([it])),
         ("dtype", ("float32", "bfloat16", "float16"), lambda store, it: store.deploy("peft", "/nowhere", dtype=it)),
     ],
 )
