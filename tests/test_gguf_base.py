@@ -3,7 +3,6 @@
 import json
 import shutil
 from collections.abc import Callable
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -185,10 +184,10 @@ def test_writes_on_quantised_files_train_over_rounded_inputs_as_well(files: Call
         adapted = AdaptedModel(base)
         records = encode_records(as_records(RECORDS), base.tokenizer, base.template, base.max_tokens)
         found[kind] = with_other_batches([adapted], records, features_of([adapted], records, adapted.ladder[0]))
-    assert {kind: len(features) for kind, features in found.items() if features} == {"F16": 1, "Q4_1": 5}
-    plain, *roundings = (features.entering for features in found["Q4_1"] or [])
-    for one, other in combinations([plain, *roundings], 2):
-        assert 1e-3 < (one - other).norm() / plain.norm() < 0.1
+    assert {kind: len(features) for kind, features in found.items() if features} == {"F16": 1, "Q4_1": 2}
+    plain, eight_bits = found["Q4_1"]
+    difference = (eight_bits.entering - plain.entering).norm() / plain.entering.norm()
+    assert 1e-3 < difference < 0.1
 
 
 def test_a_store_knows_its_file_wherever_it_lies(files: Callable[[str], Path], tmp_path: Path) -> None:

@@ -13,40 +13,26 @@ from torch import Tensor, nn
 
 from loramem.models.layers import linear_paths
 
-BLOCK, LARGEST, SHIFT = 32, 127, 0.1
+BLOCK, LARGEST = 32, 127
 
 
-def rounded(inputs: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Inputs (…, n) as they come out of eight bits; n is a multiple of 32, else they stay.
-
-    Args:
-        generator: Of a shift of each by up to `SHIFT` steps before it is rounded.
-    """
+def rounded(inputs: Tensor) -> Tensor:
+    """Inputs (…, n) as they come out of eight bits; n is a multiple of 32, else they stay."""
     if inputs.shape[-1] % BLOCK:
         return inputs
     blocks = inputs.float().unflatten(-1, (-1, BLOCK))
     scale = blocks.abs().amax(-1, keepdim=True) / LARGEST
-    steps = blocks / scale.clamp(min=torch.finfo(torch.float32).tiny)
-    if generator is not None:
-        steps = steps + SHIFT * (2 * torch.rand(steps.shape, generator=generator, device=steps.device) - 1)
-    whole = steps.round().clamp(-LARGEST, LARGEST)
+    whole = (blocks / scale.clamp(min=torch.finfo(torch.float32).tiny)).round()
     found: Tensor = (whole * scale.half().float()).flatten(-2).to(inputs.dtype)
     return found
 
 
 @contextmanager
-def rounded_inputs(model: nn.Module, seed: int | None = None) -> Iterator[None]:
-    """Within this context every linear module of the model itself, the unembedding among them, sees rounded inputs.
-
-    Args:
-        seed: Of another outcome of rounding: which way an input near the middle of two steps goes depends on the last
-            bits of what was computed before, and after some layers no two programs agree on any.
-    """
-    device = next(model.parameters()).device
-    generator = None if seed is None else torch.Generator(device).manual_seed(seed)
+def rounded_inputs(model: nn.Module) -> Iterator[None]:
+    """Within this context every linear module of the model itself, the unembedding among them, sees rounded inputs."""
 
     def enter(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (rounded(args[0], generator), *args[1:])
+        return (rounded(args[0]), *args[1:])
 
     with ExitStack() as hooks:
         for _, module in linear_paths(model):

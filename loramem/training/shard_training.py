@@ -34,8 +34,6 @@ CLIMB_RANK, CLIMB_GROWTH = 32, 2.25
 FEW = 0.1
 """Share of the records that may be stubborn before the whole shard climbs: they get an adapter of their own."""
 OTHER_BATCH_RECORDS = 7
-OTHER_ROUNDINGS = 3
-"""Outcomes of rounding that are trained over beside the likeliest: a deep model's server meets yet another."""
 NOT_UNDERSTOOD = (
     *(UnsupportedBaseModel, RuntimeError, TypeError, ValueError),
     *(AttributeError, KeyError, IndexError),
@@ -160,16 +158,15 @@ def with_other_batches(
 ) -> list[Features] | None:
     """Of one model in half precision the features of other batches as well: it rounds otherwise in every company of
     records, as models of other dtypes do, and of these there are none to train over. Of weights that were dequantised
-    those of rounded inputs, which llama.cpp multiplies them with, rounded in several ways."""
+    those of rounded inputs, which llama.cpp multiplies them with."""
     if features is None:
         return None
     with models[0].disabled():
         if len(models) == 1 and models[0].model.dtype != torch.float32:
             features = [*features, collect(models[0].model, records, OTHER_BATCH_RECORDS)]
         if models[0].base.rounds_inputs:
-            for seed in (None, *range(OTHER_ROUNDINGS)):
-                with rounded_inputs(models[0].model, seed):
-                    features = [*features, collect(models[0].model, records)]
+            with rounded_inputs(models[0].model):
+                features = [*features, collect(models[0].model, records)]
     return features
 
 
