@@ -318,9 +318,13 @@ class RequestRefused(LoramemError):
     def __init__(self, message: str, *, status: int, code: str, param: str | None = None) -> None:
         super().__init__(message)
         self.status, self.code, self.param = status, code, param
+
+
 class ServerError(LoramemError):
     """A server that adapters are asked of is not there, lacks one, or gives no answers. Attribute ``url``."""
+
     def __init__(self, message: str, *, url: str) -> None:
+        super().__init__(message)
         self.url = url
 
 

@@ -13,8 +13,7 @@ from loramem.models import shard_sizes
 from loramem.models.placement import Placement
 from loramem.suites import runner
 
-from .benchmarks import density, endpoint_load, rounding, shard_size, warm_recall, write_grid
-from .benchmarks import density, llama_cpp, rounding, shard_size, write_grid
+from .benchmarks import density, endpoint_load, llama_cpp, rounding, shard_size, warm_recall, write_grid
 from .benchmarks.command import command
 from .benchmarks.whole_write import make_deep, timed_write
 from .conftest import numbers
@@ -165,8 +164,12 @@ def test_the_endpoint_is_asked_by_many_clients(base: Path, tmp_path: Path, capsy
         endpoint_load.compare(store, records=3, requests=12, clients=4)
     out = capsys.readouterr().out
     assert "recall_many: 12 right" in out and "served: 12 answers, 0 wrong, 0 failed" in out
+
+
 def test_llama_cpp_is_asked_on_each_file_of_a_base(
     base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with MemoryStore(tmp_path / "memory", str(base)) as store:
         store.write(numbers(3))
     llama_cpp.main([str(tmp_path / "memory"), "--of", str(base), "--types", "F32", "F16"])
     rows = [row.split("|") for row in capsys.readouterr().out.splitlines()[2:]]
