@@ -1,5 +1,6 @@
 """loramem serve: the store's records over OpenAI's API."""
 
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 import click
@@ -10,6 +11,7 @@ from . import options
 from .output import note, print_json
 
 if TYPE_CHECKING:
+    from loramem import Target
     from loramem.endpoint.app import Unknown
 
 
@@ -33,6 +35,12 @@ if TYPE_CHECKING:
 @click.option("--queue", type=click.IntRange(1), default=512, show_default=True, help="Most requests at once.")
 @click.option("--timeout", type=click.FloatRange(min=0.1), default=60.0, show_default=True, help="Seconds, at most.")
 @click.option("--max-body", type=click.IntRange(1), default=256 * 1024, show_default=True, help="Bytes of a request.")
+@click.option(
+    "--upstream",
+    metavar="URL",
+    help="A server that has the adapters (vLLM, SGLang, llama.cpp); it decodes instead.",
+)
+@click.option("--target", type=click.Choice(["vllm", "sglang", "llama.cpp"]), help="What it is, if it does not say.")
 @options.store_options
 def command(
     host: str,
@@ -43,6 +51,8 @@ def command(
     queue: int,
     timeout: float,
     max_body: int,
+    upstream: str | None,
+    target: "Target | None",
     store: options.StoreOptions,
     as_json: bool,
 ) -> None:
@@ -56,12 +66,21 @@ def command(
         from loramem.endpoint.backends import Backend, OwnModel
         from loramem.endpoint.limits import Limits
         from loramem.endpoint.server import address_of, listen, server_of
+        from loramem.endpoint.upstream import Upstream
+        from loramem.serving.endpoints import Endpoint as Server
     except ModuleNotFoundError as error:
         raise LoramemError(f"{error.name} is not installed. Run pip install 'loramem[serve]'.") from None
     limits = Limits(body_bytes=max_body, queue=queue, answer_s=timeout, batch_records=batch)
-    with store.open() as opened, listen(host, port) as bound:
-        backend: Backend = OwnModel(opened, limits)
-        opened.base  # noqa: B018  # loaded and checked before anything is answered
+    if upstream is not None and unknown == "base":
+        raise click.UsageError("--unknown base asks the model of this process; there is none with --upstream.")
+    with ExitStack() as stack:
+        opened = stack.enter_context(store.open())
+        if upstream is None:
+            opened.base  # noqa: B018  # loaded and checked before anything is answered
+            backend: Backend = OwnModel(opened, limits)
+        else:
+            backend = Upstream(opened, stack.enter_context(Server(upstream, target, timeout_s=timeout)), limits)
+        bound = stack.enter_context(listen(host, port))
         if token is None and host not in ("127.0.0.1", "::1", "localhost"):
             note("Anyone who reaches this address can ask for every record: set LORAMEM_TOKEN.")
         address = address_of(bound)

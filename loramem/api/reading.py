@@ -327,6 +327,22 @@ class Memory:
 
         return self._read(key, namespace, loaded)
 
+    def prompt(self, key: str, namespace: str = "") -> tuple[StoredRecord, list[int]]:
+        """A key's index row and the ids that its adapter is asked with, for a server that has it.
+
+        Of the base model only the tokenizer is loaded. Raises as `record`, OtherBaseModel and BaseModelNotFound.
+        """
+        with self._turn():
+            record = self._find(key, namespace)
+            return record, self.manifest.template().stored_ids(self._session.tokenizer, key, record.prompt)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of answer ids, to the letter; as `prompt` it needs the tokenizer alone."""
+        from loramem.records.prompts import decode_answer
+
+        with self._turn():
+            return decode_answer(self._session.tokenizer, ids)
+
     def verify(
         self, *, quick: bool = False, resume: bool = False, progress: Callable[[int, int], None] | None = None
     ) -> VerifyReport:

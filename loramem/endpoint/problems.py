@@ -14,6 +14,7 @@ STATUS: tuple[tuple[type[errors.LoramemError], int, str], ...] = (
     (errors.ArgumentError, 400, "invalid_request"),
     (errors.StoreError, 503, "store_unavailable"),
     (errors.OutOfMemory, 503, "out_of_memory"),
+    (errors.ServerError, 502, "upstream_failed"),
     (errors.RecallError, 500, "recall_failed"),
     (errors.IntegrityError, 500, "not_as_committed"),
     (errors.LoramemError, 500, "server_error"),
