@@ -121,7 +121,7 @@ def _plan_length(
                 place = (tuple(manifest.placement["modules"]), tuple(manifest.placement["layers"]))
                 weights = manifest.fingerprint["weights"][:12]
     if weights is None and name != embedded.NAME:
-        from loramem.models.base_model import find_base_model
+        from loramem.models.find_base import find_base_model
         from loramem.models.fingerprint import fingerprint
 
         weights = fingerprint(find_base_model(name)[0]).weights[:12]
@@ -153,7 +153,7 @@ def _plan_length(
 
 def _is_base_of(manifest: "Manifest", model: str) -> bool:
     """Whether a model is the one that a store was written with, whatever either calls it."""
-    from loramem.models.base_model import find_base_model
+    from loramem.models.find_base import find_base_model
     from loramem.models.fingerprint import fingerprint
 
     folder = find_base_model(model)[0]

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 from loramem_cli.main import run
@@ -178,28 +179,30 @@ def test_only_the_ranks_of_a_server_are_planned(calibrated: None, capsys: pytest
     assert json.loads(capsys.readouterr().out)["shards"][0]["rank"] == 5
 
 
-def test_a_known_base_model_is_planned_for_without_torch(tmp_path: Path) -> None:
-    weights = json.loads(SHIPPED.read_text())["base_weights"]
-    known(weights=weights).save(cached(weights))
+def planned_without_torch(*arguments: str) -> dict[str, Any]:
+    """What `loramem capacity` prints in a process that imports nothing heavy for it."""
     code = (
         "import sys\nfrom loramem_cli.main import run\n"
-        "assert run(['capacity', '--length', '400', '--json']) == 0\n"
+        f"assert run({['capacity', '--length', '400', '--json', *arguments]}) == 0\n"
         "assert not {'torch', 'transformers', 'numpy', 'scipy', 'matplotlib'} & set(sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, env={**os.environ})
-    assert json.loads(done.stdout)["shards"][0]["base_loss"] == 6.0  # as calibrated above, not as shipped
+    plan: dict[str, Any] = json.loads(done.stdout)
+    return plan
 
 
-def test_a_calibrated_folder_is_planned_for_without_loading_it(
-    base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_known_base_model_is_planned_for_without_torch() -> None:
+    weights = json.loads(SHIPPED.read_text())["base_weights"]
+    known(weights=weights).save(cached(weights))
+    assert planned_without_torch()["shards"][0]["base_loss"] == 6.0  # as calibrated above, not as shipped
+
+
+def test_a_calibrated_folder_is_planned_for_without_torch_too(base: Path) -> None:
     from loramem.models.fingerprint import fingerprint
 
     weights = fingerprint(base).weights[:12]
     known(base.name, weights).save(cached(weights))
-    monkeypatch.setattr("loramem.models.base_model.load_base_model", no_base_model)
-    assert run(["capacity", "--length", "400", "--model", str(base), "--json"]) == 0
-    plan = json.loads(capsys.readouterr().out)
+    plan = planned_without_torch("--model", str(base))
     assert (plan["base_model"], plan["calibrated"]) == (base.name, True)
 
 

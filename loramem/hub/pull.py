@@ -136,7 +136,7 @@ def pull(
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Make a store at ``target`` of a published one; see `MemoryStore.pull`, whose arguments and errors these are."""
-    from loramem.models.base_model import location_of
+    from loramem.models.find_base import location_of
 
     with beside(target) as partial:
         fetched = Fetched(Hub(repo), partial / "download", revision, max_bytes)

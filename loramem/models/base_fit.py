@@ -21,7 +21,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from loramem import embedded
 from loramem.errors import BaseModelNotFound, UnsupportedBaseModel
 from loramem.models.adapter_header import AdapterHeader
-from loramem.models.gguf_file import check_gguf, is_gguf
+from loramem.models.find_base import is_gguf
+from loramem.models.gguf_file import check_gguf
 from loramem.models.pretrained import read_config
 
 Shapes = dict[str, tuple[int, ...]]

@@ -1,27 +1,20 @@
-"""The frozen base model: find, load, freeze."""
+"""The frozen base model: load, freeze."""
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import huggingface_hub
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError is of the HTTP library it uses
-    HTTPError,
-    LocalEntryNotFoundError,
-)
-from huggingface_hub.file_download import repo_folder_name
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from loramem import embedded
 from loramem._util.out_of_memory import memory_errors
-from loramem.errors import BaseModelNotFound, UnsupportedBaseModel, reason
+from loramem.errors import UnsupportedBaseModel
 from loramem.models.architecture import check_architecture
 from loramem.models.dtypes import Dtype, DtypeChoice
+from loramem.models.find_base import find_base_model, is_gguf, lacking_files, location_of
 from loramem.models.fingerprint import Fingerprint, fingerprint
-from loramem.models.gguf_file import check_gguf, is_gguf, read_gguf
+from loramem.models.gguf_file import check_gguf, read_gguf
 from loramem.models.model_files import check_files
 from loramem.models.parameters import parameters_sha256
 from loramem.models.pretrained import (
@@ -35,12 +28,6 @@ from loramem.models.pretrained import (
 from loramem.models.unreachable import unreachable_tokens
 from loramem.records.prompts import PromptTemplate
 
-# Everything a causal LM needs and nothing that could run code: no pickles, no Python files.
-HUB_PATTERNS = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt")
-SNAPSHOT = re.compile(r"/models--([^/]+)/snapshots/([0-9a-f]{40})$")
-"""End of the path of a repository's commit in the Hub's cache."""
-# The same weights once more in another vendor's layout, and folders of other formats: a pattern's * crosses "/".
-HUB_IGNORED = ("consolidated*", "*/*")
 DTYPES: Mapping[Dtype, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -118,7 +105,7 @@ def load_base_model(
         dtype = "bfloat16" if target.type == "cuda" else "float32"
     check_dtype(dtype)
     folder, identity, commit = find_base_model(name, revision)
-    lacking = _lacking(name, commit)
+    lacking = lacking_files(name, commit)
     values = check_gguf(folder, name) if is_gguf(folder) else check_files(folder, name, lacking)
     with memory_errors():
         config = read_config(folder, name)
@@ -164,7 +151,7 @@ def load_tokenizer(name: str, revision: str | None, stored: Mapping[str, str]) -
     """
     folder, identity, commit = find_base_model(name, revision)
     fingerprint(folder).check(stored, folder, identity, same_dtype=False)
-    return read_tokenizer(folder, name, _lacking(name, commit))
+    return read_tokenizer(folder, name, lacking_files(name, commit))
 
 
 def check_dtype(name: str) -> None:
@@ -186,65 +173,3 @@ def _device(name: str) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise UnsupportedBaseModel(f"Device {name!r} cannot be used here ({reason}). Use auto or cpu.") from None
-
-
-def location_of(name: str) -> str | None:
-    """The folder or GGUF file that a name is the path of; None if it is "loramem-tiny" or can only be a Hub id."""
-    local = _expanded(name)
-    return str(local.resolve()) if name != embedded.NAME and (local.is_dir() or is_gguf(local)) else None
-
-
-def find_base_model(name: str, revision: str | None = None) -> tuple[Path, str, str | None]:
-    """Folder or GGUF file, public identity and commit of a base model named by Hub id, place or "loramem-tiny".
-
-    Raises:
-        BaseModelNotFound: No such folder, and the Hub does not give it.
-    """
-    if name == embedded.NAME:
-        return embedded.base_path(), name, None
-    if (location := location_of(name)) is not None:
-        if match := SNAPSHOT.search(location):
-            return Path(location), match[1].replace("--", "/"), match[2]
-        return _expanded(name), Path(location).name, None
-    try:
-        folder = Path(
-            snapshot_download(
-                name, revision=revision, allow_patterns=list(HUB_PATTERNS), ignore_patterns=list(HUB_IGNORED)
-            )
-        )
-    # The client lets through errors of its HTTP library, RuntimeError of downloads, what nonsense does to its parsers.
-    except (HTTPError, OSError, ValueError, RuntimeError, KeyError) as error:
-        if isinstance(error, LocalEntryNotFoundError) and _is_cached(name):  # offline, and a file is lacking
-            raise BaseModelNotFound(_incomplete(name, revision)) from error
-        raise BaseModelNotFound(
-            f"Base model {name!r} is neither a local folder nor available from the Hub ({reason(error)})."
-        ) from error
-    return folder, name, folder.name
-
-
-def _expanded(name: str) -> Path:
-    try:
-        return Path(name).expanduser()
-    except RuntimeError:  # ~someone who is not a user here
-        return Path(name)
-
-
-def _is_cached(name: str) -> bool:
-    """Whether some revision of a Hub repository was downloaded, in whole or in part."""
-    cached = Path(huggingface_hub.constants.HF_HUB_CACHE, repo_folder_name(repo_id=name, repo_type="model"))
-    return next(cached.glob("snapshots/*/*"), None) is not None
-
-
-def _lacking(name: str, commit: str | None) -> str:
-    """What to do about a file that a model's folder does not have."""
-    if commit is not None and huggingface_hub.is_offline_mode():  # otherwise it was completed just now
-        return _incomplete(name, commit)
-    return "Give a folder with all of a model, its weights as safetensors: loramem never loads pickled ones."
-
-
-def _incomplete(name: str, revision: str | None) -> str:
-    where = f" at revision {revision}" if revision else ""
-    return (
-        f"The cached copy of {name}{where} is incomplete: go online once (HF_HUB_OFFLINE unset) and load it, which "
-        "completes it."
-    )

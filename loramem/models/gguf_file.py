@@ -20,7 +20,6 @@ from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKEN
 from transformers.integrations.gguf.reader import GgufHeader, read_gguf_metadata
 
 from loramem.errors import BaseModelNotFound, LoramemError, UnsupportedBaseModel, reason
-from loramem.models.fingerprint import SUFFIX
 
 MISSING = "gguf, which is not installed: pip install 'loramem[llama-cpp]'"
 ARCHITECTURES: Mapping[str, str] = {
@@ -76,11 +75,6 @@ class GgufFile:
     def head_size(self) -> int:
         width, heads = int(self.of_architecture("embedding_length")), int(self.of_architecture("attention.head_count"))
         return int(self.of_architecture("attention.key_length") or width // heads)
-
-
-def is_gguf(path: Path) -> bool:
-    """Whether a base model at this path is one file of llama.cpp's format, by its name."""
-    return path.suffix == SUFFIX and path.is_file()
 
 
 def require_gguf(what: str) -> None:

@@ -30,7 +30,8 @@ from transformers.utils import logging as logging_of_transformers
 
 from loramem._util.out_of_memory import is_out_of_memory
 from loramem.errors import BaseModelNotFound, LoramemError, UnsupportedBaseModel, is_failure, reason
-from loramem.models.gguf_file import check_tensors, complete, is_gguf, split_as_said
+from loramem.models.find_base import is_gguf
+from loramem.models.gguf_file import check_tensors, complete, split_as_said
 from loramem.models.model_files import has_vocabulary
 from loramem.models.whole_model import check_size, check_whole
 from loramem.records.prompts import PromptTemplate

@@ -129,7 +129,7 @@ def _ranks(request: SuiteOptions, noise: float | None) -> tuple[int, ...]:
 def _lengths(request: SuiteOptions) -> tuple[int, ...]:
     if not request.paper:
         return QUICK_LENGTHS if request.quick else LENGTHS
-    from loramem.models.base_model import find_base_model
+    from loramem.models.find_base import find_base_model
     from loramem.models.pretrained import context_tokens, read_config
 
     limit = context_tokens(read_config(find_base_model(request.model)[0], request.model)) - PROMPT_TOKENS

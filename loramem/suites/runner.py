@@ -247,7 +247,7 @@ class Results:
 
 def machine(request: SuiteOptions) -> dict[str, Any]:
     """The conditions that make two measurements comparable: processor, threads, versions, the base's weights."""
-    from loramem.models.base_model import find_base_model
+    from loramem.models.find_base import find_base_model
     from loramem.models.fingerprint import fingerprint
 
     folder, identity, _ = find_base_model(request.model)
