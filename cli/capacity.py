@@ -14,9 +14,10 @@ from . import options
 from .output import note, print_facts, print_json, print_markdown
 
 if TYPE_CHECKING:
-    from loramem.planning.calibration import Calibration, KindSamples
+    from loramem.planning.calibration import Calibration
     from loramem.planning.limits import RankLimits
     from loramem.planning.plan import Plan, PlanInputs, ShardPlan
+    from loramem.planning.rank_law import KindSamples, LawRank
     from loramem.store.manifest import Manifest
 
 TOKENS_PER_RECORD = 10
@@ -33,8 +34,8 @@ LARGEST_SAMPLE = 4000  # answer tokens: what longer ones cost is proportional
 @click.option(
     "--kind",
     help="Kind of data: phonebook (random digits, the default with --length), text, mixed (text with 40 % random "
-    "tokens), random (tokens), or a file that was calibrated with. With FILE it names the law that is asked; the one "
-    "nearest in cost unless given.",
+    "tokens), random (tokens), or a file that was calibrated with. With FILE it says whose training seconds are told; "
+    "the one nearest in cost unless given.",
 )
 @click.option("--ranks", "choices", type=options.Numbers(), help="The only ranks allowed, such as 8,16,32.")
 @click.option(
@@ -180,11 +181,12 @@ def _draw(plan: "Plan", inputs: "PlanInputs", path: Path) -> None:
 
     shard = plan.shards[0] if plan.shards else None
     if inputs.law is None or shard is None:
-        raise click.UsageError("--plot: no law of this base model, placement and kind is known. See loramem calibrate.")
+        raise click.UsageError("--plot: no law of this base model and placement is known. See loramem calibrate.")
     ranks = {"optimistic": float(shard.optimistic_rank), "planned": float(shard.rank)}
-    if shard.law_rank:
+    if shard.law_rank and shard.law_rank.rank:
         ranks["law"] = shard.law_rank.rank
-    draw_plan(inputs.law, shard.base_loss, shard.length, ranks, f"{plan.kind}, {shard.length:,} answer tokens", path)
+    title = f"as {shard.vocabulary:,.0f} random tokens"
+    draw_plan(inputs.law.law, inputs.law.base_loss, shard.vocabulary, ranks, title, path)
 
 
 def _show(plan: "Plan", name: str, location: str) -> None:
@@ -197,7 +199,6 @@ def _show(plan: "Plan", name: str, location: str) -> None:
             ("answer tokens", f"{plan.length:,}"),
             ("cost of the values", f"{plan.cost_bits:,.0f} bits"),
             ("goal", plan.goal),
-            *([("law", plan.kind)] if plan.kind else []),
             ("adapters", len(plan.shards)),
             ("parameters", f"{plan.parameters:,}"),
             ("bits per parameter", f"{plan.cost_bits / plan.parameters:.3f}" if plan.parameters else "-"),
@@ -208,7 +209,7 @@ def _show(plan: "Plan", name: str, location: str) -> None:
     )
     click.echo()
     ranks = ("optimistic rank", "law (90%)", "rank")
-    columns = ("adapter", "records", "tokens", *ranks, "base loss", "final loss", "success")
+    columns = ("adapter", "records", "tokens", "different", *ranks, "base loss", "success")
     print_markdown(columns, _rows(plan.shards))
     for warning in plan.warnings:
         note(warning)
@@ -227,18 +228,21 @@ def _rows(shards: "Sequence[ShardPlan]") -> Iterator[tuple[str, ...]]:
 
 
 def _row(shard: "ShardPlan") -> tuple[str, ...]:
-    found, final = shard.law_rank, shard.final_loss
-    low, high = (_rank(end) if end else "?" for end in (found.low, found.high)) if found else ("", "")
     return (
         f"{shard.records:,}",
         f"{shard.length:,}",
+        f"{shard.vocabulary:,.0f}",
         str(shard.optimistic_rank),
-        f"{_rank(found.rank)} ({low}–{high})" if found else "-",
+        _law_rank(shard.law_rank) if shard.law_rank else "-",
         str(shard.rank),
         f"{shard.base_loss:.2f}",
-        "-" if final is None else f"{final:.2f}" if final >= 0.69 else "< 0.69",
         "-" if shard.success is None else f"{shard.success:.0%}",
     )
+
+
+def _law_rank(found: "LawRank") -> str:
+    low, high = (_rank(end) if end else "?" for end in (found.low, found.high))
+    return f"{_rank(found.rank)} ({low}–{high})" + (", extrapolated" if found.extrapolated else "")
 
 
 def _rank(rank: float) -> str:

@@ -13,7 +13,9 @@ from .output import note, print_json, print_markdown, print_text
 if TYPE_CHECKING:
     from loramem.planning.law import MemoryLaw
     from loramem.planning.law_tables import FittedRuns
+    from loramem.planning.plan import PlanInputs
     from loramem.planning.runs import Run
+    from loramem.records.outcome import Outcome
 
 LAST_WRITES = 10
 
@@ -113,57 +115,37 @@ def _point_row(run: "Run", law: "MemoryLaw") -> tuple[str, ...]:
 
 
 def _show_boundaries(runs: "list[Run]") -> None:
-    """The success boundary of every base model and placement, and how far it can be believed."""
+    """The success boundary of every base model and placement with a law of random tokens, and how far it can be
+    believed."""
     from loramem.errors import BoundaryError
     from loramem.planning import success
-    from loramem.planning.calibration import outcomes_of
+    from loramem.planning.calibration import outcomes_of, rank_law_of, trials_of
     from loramem.planning.runs import place_name
-    from loramem.planning.success import LENGTH
 
     groups: dict[str, list[Run]] = {}
     for run in runs:
         groups.setdefault(place_name(run), []).append(run)
     rows, bins = [], []
     for name, members in groups.items():
-        outcomes = [outcome for run in members for outcome in outcomes_of(run)]
-        if not outcomes:
+        law = rank_law_of(members)
+        if law is None:
             continue
+        trials = trials_of([outcome for run in members for outcome in outcomes_of(run)], law)
         try:
-            fitted, tested = success.fit(outcomes), success.reliability(outcomes)
+            fitted, tested = success.fit(trials), success.reliability(trials)
         except BoundaryError as error:
             note(f"{name}: {error}")
             continue
-        needs = fitted.kind_needs
-        rows.append(
-            (
-                name,
-                str(fitted.outcomes),
-                str(fitted.certified),
-                f"{1 / fitted.parameters_per_bit:.3f}",
-                ", ".join(f"{kind} {1 / fitted.parameters_per_bit / need:.3f}" for kind, need in needs.items()),
-                ", ".join(f"{kind} {1 / fitted.parameters_for(0.9, 1.0, LENGTH, kind):.2f}" for kind in needs),
-                f"{fitted.length_exponent:.3f}",
-                f"{fitted.steepness:.1f}",
-                f"{tested.brier:.3f}",
-            )
-        )
+        at_nine = fitted.rank_for(0.9, 1000.0) / 1000
+        numbers = (f"{fitted.need:.2f}", f"{at_nine:.2f}", f"{fitted.steepness:.1f}", f"{tested.brier:.3f}")
+        rows.append((name, str(fitted.trials), str(fitted.certified), *numbers))
         bins += [
             (name, f"{one.low:.1f}–{one.high:.1f}", str(one.count), f"{one.predicted:.2f}", f"{one.observed:.2f}")
             for one in tested.bins
         ]
     if rows:
-        click.echo("\nSuccess boundary\n")
-        columns = (
-            "writes",
-            "outcomes",
-            "certified",
-            "bits per parameter at even odds",
-            "by kind",
-            f"nine of ten, {LENGTH:,.0f} tokens",
-            "τ",
-            "steepness",
-            "Brier score",
-        )
+        print_text("\nSuccess boundary: times the law's rank\n")
+        columns = ("writes", "outcomes", "certified", "even odds", "nine of ten", "steepness", "Brier score")
         print_markdown(columns, rows)
         print_text("\nIts reliability, each outcome judged by a boundary fitted without it\n")
         print_markdown(("writes", "predicted", "outcomes", "mean predicted", "certified"), bins)
@@ -179,25 +161,27 @@ def _show_writes(store: Path) -> None:
         return
     known = calibration.load(manifest.fingerprint["weights"][:12])
     place = tuple(manifest.placement["modules"]), tuple(manifest.placement["layers"])
-    before = calibration.plan_inputs(known, place, 1).boundary
+    before = calibration.plan_inputs(known, place, 1)
     after = calibration.plan_inputs(known, place, 1, outcomes=outcomes).boundary
     print_text(f"\nThe last writes of {store}\n")
-    print_markdown(
-        ("rank", "tokens", "cost in bits", "bits per parameter", "certified at this rank", "expected"),
-        [
-            (
-                str(one.rank),
-                f"{one.length:,}",
-                f"{one.cost_bits:,.0f}",
-                f"{one.cost_bits / one.parameters:.3f}",
-                "yes" if one.certified else "no",
-                f"{before.probability(one.parameters, one.cost_bits, one.length, one.kind):.0%}" if before else "-",
-            )
-            for one in outcomes[-LAST_WRITES:]
-        ],
-    )
-    if before and after:
+    columns = ("rank", "tokens", "different", "cost in bits", "law's rank", "certified at this rank", "expected")
+    print_markdown(columns, [_write_row(one, before) for one in outcomes[-LAST_WRITES:]])
+    if before.boundary and after:
         print_text(
-            f"\n{len(outcomes)} outcomes of this store move even odds from {1 / before.parameters_per_bit:.3f} to "
-            f"{1 / after.parameters_per_bit:.3f} bits per parameter."
+            f"\n{len(outcomes)} outcomes of this store move even odds from {before.boundary.need:.2f} to "
+            f"{after.need:.2f} times the law's rank."
         )
+
+
+def _write_row(one: "Outcome", inputs: "PlanInputs") -> tuple[str, ...]:
+    law_rank = inputs.law.rank(one.vocabulary).rank if inputs.law and one.vocabulary else None
+    expected = inputs.boundary.probability(one.rank, law_rank) if inputs.boundary and law_rank is not None else None
+    return (
+        str(one.rank),
+        f"{one.length:,}",
+        "-" if one.vocabulary is None else f"{one.vocabulary:,.0f}",
+        f"{one.cost_bits:,.0f}",
+        "-" if law_rank is None else f"{law_rank:.2g}",
+        "yes" if one.certified else "no",
+        "-" if expected is None else f"{expected:.0%}",
+    )

@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from loramem.models.base_model import BaseModel
     from loramem.models.dtypes import Dtype, DtypeChoice
     from loramem.planning.limits import GoalName, RankLimits
-    from loramem.planning.plan import LawRank, Plan, PlanInputs, ShardPlan
+    from loramem.planning.plan import Plan, PlanInputs, ShardPlan
+    from loramem.planning.rank_law import LawRank
     from loramem.records.input_files import read_records
     from loramem.records.outcome import Outcome
     from loramem.records.record import Record, RecordLike
@@ -108,7 +109,8 @@ _HOMES = {
     "models.base_model": "BaseModel",
     "models.dtypes": "Dtype DtypeChoice",
     "planning.limits": "GoalName RankLimits",
-    "planning.plan": "LawRank Plan PlanInputs ShardPlan",
+    "planning.plan": "Plan PlanInputs ShardPlan",
+    "planning.rank_law": "LawRank",
     "records.input_files": "read_records",
     "records.outcome": "Outcome",
     "records.record": "Record RecordLike",

@@ -59,7 +59,8 @@ def test_an_unknown_base_is_calibrated_where_writes_begin(
             assert not any(other.certified and other.rank < one.rank for other in mine if other.length == one.length)
     placed = known.placed(known.place)
     assert placed is not None and placed.boundary is not None
-    assert 0 < placed.boundary.certified < placed.boundary.outcomes == len(runs)
+    assert placed.law is not None
+    assert 0 < placed.boundary.certified < placed.boundary.trials == len(runs)
     assert known.law("random", known.place) is not None
     assert calibration.load(weights_of(adapted)) == known
 

@@ -14,18 +14,19 @@ from loramem.errors import InputError
 from loramem.planning import calibration, success
 from loramem.planning.calibration import (
     Calibration,
-    KindSamples,
-    Sample,
     cached,
     load,
     nearest_kind,
     outcomes_of,
     plan_inputs,
     plan_length,
+    rank_law_of,
     summarise,
+    trials_of,
 )
 from loramem.planning.limits import GOALS
 from loramem.planning.plan import PlanInputs
+from loramem.planning.rank_law import KindSamples, Sample
 from loramem.planning.runs import Run
 from loramem.records.outcome import Outcome
 
@@ -60,6 +61,7 @@ RUN = Run(
         "torch": "2.9.0",
         "objective": "sft",
     },
+    vocabulary=190.0,
 )
 
 
@@ -82,7 +84,7 @@ def of_law(kind: str = "random", base_loss: float = 12.0) -> list[Run]:
 
 
 def writes() -> list[Run]:
-    """Runs as the store writes: certified from two parameters per bit upwards, visited 20 / √density times."""
+    """Runs as the store writes, of numbers: certified from rank 4 upwards, visited 20 / √density times."""
     return [
         replace(
             RUN,
@@ -93,6 +95,7 @@ def writes() -> list[Run]:
             length=400,
             certified=rank >= 4,
             visits=round(20 * math.sqrt(1000 / (500 * rank)) * RUN.records),
+            vocabulary=11.0,
             conditions={**RUN.conditions, "objective": "memft-sw"},
         )
         for rank in (1, 2, 3, 4, 6, 8, 12, 16)
@@ -105,6 +108,7 @@ KNOWN = summarise(BARE, [*of_law(), *writes()])
 @pytest.fixture(autouse=True)
 def nothing_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither a cache nor what ships with loramem-tiny."""
+    calibration.guess.cache_clear()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(calibration, "SHIPPED", tmp_path / "shipped.json")
 
@@ -123,7 +127,8 @@ def test_writes_give_the_boundary_and_the_pace_of_their_placement() -> None:
     placed = KNOWN.placed(PLACE)
     assert placed is not None and placed.boundary is not None and placed.pace is not None
     assert placed.parameters_per_rank == 500
-    assert placed.boundary == success.fit(placed.outcomes)
+    assert placed.law is not None
+    assert placed.boundary == success.fit(trials_of(placed.outcomes, placed.law))
     assert len(placed.outcomes) == 8  # the law's runs were not certified
     assert placed.boundary.certified == placed.pace.outcomes == 5
     assert placed.pace.exponent == pytest.approx(0.5, abs=0.02)
@@ -135,7 +140,7 @@ def test_a_kind_is_known_at_every_length_once() -> None:
     random = KNOWN.samples("random")
     assert random is not None
     assert [sample.length for sample in random.samples] == [200, 400, 800, 1600]
-    assert random.samples[1] == Sample(400, 12.0, 400 * (12 / math.log(2) - 1))
+    assert random.samples[1] == Sample(400, 12.0, 400 * (12 / math.log(2) - 1), 190.0)
     assert KNOWN.samples("text") is None
 
 
@@ -148,7 +153,7 @@ def test_what_the_runs_do_not_determine_is_left_out() -> None:
     assert few.laws == ()
     placed = few.placed(PLACE)
     assert placed is not None
-    assert (len(placed.outcomes), placed.boundary, placed.pace) == (3, None, None)
+    assert (len(placed.outcomes), placed.law, placed.boundary, placed.pace) == (3, None, None, None)
 
 
 def test_without_runs_nothing_is_known() -> None:
@@ -172,6 +177,25 @@ def test_placements_and_kinds_are_kept_apart() -> None:
     assert both.placed((("o_proj",), (3,))) is None
 
 
+def test_the_rank_law_is_fitted_beside_one_base_loss_and_inverts_the_law() -> None:
+    lucky = [replace(run, base_loss=run.base_loss + (2.0 if run.length < 1000 else 0.0)) for run in of_law()]
+    law = rank_law_of(lucky)
+    assert law == rank_law_of([*of_law(), *writes()])
+    assert law is not None and law.base_loss == 12.0
+    # 9·r^0.4·ℓ^−0.3 − 0.2 = 12 − 0.69
+    assert law.rank(400.0).rank == pytest.approx((11.51 / 9 * 400**0.3) ** 2.5, rel=1e-2)
+    assert rank_law_of(of_law("text")) is None
+
+
+def test_of_runs_of_older_versions_no_vocabulary_is_known() -> None:
+    old = [replace(run, vocabulary=None) for run in (*of_law(), *writes())]
+    known = summarise(BARE, old)
+    placed = known.placed(PLACE)
+    assert known.kinds == () and len(known.laws) == 1
+    assert placed is not None and placed.law is not None and placed.boundary is None
+    assert plan_inputs(known, PLACE, 500).calibrated
+
+
 # --- outcomes
 
 
@@ -193,33 +217,10 @@ def test_which_runs_say_what_a_write_would_have_come_to(
         RUN, final_loss=final_loss, certified=certified, conditions={**RUN.conditions, "objective": objective}
     )
     visits = None if objective == "sft" else 30.0  # 300 of 10 records; the law's training visits all in every pass
-    assert outcomes_of(run) == [Outcome("random", 1, 200, 500, 1900.0, certified, visits)] * counts
+    assert outcomes_of(run) == [Outcome("random", 1, 200, 500, 1900.0, certified, visits, 190.0)] * counts
 
 
-# --- what a kind costs
-
-
-SAMPLES = KindSamples("text", (Sample(100, 4.0, 500.0), Sample(400, 3.0, 1400.0), Sample(1600, 2.8, 5000.0)))
-
-
-def test_what_was_measured_is_said_as_it_was() -> None:
-    assert [SAMPLES.at(length) for length in (100, 400, 1600)] == [(4.0, 500.0), (3.0, 1400.0), (2.8, 5000.0)]
-
-
-def test_between_the_samples_by_hand() -> None:
-    # 200 is half of the way from 100 to 400 in ln ℓ and a third in ℓ; 800 the same from 400 to 1600.
-    assert SAMPLES.at(200) == (pytest.approx(3.5), pytest.approx(800.0))
-    assert SAMPLES.at(800) == (pytest.approx(2.9), pytest.approx(2600.0))
-
-
-def test_beyond_the_samples_loss_and_cost_per_token_are_those_of_the_nearest() -> None:
-    assert SAMPLES.at(20) == (4.0, 100.0)
-    assert SAMPLES.at(3200) == (2.8, 10_000.0)
-
-
-def test_one_sample_is_enough() -> None:
-    (sample,) = SAMPLES.samples[:1]
-    assert [KindSamples("text", (sample,)).at(length)[1] for length in (10, 100, 1000)] == [50.0, 500.0, 5000.0]
+# --- kinds
 
 
 def test_the_nearest_kind_costs_most_nearly_as_much() -> None:
@@ -248,29 +249,42 @@ def test_the_pace_is_that_of_the_kind() -> None:
 
 def test_a_basis_holds_what_is_known_of_the_placement() -> None:
     placed = KNOWN.placed(PLACE)
-    assert placed is not None
+    assert placed is not None and placed.law is not None
     found = plan_inputs(KNOWN, PLACE, 500, "random", seconds_per_visit=0.01)
     # A and B of two modules in two layers.
-    assert found == PlanInputs(500, 8, placed.boundary, KNOWN.law("random", PLACE), "random", placed.pace, 0.01)
-    assert plan_inputs(KNOWN, PLACE, 500).law is None
+    assert found == PlanInputs(500, 8, placed.law, placed.boundary, True, "random", placed.pace, 0.01)
     assert plan_inputs(KNOWN, ELSEWHERE, 90) == PlanInputs(90, 2)
     assert plan_inputs(None, ELSEWHERE, 90) == PlanInputs(90, 2)
 
 
+def test_without_a_law_of_its_own_a_single_module_is_planned_as_that_of_the_base_model_that_ships() -> None:
+    shipped = replace(KNOWN, modules=ELSEWHERE[0], layers=ELSEWHERE[1])
+    here = replace(shipped.boundaries[0], modules=ELSEWHERE[0], layers=ELSEWHERE[1])
+    replace(shipped, boundaries=(here,)).save(calibration.SHIPPED)
+    found = plan_inputs(None, ELSEWHERE, 90)
+    assert (found.law, found.boundary, found.calibrated) == (here.law, here.boundary, False)
+    assert found.pace is None  # of writes on another base model
+    assert plan_inputs(None, PLACE, 500).law is None  # several modules take other ranks
+
+
 def test_the_outcomes_of_a_store_move_its_boundary() -> None:
-    failed = [Outcome("unknown", 16, 400, 8000, 1000.0, False)] * 10
+    failed = [Outcome("unknown", 16, 400, 8000, 1000.0, False, vocabulary=11.0)] * 10
     before, after = plan_inputs(KNOWN, PLACE, 500).boundary, plan_inputs(KNOWN, PLACE, 500, outcomes=failed).boundary
     assert before is not None and after is not None
-    assert (after.outcomes, after.certified) == (before.outcomes + 10, before.certified)
-    assert after.probability(8000, 1000.0, 400) < before.probability(8000, 1000.0, 400)
+    assert (after.trials, after.certified) == (before.trials + 10, before.certified)
+    assert after.probability(16, 4.0) < before.probability(16, 4.0)
+    unknown = [replace(one, vocabulary=None) for one in failed]  # of writes before vocabularies were noted
+    assert plan_inputs(KNOWN, PLACE, 500, outcomes=unknown).boundary == before
 
 
-def test_the_outcomes_of_a_store_alone_make_a_boundary_once_there_are_five() -> None:
-    outcomes = [Outcome("unknown", 4, 400, 2000, 1000.0, True, 20.0)] * 5
-    four, five = plan_inputs(None, PLACE, 500, outcomes=outcomes[:4]), plan_inputs(None, PLACE, 500, outcomes=outcomes)
-    assert four.boundary is None and five.boundary is not None
-    assert five.boundary.kind_needs.keys() == {"unknown"}
-    assert four.pace is not None and four.pace.visits(2000, 1000.0) == pytest.approx(20)
+def test_the_outcomes_of_a_store_tell_its_pace() -> None:
+    outcomes = [Outcome("unknown", 4, 400, 2000, 1000.0, True, 20.0, 11.0)] * 4
+    found = plan_inputs(None, PLACE, 500, outcomes=outcomes)
+    assert found.law is None and found.boundary is None
+    assert found.pace is not None and found.pace.visits(2000, 1000.0) == pytest.approx(20)
+
+
+SAMPLES = KindSamples("text", (Sample(100, 4.0, 500.0, 60.0), Sample(1600, 2.8, 5000.0, 300.0)))
 
 
 @pytest.mark.parametrize(("length", "records"), [(10, 3), (3, 3), (1000, 1), (4001, 400), (7, 2)])
@@ -285,8 +299,12 @@ def test_a_length_is_shared_evenly(length: int, records: int) -> None:
 
 def test_a_planned_length_costs_what_its_kind_does() -> None:
     [shard] = plan_length(SAMPLES, PlanInputs(500, 2), 200, 20, goal="small").shards
-    assert (shard.base_loss, shard.cost_bits) == SAMPLES.at(200)
-    assert shard.rank == math.ceil(SAMPLES.at(200)[1] / (GOALS["small"].density * 500))
+    expected = SAMPLES.at(200)
+    assert (shard.base_loss, shard.cost_bits, shard.vocabulary) == (
+        *(expected.base_loss, expected.cost_bits),
+        expected.vocabulary,
+    )
+    assert shard.rank == math.ceil(expected.cost_bits / (GOALS["small"].density * 500))
 
 
 def test_asking_what_is_known_needs_neither_torch_nor_scipy() -> None:
@@ -346,7 +364,7 @@ def test_the_shipped_calibration_is_of_one_base_model_alone() -> None:
 
 
 def saved(**changed: object) -> str:
-    return json.dumps({"format": 1, **asdict(KNOWN), **changed})
+    return json.dumps({"format": 2, **asdict(KNOWN), **changed})
 
 
 @pytest.mark.parametrize(
@@ -380,7 +398,15 @@ def test_a_damaged_calibration_is_refused_in_one_line_that_names_it(content: str
 
 def test_another_format_is_refused_with_both_numbers() -> None:
     cached(WEIGHTS).parent.mkdir(parents=True)
-    cached(WEIGHTS).write_text(saved(format=2))
+    cached(WEIGHTS).write_text(saved(format=3))
     with pytest.raises(InputError) as caught:
         load(WEIGHTS)
-    assert str(caught.value) == (f"{cached(WEIGHTS)} has format 2, this version of loramem reads 1. Calibrate again.")
+    assert str(caught.value) == (f"{cached(WEIGHTS)} has format 3, this version of loramem reads 2. Calibrate again.")
+
+
+def test_what_an_older_version_left_in_the_cache_is_as_if_it_were_not_there() -> None:
+    cached(WEIGHTS).parent.mkdir(parents=True)
+    cached(WEIGHTS).write_text(json.dumps({"format": 1, "kinds": []}))
+    assert load(WEIGHTS) is None
+    KNOWN.save(calibration.SHIPPED)
+    assert load(WEIGHTS) == KNOWN

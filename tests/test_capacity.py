@@ -11,13 +11,12 @@ from hypothesis import strategies as st
 
 from loramem.errors import DoesNotFit
 from loramem.models.shard_sizes import FILL, Size, cut
-from loramem.planning.law_fit import SATURATED
 from loramem.planning.limits import GOALS, RankLimits
-from loramem.planning.plan import Plan, PlanInputs, Price, law_rank, plan_groups, plan_write
+from loramem.planning.plan import Plan, PlanInputs, Price, plan_groups, plan_write
 from loramem.planning.visits import Pace
 from loramem.training.settings import MAX_RANK
 
-from .planning_samples import BOUNDARY, LAW, STUDENT_T
+from .planning_samples import BOUNDARY, RANK_LAW, vocabulary_for
 
 PARAMETERS = 1000  # per rank
 BASIS = PlanInputs(PARAMETERS, matrices=8)
@@ -25,14 +24,28 @@ SHARD_TOKENS = BASIS.size.shard_tokens() - 1  # of one record, beside its end to
 SHARD_RECORDS = BASIS.size.shard_tokens() // 2  # of one token and the end token
 
 
-def priced(costs: Sequence[float], base_loss: float = 6.0) -> Callable[[int, int], Price]:
-    """Records that share nothing."""
+KNOWN = dataclasses.replace(BASIS, law=RANK_LAW, boundary=BOUNDARY, calibrated=True)
+
+
+def priced(costs: Sequence[float], vocabulary: float = 11.0) -> Callable[[int, int], Price]:
+    """Records that share nothing but their tokens."""
     until = [0.0, *accumulate(costs)]
-    return lambda first, last: Price(until[last] - until[first], base_loss)
+    return lambda first, last: Price(until[last] - until[first], 6.0, vocabulary)
 
 
-def plan(lengths: Sequence[int], bits_each: float = 1.0, inputs: PlanInputs = BASIS, **options: object) -> Plan:
-    return plan_write(lengths, priced([bits_each] * len(lengths)), inputs, **options)
+def varied(costs: Sequence[float], law_ranks: Sequence[float]) -> Callable[[int, int], Price]:
+    """Records that share nothing, with the law's rank of each alone."""
+    return lambda first, last: Price(sum(costs[first:last]), 6.0, vocabulary_for(sum(law_ranks[first:last])))
+
+
+def plan(
+    lengths: Sequence[int],
+    bits_each: float = 1.0,
+    inputs: PlanInputs = BASIS,
+    vocabulary: float = 11.0,
+    **options: object,
+) -> Plan:
+    return plan_write(lengths, priced([bits_each] * len(lengths), vocabulary), inputs, **options)
 
 
 def ranges(plan: Plan) -> list[tuple[int, int]]:
@@ -63,7 +76,7 @@ def test_what_the_records_of_a_shard_cost_together_counts() -> None:
     def shared(first: int, last: int) -> Price:
         """A format of 100 bits that every adapter pays once, and 5 bits a record."""
         asked.append((first, last))
-        return Price(100 + 5 * (last - first), 6.0)
+        return Price(100 + 5 * (last - first), 6.0, 11.0)
 
     result = plan_write([1] * (SHARD_RECORDS + 2), shared, BASIS)
     assert ranges(result) == asked
@@ -129,24 +142,22 @@ def test_every_record_is_in_one_shard_in_order_within_the_limits(lengths: list[i
         assert shard.parameters == shard.rank * PARAMETERS
 
 
-# --- ranks without a boundary: a guess from the cost
+# --- ranks without a law: a guess from the cost
 
 
 @pytest.mark.parametrize("goal", GOALS)
-def test_without_a_boundary_the_rank_is_guessed_from_the_cost_of_the_values(goal: str) -> None:
-    wanted = 3 * GOALS[goal].min_rank + 1
-    bits = GOALS[goal].density * PARAMETERS * (wanted - 0.5)
-    assert plan([5], bits, goal=goal).shards[0].rank == wanted
+def test_without_a_law_the_rank_is_guessed_from_the_cost_of_the_values(goal: str) -> None:
+    bits = GOALS[goal].density * PARAMETERS * 6.5
+    assert plan([5], bits, goal=goal).shards[0].rank == 7
     # the cost of a shard is that of all its records
-    assert plan([5] * 4, bits / 4, goal=goal).shards[0].rank == wanted
+    assert plan([5] * 4, bits / 4, goal=goal).shards[0].rank == 7
 
 
 @pytest.mark.parametrize("goal", GOALS)
 def test_a_guess_keeps_to_the_smallest_and_the_largest_rank(goal: str) -> None:
-    assert plan([5], 0.0, goal=goal).shards[0].rank == GOALS[goal].min_rank
-    largest = RankLimits(GOALS[goal].min_rank + 3)
+    assert plan([5], 0.0, goal=goal).shards[0].rank == 1
+    largest = RankLimits(3)
     assert plan([5], 3.5 * PARAMETERS * largest.highest, goal=goal, limits=largest).shards[0].rank == largest.highest
-    assert plan([5], 0.0, goal=goal, limits=RankLimits(1)).shards[0].rank == 1
 
 
 def test_fast_takes_no_rank_above_half_the_modules_width_unless_it_is_needed() -> None:
@@ -157,6 +168,8 @@ def test_fast_takes_no_rank_above_half_the_modules_width_unless_it_is_needed() -
     needed = GOALS["small"].density * PARAMETERS * (half + 5)  # more than half the width holds
     assert plan([5], needed).shards[0].rank == plan([5], needed, goal="small").shards[0].rank == half + 5
     assert plan([5], above, rank=half + 1).shards[0].rank == half + 1
+    needed = vocabulary_for((half + 5) / 4.18)
+    assert plan([5], inputs=KNOWN, vocabulary=needed).shards[0].rank == half + 5
 
 
 def test_each_shard_has_a_rank_of_its_own() -> None:
@@ -166,58 +179,57 @@ def test_each_shard_has_a_rank_of_its_own() -> None:
     assert [shard.rank for shard in shards] == [3, 9]
 
 
-def test_a_plan_without_a_boundary_says_that_it_guesses() -> None:
+def test_a_plan_without_a_law_says_that_it_guesses() -> None:
     result = plan([5], 100.0)
     assert not result.calibrated
-    assert (result.success, result.training_s, result.shards[0].final_loss, result.shards[0].law_rank) == (None,) * 4
+    assert (result.success, result.training_s, result.shards[0].law_rank) == (None,) * 3
     (warning,) = result.warnings
-    assert "uncalibrated" in warning
+    assert "No law of this placement is known" in warning
 
 
-# --- ranks by the boundary
+# --- ranks by the law
 
 
-def test_the_goal_small_begins_where_one_write_of_ten_certifies_and_fast_where_nine_do() -> None:
-    inputs = dataclasses.replace(BASIS, boundary=BOUNDARY)
-    for cost, rank in ((1000.0, 2), (860.0, 1), (870.0, 2), (10_000.0, 12), (1.0, 1)):
-        # odds of one ninth: 2 / √3 = 1.1547 parameters per bit
-        assert rank == max(1, math.ceil(2 / math.sqrt(3) * cost / PARAMETERS))
-        [shard] = plan([500], cost, inputs, goal="small").shards
-        assert shard.rank == rank == BOUNDARY.rank_for_success(500, cost, PARAMETERS, 0.1)
-        assert shard.success is not None and shard.success >= 0.1
-    half = PARAMETERS // (2 * BASIS.matrices)
-    for needed in (half + 1, half + 2):  # more than half the width: what is needed decides
-        cost = (needed - 0.5) * PARAMETERS / (2 * math.sqrt(3))
-        [shard] = plan([500], cost, inputs).shards
-        # odds of nine: 2√3 = 3.4641 parameters per bit
-        assert shard.rank == math.ceil(2 * math.sqrt(3) * cost / PARAMETERS)
-        assert shard.success is not None and shard.success >= 0.9
+def test_the_goal_small_begins_at_even_odds_and_fast_at_twice_the_rank_of_19_to_1() -> None:
+    for law_rank, small, sure in ((0.9, 2, 4), (1.4, 3, 6), (2.4, 5, 11), (0.2, 1, 1)):
+        # Even odds at twice the law's rank; 19 to 1 at 2 · 19^(1/4) = 4.18 times.
+        vocabulary = vocabulary_for(law_rank)
+        assert (small, sure) == (math.ceil(2 * law_rank), math.ceil(2 * 19**0.25 * law_rank))
+        [shard] = plan([500], 100.0, KNOWN, vocabulary, goal="small").shards
+        assert shard.rank == small
+        assert shard.success is not None and shard.success >= 0.5
+        [shard] = plan([500], 100.0, KNOWN, vocabulary).shards
+        assert shard.rank == 2 * sure
+        assert shard.success is not None and shard.success >= 0.95
 
 
-@given(cost=st.floats(0, 1e5))
-def test_the_goal_fast_never_takes_a_lower_rank_than_small(cost: float) -> None:
-    for inputs in (BASIS, dataclasses.replace(BASIS, boundary=BOUNDARY)):
-        small, fast = (plan([500], cost, inputs, goal=goal).shards[0].rank for goal in ("small", "fast"))
+def test_the_rank_does_not_go_by_what_the_values_cost_as_long_as_it_can_hold_them() -> None:
+    vocabulary = vocabulary_for(2.0)
+    assert [plan([500], bits, KNOWN, vocabulary, goal="small").shards[0].rank for bits in (1.0, 14_400.0)] == [4, 4]
+    assert plan([500], 14_401.0, KNOWN, vocabulary, goal="small").shards[0].rank == 5  # 3.6 bits per parameter
+
+
+@given(cost=st.floats(0, 1e5), vocabulary=st.floats(1, 1000))
+def test_the_goal_fast_never_takes_a_lower_rank_than_small(cost: float, vocabulary: float) -> None:
+    for inputs in (BASIS, KNOWN):
+        small, fast = (plan([500], cost, inputs, vocabulary, goal=goal).shards[0].rank for goal in ("small", "fast"))
         assert fast >= small
 
 
 def test_the_chance_of_a_plan_is_that_of_all_its_shards_together() -> None:
-    # Rank 2 for 1000 bits is even odds; for 500 bits twice as much, odds of 2⁴.
-    giant, inputs = SHARD_TOKENS, dataclasses.replace(BASIS, boundary=BOUNDARY)
-    result = plan_write([giant, giant], priced([1000.0, 500.0]), inputs, rank=2)
+    # Rank 2 is even odds where the law's rank is 1; odds of 2⁴ where it is a half.
+    giant = SHARD_TOKENS
+    result = plan_write([giant, giant], varied([1000.0, 500.0], [1.0, 0.5]), KNOWN, rank=2)
     assert [shard.success for shard in result.shards] == [pytest.approx(1 / 2), pytest.approx(16 / 17)]
     assert result.success == pytest.approx(8 / 17)
     assert result.calibrated
-    assert result.warnings == ()
 
 
-def test_a_boundary_that_is_asked_beyond_its_outcomes_says_so() -> None:
-    inputs = dataclasses.replace(BASIS, boundary=dataclasses.replace(BOUNDARY, length_range=(100.0, 900.0)))
-    # 1000 bits get the least rank, 16: 16 parameters per bit, inside.
-    assert plan([500], 1000.0, inputs).warnings == ()
-    for length, cost in ((901, 1000.0), (500, 159.0)):  # too long; 100.6 parameters per bit
-        (warning,) = plan([length], cost, inputs).warnings
-        assert "extrapolated" in warning
+def test_a_plan_by_another_base_models_law_says_so() -> None:
+    result = plan([500], 1000.0, dataclasses.replace(KNOWN, calibrated=False), vocabulary_for(8.0))
+    assert not result.calibrated
+    (warning,) = result.warnings
+    assert "ranks are those that loramem-tiny would take" in warning
 
 
 # --- the two ranks beside
@@ -228,76 +240,17 @@ def test_the_optimistic_rank_is_two_bits_per_parameter() -> None:
         assert plan([500], cost).shards[0].optimistic_rank == rank
 
 
-def test_the_laws_rank_by_hand() -> None:
-    # At 400 tokens ΔL = 1.5 · √r + 1, and a base loss of 6 leaves 0.69 at ΔL = 5.31: √r = 4.31 / 1.5. The interval
-    # is ± 0.2015, which at its ends takes √r = (4.31 ∓ 0.2015) / 1.5.
-    [shard] = plan([400], 100.0, dataclasses.replace(BASIS, law=LAW, kind="hex"), rank=3).shards
-    assert shard.law_rank is not None
-    found, half = shard.law_rank, STUDENT_T * 0.1
-    assert found.rank == pytest.approx((4.31 / 1.5) ** 2)
-    assert found.low == pytest.approx(((4.31 - half) / 1.5) ** 2, rel=2e-4)
-    assert found.high == pytest.approx(((4.31 + half) / 1.5) ** 2, rel=2e-4)
-    assert shard.final_loss == pytest.approx(6 - (1.5 * math.sqrt(3) + 1))
-
-
-@given(base_loss=st.floats(2, 15), length=st.integers(50, 20_000), sigma=st.floats(0, 0.3))
-def test_the_laws_rank_inverts_the_law_and_lies_in_its_interval(base_loss: float, length: int, sigma: float) -> None:
-    law = dataclasses.replace(LAW, sigma=sigma)
-    found = law_rank(law, base_loss, length)
-    assert found is not None
-    assert law.predict(found.rank, length) == pytest.approx(base_loss - SATURATED)
-    assert found.low is None or found.low <= found.rank
-    assert found.high is not None and found.high >= found.rank
-    assert law.predict_interval(found.high, length)[0] == pytest.approx(base_loss - SATURATED, abs=0.02)
-    if found.low is not None:
-        assert law.predict_interval(found.low, length)[1] == pytest.approx(base_loss - SATURATED, abs=0.02)
-
-
-def test_an_interval_that_widens_with_the_rank_still_has_its_ends() -> None:
-    # With σ(α) = 0.1 the lower end of ΔL = 1.5 · √r + 1 at 400 tokens rises, and falls again at very high ranks.
-    uncertain = ((0.0,) * 4, (0.0, 0.01, 0.0, 0.0), (0.0,) * 4, (0.0,) * 4)
-    law = dataclasses.replace(LAW, covariance=uncertain)
-    assert law.predict_interval(1e6, 400)[0] < 0
-    found = law_rank(law, 4.0, 400)
-    assert found is not None and found.low is not None and found.high is not None
-    assert found.low < found.rank < found.high
-    for end, rank in ((1, found.low), (0, found.high)):
-        assert law.predict_interval(rank, 400)[end] == pytest.approx(4.0 - SATURATED, abs=0.01)
-
-
-def test_an_interval_that_never_reaches_the_loss_has_no_end() -> None:
-    found = law_rank(dataclasses.replace(LAW, sigma=3.0), 6.0, 400)
-    assert found is not None
-    assert found.low is None  # b + t · σ alone is above 5.31
-    assert found.high is not None
-
-
-def test_without_a_rank_that_reaches_the_loss_there_is_none() -> None:
-    assert law_rank(LAW, 1.6, 400) is None  # every rank lowers it by more than b = 1
-
-
-def test_a_predicted_loss_is_never_below_zero() -> None:
-    [shard] = plan([100], 100.0, dataclasses.replace(BASIS, law=LAW), rank=100).shards
-    assert shard.final_loss == 0
+def test_the_laws_rank_stands_beside_with_its_interval() -> None:
+    [shard] = plan([400], 100.0, KNOWN, 400.0, rank=3).shards
+    assert shard.law_rank == RANK_LAW.rank(400.0)
+    assert shard.vocabulary == 400.0
 
 
 def test_a_law_that_is_asked_beyond_its_runs_says_so() -> None:
-    inputs = dataclasses.replace(BASIS, boundary=BOUNDARY, law=LAW)
-    # 1000 bits get rank 16, where the boundary was measured; the law's rank is 8 at 400 tokens and 83 at 4000.
-    assert plan([400], 1000.0, inputs).warnings == ()
-    (warning,) = plan([4000], 1000.0, inputs).warnings
+    # The law's rank is 8 for 400 different tokens, and 0.5 for 25, where no run was.
+    assert plan([400], 1000.0, KNOWN, 400.0).warnings == ()
+    (warning,) = plan([400], 1000.0, KNOWN, 25.0).warnings
     assert "law's ranks lie outside" in warning
-
-
-def test_each_laws_rank_is_judged_at_the_length_of_its_own_shard() -> None:
-    # The first shard has no law's rank (its base loss is below what any rank gives); the second lies inside.
-    def price(first: int, last: int) -> Price:
-        return Price(1000.0, 1.5 if first == 0 else 6.0)
-
-    inputs = dataclasses.replace(BASIS, boundary=BOUNDARY, law=LAW)
-    result = plan_groups([1, 1], [4000, 400], price, inputs)
-    assert [shard.law_rank is None for shard in result.shards] == [True, False]
-    assert result.warnings == ()
 
 
 # --- size and time
@@ -361,6 +314,16 @@ def test_where_a_shard_needs_more_than_the_highest_rank_there_are_more_shards() 
         assert {shard.rank for shard in result.shards} == {rank}
 
 
+def test_shards_are_parted_only_as_long_as_they_need_less_for_it() -> None:
+    # Whatever their number, phone numbers ask for eleven tokens.
+    result = plan([5] * 20, 1.0, KNOWN, vocabulary_for(3.0), goal="small", limits=RankLimits(4))
+    assert [shard.rank for shard in result.shards] == [4]
+    # Of random tokens half as many records ask for half as many.
+    parted = plan_write([5] * 20, varied([1.0] * 20, [0.3] * 20), KNOWN, goal="small", limits=RankLimits(4))
+    assert held(parted) == list(range(20))
+    assert {shard.rank for shard in parted.shards} <= {3, 4} and len(parted.shards) == 4
+
+
 def test_a_record_that_needs_more_alone_gets_the_highest_rank() -> None:
     bits = GOALS["small"].density * PARAMETERS
     result = plan_write([10, 10, 10], priced([bits, 6 * bits, bits]), BASIS, goal="small", limits=RankLimits(4))
@@ -385,25 +348,29 @@ def test_cutting_again_ends_and_keeps_every_record_once_in_order(
     records: list[tuple[int, float]], highest: int, goal: str, calibrated: bool, data: st.DataObject
 ) -> None:
     lengths, costs = [length for length, _ in records], [cost for _, cost in records]
-    inputs = dataclasses.replace(BASIS, boundary=BOUNDARY if calibrated else None)
+    inputs = KNOWN if calibrated else BASIS
     rank = data.draw(st.none() | st.integers(1, highest))
-    result = plan_write(lengths, priced(costs), inputs, goal=goal, rank=rank, limits=RankLimits(highest))
+    result = plan_write(
+        lengths,
+        varied(costs, [0.01 * length for length in lengths]),
+        inputs,
+        goal=goal,
+        rank=rank,
+        limits=RankLimits(highest),
+    )
     assert held(result) == list(range(len(records)))
     for shard in result.shards:
         assert 1 <= shard.rank <= highest
         assert shard.cost_bits <= 3.6 * PARAMETERS * highest + 1e-6
         if rank is None and shard.records > 1 and not calibrated:
             assert shard.cost_bits <= GOALS["small"].density * PARAMETERS * highest + 1e-6
-        if rank is None and shard.records > 1 and calibrated:
-            likely = GOALS[goal].probability
-            assert BOUNDARY.rank_for_success(shard.length, shard.cost_bits, PARAMETERS, likely) <= highest
 
 
 @given(cost=st.floats(0, 3e5), factor=st.floats(1, 100), calibrated=st.booleans(), goal=st.sampled_from(sorted(GOALS)))
 def test_a_value_that_costs_more_never_gets_a_lower_rank(
     cost: float, factor: float, calibrated: bool, goal: str
 ) -> None:
-    inputs, limits = dataclasses.replace(BASIS, boundary=BOUNDARY if calibrated else None), RankLimits(10**6)
+    inputs, limits = KNOWN if calibrated else BASIS, RankLimits(10**6)
     less, more = (plan([500], bits, inputs, goal=goal, limits=limits).shards[0] for bits in (cost, cost * factor))
     assert less.rank <= more.rank
     assert less.optimistic_rank <= more.optimistic_rank
@@ -429,9 +396,8 @@ def test_records_that_do_not_fit_together_are_parted_even_at_a_given_rank() -> N
         assert {shard.rank for shard in result.shards} == {rank or 4}
 
 
-def test_a_sure_boundary_does_not_put_more_into_a_shard_than_it_can_hold() -> None:
-    sure = dataclasses.replace(BOUNDARY, parameters_per_bit=0.01)
-    result = plan([50] * 4, 10_000.0, dataclasses.replace(BASIS, boundary=sure), limits=RankLimits(4))
+def test_few_different_tokens_do_not_put_more_into_a_shard_than_it_can_hold() -> None:
+    result = plan([50] * 4, 10_000.0, KNOWN, vocabulary_for(0.1), limits=RankLimits(4))
     assert len(result.shards) == 4
 
 
@@ -497,7 +463,9 @@ def test_one_adapter_begins_where_its_tokens_and_its_rank_fit() -> None:
 
 
 def test_above_the_first_placement_nothing_is_known_of_success_and_time() -> None:
-    known = dataclasses.replace(WIDER, boundary=BOUNDARY, pace=Pace(20.0, 0.5, 9), seconds_per_visit=0.002)
+    known = dataclasses.replace(
+        WIDER, law=RANK_LAW, boundary=BOUNDARY, calibrated=True, pace=Pace(20.0, 0.5, 9), seconds_per_visit=0.002
+    )
     low, high = (plan([10] * count, 3.0, known, one_adapter=True) for count in (2, 2 * HELD_RECORDS))
     assert (low.calibrated, high.calibrated) == (True, False)
     assert low.success is not None and low.training_s is not None

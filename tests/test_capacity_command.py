@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,13 @@ from loramem_cli.main import run
 
 from loramem import MemoryStore
 from loramem.planning import calibration, plan, timings
-from loramem.planning.calibration import Calibration, KindSamples, PlacedBoundary, PlacedLaw, Sample, cached
+from loramem.planning.calibration import Calibration, PlacedBoundary, cached
+from loramem.planning.rank_law import KindSamples, Sample
 from loramem.planning.visits import Pace
 from loramem.records.outcome import Outcome
 
 from .conftest import numbers
-from .planning_samples import BOUNDARY, LAW
+from .planning_samples import BOUNDARY, RANK_LAW
 
 WEIGHTS = "0123456789ab"
 SHIPPED = calibration.SHIPPED
@@ -33,7 +35,10 @@ def known(
     modules: tuple[str, ...] = MODULES,
     layers: tuple[int, ...] = LAYERS,
 ) -> Calibration:
-    """A base model to which every token of a phone book costs 6 nats, or 2.4 bits together with the others."""
+    """A base model to which every token of a phone book costs 6 nats, or 2.4 bits together with the others.
+
+    They are as various as 400 different ones: the law's rank is where √r = (6 − 0.69 − 1) / 30 · √400, 8.26.
+    """
     return Calibration(
         name,
         weights,
@@ -41,9 +46,8 @@ def known(
         modules,
         layers,
         1000,
-        kinds=(KindSamples("phonebook", (Sample(1000, 6.0, 2400.0),)),),
-        laws=(PlacedLaw("phonebook", modules, layers, LAW),),
-        boundaries=(PlacedBoundary(modules, layers, 1000, OUTCOMES, BOUNDARY, Pace(20.0, 0.5, 9)),),
+        kinds=(KindSamples("phonebook", (Sample(1000, 6.0, 2400.0, 400.0),)),),
+        boundaries=(PlacedBoundary(modules, layers, 1000, OUTCOMES, RANK_LAW, BOUNDARY, Pace(20.0, 0.5, 9)),),
     )
 
 
@@ -84,10 +88,10 @@ def no_base_model(*_: object, **__: object) -> None:
 
 
 def test_the_text_for_a_known_base_model(calibrated: None, capsys: pytest.CaptureFixture[str]) -> None:
-    # 400 tokens cost 960 bits, and even odds take 1920 parameters: rank 4 has odds of (4000 / 1920)⁴ = 18.8, rank 3
-    # of 6. The law: 6 − (1.5 · √4 + 1) = 2 nats; 0.69 at √r = (5.31 − 1 ∓ 0.2015) / 1.5. Visits: 20 · √0.24 = 9.8 of
-    # 400 tokens at 50 ms. Files: 4 · 4000 + 150 · 2 + 1400 bytes.
-    assert run(["capacity", "--length", "400", "--goal", "small", "--rank", "4"]) == 0
+    # The law's rank: 0.69 at √r = (5.31 − 1 ∓ 0.2015) / 1.5. Even odds are at twice it, 16.5, and rank 20 has odds of
+    # (20 / 16.5)⁴ = 2.15. 400 tokens cost 960 bits. Visits: 20 · √0.048 = 4.4 of 400 tokens at 50 ms. Files:
+    # 4 · 20,000 + 150 · 2 + 1400 bytes.
+    assert run(["capacity", "--length", "400", "--goal", "small", "--rank", "20"]) == 0
     shown = capsys.readouterr()
     assert shown.err == ""
     assert shown.out == (
@@ -96,42 +100,66 @@ def test_the_text_for_a_known_base_model(calibrated: None, capsys: pytest.Captur
         "answer tokens         400\n"
         "cost of the values    960 bits\n"
         "goal                  small\n"
-        "law                   phonebook\n"
         "adapters              1\n"
-        "parameters            4,000\n"
-        "bits per parameter    0.240\n"
-        "size                  0.02 MB\n"
-        "success at first try  95%\n"
-        "training              about 196 s\n"
+        "parameters            20,000\n"
+        "bits per parameter    0.048\n"
+        "size                  0.08 MB\n"
+        "success at first try  68%\n"
+        "training              about 88 s\n"
         "\n"
-        "| adapter | records | tokens | optimistic rank | law (90%) | rank | base loss | final loss | success |\n"
+        "| adapter | records | tokens | different | optimistic rank | law (90%) | rank | base loss | success |\n"
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |\n"
-        "| 1 | 40 | 400 | 1 | 8.3 (7.5–9) | 4 | 6.00 | 2.00 | 95% |\n"
+        "| 1 | 40 | 400 | 400 | 1 | 8.3 (7.5–9) | 20 | 6.00 | 68% |\n"
+    )
+
+
+def test_what_the_shipped_calibration_says_of_four_thousand_tokens(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["capacity", "--length", "4000"]) == 0
+    shown = capsys.readouterr()
+    assert shown.err == ""
+    assert shown.out == (
+        "base model            loramem-tiny\n"
+        "records               400\n"
+        "answer tokens         4,000\n"
+        "cost of the values    11,878 bits\n"
+        "goal                  fast\n"
+        "adapters              8\n"
+        "parameters            76,800\n"
+        "bits per parameter    0.155\n"
+        "size                  0.32 MB\n"
+        "success at first try  100%\n"
+        "training              not timed on this machine yet\n"
+        "\n"
+        "| adapter | records | tokens | different | optimistic rank | law (90%) | rank | base loss | success |\n"
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |\n"
+        "| 1–8 | 50 | 500 | 11 | 1 | 1.5 (1.4–1.8) | 10 | 3.88 | 100% |\n"
     )
 
 
 def test_the_json_for_a_known_base_model(calibrated: None, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["capacity", "--length", "400", "--records", "50", "--goal", "small", "--rank", "4", "--json"]) == 0
+    assert run(["capacity", "--length", "400", "--records", "50", "--goal", "small", "--rank", "20", "--json"]) == 0
     told = capsys.readouterr()
     plan = json.loads(told.out)
     [shard] = plan.pop("shards")
     half = 2.0150 * 0.1
-    success, training_s = 1 / (1 + (1920 / 4000) ** 4), 20 * math.sqrt(0.24) * 400 * 0.05
+    law_rank, training_s = (4.31 / 1.5) ** 2, 20 * math.sqrt(0.048) * 400 * 0.05
+    success = 1 / (1 + (2 * law_rank / 20) ** 4)
     assert shard.pop("law_rank") == {
-        "rank": pytest.approx((4.31 / 1.5) ** 2),
+        "rank": pytest.approx(law_rank),
         "low": pytest.approx(((4.31 - half) / 1.5) ** 2, rel=2e-3),
         "high": pytest.approx(((4.31 + half) / 1.5) ** 2, rel=2e-3),
+        "extrapolated": False,
     }
     assert shard == {
         "first": 0,
         "records": 50,
         "length": 400,
         "cost_bits": pytest.approx(960),
-        "rank": 4,
-        "parameters": 4000,
-        "size_bytes": 17_700,
+        "rank": 20,
+        "parameters": 20_000,
+        "size_bytes": 81_700,
         "base_loss": 6.0,
-        "final_loss": pytest.approx(2.0),
+        "vocabulary": pytest.approx(400.0),
         "success": pytest.approx(success),
         "training_s": pytest.approx(training_s),
         "optimistic_rank": 1,
@@ -144,8 +172,8 @@ def test_the_json_for_a_known_base_model(calibrated: None, capsys: pytest.Captur
         "kind": "phonebook",
         "warnings": [],
         "one_adapter": False,
-        "parameters": 4000,
-        "size_bytes": 17_700,
+        "parameters": 20_000,
+        "size_bytes": 81_700,
         "cost_bits": pytest.approx(960),
         "length": 400,
         "success": pytest.approx(success),
@@ -158,23 +186,29 @@ def test_adapters_that_look_alike_share_a_row_and_large_ranks_are_whole(
     calibrated: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     # Modules of a mean width of 500: at most 600 answer and end tokens in one adapter, those of 54 of these records.
-    # The law's rank for 540 tokens: √r = (4.31 ∓ 0.2015) / 30 · √540.
     assert run(["capacity", "--length", "10800"]) == 0
     shown = capsys.readouterr()
     [row] = [line for line in shown.out.splitlines() if line.startswith("| ") and line[2].isdigit()]
-    assert row.startswith("| 1–20 | 54 | 540 | 1 | 11 (10–12) |")
-    assert run(["capacity", "--length", "8000", "--records", "2"]) == 0
+    # 2 · 19^(1/4) · 8.26 = 34.5, and twice as much for speed.
+    assert row.startswith("| 1–20 | 54 | 540 | 400 | 1 | 8.3 (7.5–9) | 70 |")
+
+
+def test_a_law_that_is_asked_beyond_its_runs_says_so(calibrated: None, capsys: pytest.CaptureFixture[str]) -> None:
+    few = known()
+    replace(few, kinds=(KindSamples("phonebook", (Sample(1000, 6.0, 2400.0, 11.0),)),)).save(calibration.SHIPPED)
+    assert run(["capacity", "--length", "400"]) == 0
     shown = capsys.readouterr()
-    assert "| 83 (75–90) |" in shown.out  # of 4,000 tokens in one
+    # √r = 4.31 / 30 · √11, with no lower end near.
+    assert "| 0.23 (0.21–0.25), extrapolated |" in shown.out
     assert "law's ranks lie outside" in shown.err
 
 
 def test_only_the_ranks_of_a_server_are_planned(calibrated: None, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["capacity", "--length", "400", "--goal", "small", "--ranks", "8,16,32", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["shards"][0]["rank"] == 8
+    assert json.loads(capsys.readouterr().out)["shards"][0]["rank"] == 32  # even odds are at 16.5
     assert run(["capacity", "--length", "400", "--goal", "small", "--max-rank", "1", "--json"]) == 0
-    # Rank 1 carries 1000 / (2 / √3) = 866 bits at one of ten: two adapters of 480.
-    assert [shard["rank"] for shard in json.loads(capsys.readouterr().out)["shards"]] == [1, 1]
+    # As many different tokens whatever the number of records: more adapters would not help.
+    assert [shard["rank"] for shard in json.loads(capsys.readouterr().out)["shards"]] == [1]
     assert run(["capacity", "--length", "400", "--rank", "5", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["shards"][0]["rank"] == 5
 
@@ -269,7 +303,7 @@ def test_records_that_the_store_holds_are_left_out(
     assert "adapters              0\n" in capsys.readouterr().out
 
 
-def test_the_law_of_a_kind_is_asked_for_a_file(
+def test_the_law_is_asked_for_a_file_of_any_kind(
     store: Path, source: str, base: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with MemoryStore(store, create=False) as opened:
@@ -281,7 +315,7 @@ def test_the_law_of_a_kind_is_asked_for_a_file(
         assert run(["capacity", source, "--store", str(store), "--json", *arguments]) == 0
         plan = json.loads(capsys.readouterr().out)
         assert (plan["kind"], plan["calibrated"]) == (kind, True)
-        assert (plan["shards"][0]["law_rank"] is not None) == (kind == "phonebook")
+        assert plan["shards"][0]["law_rank"]["rank"] > 0
 
 
 # --- figures
@@ -294,8 +328,9 @@ def test_the_law_is_drawn(calibrated: None, tmp_path: Path) -> None:
 
 
 def test_without_a_law_nothing_is_drawn(
-    store: Path, source: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    store: Path, source: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(calibration, "guess", lambda: None)
     assert run(["capacity", source, "--store", str(store), "--plot", str(tmp_path / "law.svg")]) == 2
     assert "no law of this base model" in capsys.readouterr().err
     assert not (tmp_path / "law.svg").exists()

@@ -19,7 +19,7 @@ def reduction(rank: int, length: int) -> float:
 
 @pytest.fixture
 def runs(tmp_path: Path) -> Path:
-    """A law's runs of two kinds, and writes that are certified from one bit per parameter downwards."""
+    """A law's runs of two kinds, and writes that are certified from rank 16 upwards."""
     path = tmp_path / "runs.jsonl"
     for kind in ("random", "text"):
         for rank in (1, 2, 4, 8):
@@ -28,8 +28,8 @@ def runs(tmp_path: Path) -> Path:
                 append_run(path, replace(run, final_loss=12.0 - reduction(rank, length)))
     writes = {**RUN.conditions, "objective": "memft-sw"}
     for rank in (1, 2, 4, 8, 16, 32):
-        run = replace(RUN, rank=rank, length=1000, parameters=500 * rank, cost_bits=8000.0, conditions=writes)
-        append_run(path, replace(run, certified=500 * rank >= 8000.0))
+        run = replace(RUN, rank=rank, length=1000, parameters=500 * rank, vocabulary=11.0, conditions=writes)
+        append_run(path, replace(run, certified=rank >= 16))
     return path
 
 
@@ -76,8 +76,8 @@ def test_a_store_says_what_its_writes_taught(runs: Path, base: Path, tmp_path: P
         (outcome,) = store.outcomes()
     shown = law(capsys, "--runs", str(runs), "--store", str(tmp_path / "m"))
     assert "The last writes of" in shown
-    cost = f"{outcome.cost_bits:,.0f} | {outcome.cost_bits / outcome.parameters:.3f}"
-    assert f"| 4 | 6 | {cost} | yes | - |" in shown
+    assert f"| 4 | 6 | {outcome.vocabulary:.0f} | {outcome.cost_bits:,.0f} | " in shown
+    assert "1 outcomes of this store move even odds from" in shown
 
 
 def test_shipped_runs_are_shown_without_a_file(tmp_path: Path, capsys) -> None:

@@ -123,8 +123,8 @@ def commit_erasure(index: Index, records: Iterable[Identity]) -> None:
             for number in index.versions(namespace, key):
                 change.remove_key("versions", number)
         change.remove("writes", "state != ?", [PENDING])
-        # The cost of a single value, to the last bit of a float, would nearly tell which it was.
-        index.db.execute("update outcomes set cost_bits = round(cost_bits)")
+        # Cost and variety of a single value, to the last bit of a float, would nearly tell which it was.
+        index.db.execute("update outcomes set cost_bits = round(cost_bits), vocabulary = round(vocabulary)")
         change.set_meta(VACUUM_DUE, "yes")
 
 

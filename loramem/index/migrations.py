@@ -158,6 +158,12 @@ def format_1_loads(db: Database) -> None:
     db.execute("create index idx_records_adapter on records (adapter, answer_tokens, min_prob)")
 
 
+@MIGRATIONS()
+def format_1_vocabulary(db: Database) -> None:
+    """Outcomes say how many different tokens were asked for, which ranks are chosen by; unknown of older ones."""
+    db.table("outcomes").add_column("vocabulary", float)
+
+
 def reseal(db: Database, table: str, version: int, held: Callable[[str, Mapping[str, Any]], bool] = was_sealed) -> None:
     """Seal the rows of a table by a later list of columns, in the transaction of the migration that it is for.
 

@@ -1,19 +1,21 @@
-"""What a base model that nobody calibrated can be told of in a minute: laws and a success boundary where writes begin.
+"""What a base model that nobody calibrated can be told of in a minute: the law of random tokens where writes begin.
 
 1. Features of one sample of each kind are collected once. A shorter length is a prefix of it, so that its points share
    them, and so do the ranks of one length.
 2. A point (rank, length) is a run to convergence over features (`loramem.planning.feature_runs`). At each length
    ranks go upwards until one is certified: those that end above 0.69 nats are points of the law, and all of them are
    outcomes for the success boundary.
-3. The shortest lengths come first, then those furthest apart, so that whatever time allows says something. Every
-   point is appended to the file of runs as it is done, so that what was interrupted goes on where it stopped.
+3. Random tokens give the law that ranks are chosen by (`loramem.planning.rank_law`). Phone numbers say what they cost,
+   and are outcomes with few different tokens.
+4. Every point is appended to the file of runs as it is done. A calibration that time cut short says so, and goes on at
+   the next plan.
 """
 
 import logging
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
@@ -30,7 +32,7 @@ from loramem.models.ending import Ending
 from loramem.models.features import Features
 from loramem.models.placement import Placement
 from loramem.planning import calibration
-from loramem.planning.calibrate import bare_calibration, base_conditions, encode_sample, spread
+from loramem.planning.calibrate import bare_calibration, base_conditions, encode_sample
 from loramem.planning.calibration import Calibration, cached, summarise
 from loramem.planning.cost import costs_bits
 from loramem.planning.feature_runs import RATE, STEPS, converged_losses
@@ -43,6 +45,7 @@ from loramem.planning.runs import (
     read_runs,
     shipped_file,
 )
+from loramem.planning.variety import effective_vocabulary
 from loramem.records.prompts import EncodedRecord
 from loramem.training.settings import WriterSettings
 from loramem.training.shard_training import NOT_UNDERSTOOD, features_of
@@ -55,9 +58,9 @@ FIRST_POINTS = 3
 """That are made whatever the ones before them took, as long as the budget is not spent."""
 FEATURE_SHARE = 0.4
 """Of the budget, for collecting features."""
-FILLS = {"phonebook": (0.25, 0.5, 1.0, 1.75, 2.5), "random": (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2)}
-"""Answer tokens by the mean width of the adapted module. Digits are few and share what tells them apart: only beyond
-the size of a shard does a rank above 1 end above 0.69 nats (docs/law.md). Every random token is another."""
+FILLS = {"random": (1 / 48, 0.22, 0.1, 1 / 22, 0.5, 1.0), "phonebook": (0.1, 0.5)}
+"""Answer tokens by the mean width of the adapted module, in the order in which points are made: a range, what lies
+within it, and what lies beyond. Every random token is another; all phone numbers ask for eleven."""
 RANKS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 MIN_TOKENS = 10
 SWITCH = "LORAMEM_CALIBRATE"
@@ -80,9 +83,12 @@ def known_of(adapted: AdaptedModel, *, calibrate: bool | None = None) -> Calibra
     """
     base = adapted.base
     known = calibration.load(base.fingerprint.weights[:12])
-    if known is not None or not is_wanted(calibrate):
+    if (known is not None and known.complete) or not is_wanted(calibrate):
         return known
-    log.warning("%s is calibrated, once, in about %.0f s at most; --no-calibrate leaves that out", base.id, BUDGET_S)
+    log.warning(
+        "%s is calibrated%s, once, in about %.0f s at most; --no-calibrate leaves that out",
+        *(base.id, "" if known is None else " further", BUDGET_S),
+    )
     try:
         return calibrate_base(adapted)
     except (LoramemError, OSError, *NOT_UNDERSTOOD) as error:
@@ -108,7 +114,7 @@ def calibrate_base(adapted: AdaptedModel, runs: Path | None = None, *, budget_s:
         RecordError: The tokenizer cannot express a kind of data, and neither the other.
         OSError: The cache cannot be written.
     """
-    started, out = time.monotonic(), runs or default_file()
+    started, out, cut_short = time.monotonic(), runs or default_file(), False
     base, placement = adapted.base, adapted.ladder[0]
     if len(adapted.ladder) == 1:
         raise UnsupportedBaseModel(f"{type(base.model).__name__} has no placement behind its last attention.")
@@ -125,6 +131,7 @@ def calibrate_base(adapted: AdaptedModel, runs: Path | None = None, *, budget_s:
                 pace = median(paces) if len(paces) >= FIRST_POINTS else 0.0
                 if time.monotonic() - started + pace * len(prefix.features) > budget_s:
                     log.info("no time left for rank %d of %d tokens of %s", rank, prefix.length, sample.kind)
+                    cut_short = True
                     break
                 known[name] = run = _run(adapted, prefix, rank, placement, conditions)
                 append_run(out, run)
@@ -135,7 +142,7 @@ def calibrate_base(adapted: AdaptedModel, runs: Path | None = None, *, budget_s:
                 )
             if known[name].certified:
                 break
-    found = summarise(bare_calibration(base), known.values())
+    found = replace(summarise(bare_calibration(base), known.values()), complete=not cut_short)
     found.save(cached(found.base_weights))
     log.info("%s is calibrated: %d points in %.0f s", base.id, len(paces), time.monotonic() - started)
     return found
@@ -152,7 +159,7 @@ class _Sample:
     base_losses: Tensor
     """(N,) nats."""
     lengths: tuple[int, ...]
-    """That points are made of, in answer tokens."""
+    """That points are made of, in answer tokens, in their order."""
 
     @property
     def length(self) -> int:
@@ -195,11 +202,11 @@ def _samples(adapted: AdaptedModel, placement: Placement, budget_s: float) -> li
     """Of every kind, as long as the base's context and ``budget_s`` seconds of frozen passes allow."""
     width, found, refused = placement.size(adapted.model).width, [], None
     for kind, fills in FILLS.items():
-        lengths = sorted({max(MIN_TOKENS, round(fill * width)) for fill in fills})
+        lengths = list(dict.fromkeys(max(MIN_TOKENS, round(fill * width)) for fill in fills))
         if kind != "phonebook":  # one text, which the context has to hold
             lengths = [length for length in lengths if length <= adapted.base.max_tokens // 2]
         try:
-            records = encode_sample(adapted.base, kind, lengths[-1], 0)
+            records = encode_sample(adapted.base, kind, max(lengths), 0)
         except LoramemError as error:  # a tokenizer may not give random tokens back
             log.info("%s is not calibrated: %s", kind, error)
             refused = error
@@ -235,15 +242,9 @@ def _collect(
 
 
 def _lengths_in_turn(samples: list[_Sample]) -> Iterator[tuple[_Sample, int]]:
-    """The lengths of all kinds: the shortest, which cost little, then those furthest apart."""
-    orders = [(sample, _in_turn(sample.lengths)) for sample in samples]
-    for place in range(max((len(order) for _, order in orders), default=0)):
-        yield from ((sample, order[place]) for sample, order in orders if place < len(order))
-
-
-def _in_turn(lengths: Sequence[int]) -> list[int]:
-    shortest = min(lengths)
-    return [shortest, *(length for length in spread(lengths) if length != shortest)]
+    """The lengths of all kinds: the first of each, then the second."""
+    for place in range(max((len(sample.lengths) for sample in samples), default=0)):
+        yield from ((sample, sample.lengths[place]) for sample in samples if place < len(sample.lengths))
 
 
 def _run(adapted: AdaptedModel, sample: _Sample, rank: int, placement: Placement, conditions: dict[str, Any]) -> Run:
@@ -274,6 +275,7 @@ def _run(adapted: AdaptedModel, sample: _Sample, rank: int, placement: Placement
         training_s=round(elapsed_s, 2),
         elapsed_s=round(elapsed_s, 2),
         conditions=conditions,
+        vocabulary=effective_vocabulary(token for value in sample.values for token in value),
     )
 
 

@@ -11,7 +11,7 @@ import logging
 import math
 import random
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -29,11 +29,13 @@ from loramem.models.decoding import answer_probabilities
 from loramem.models.features import Features
 from loramem.models.placement import Placement
 from loramem.models.trunk import Trunk
-from loramem.planning.calibration import Calibration, KindSamples, Sample
+from loramem.planning.calibration import Calibration
 from loramem.planning.cost import costs_bits
 from loramem.planning.long_text import long_text
+from loramem.planning.rank_law import KindSamples, Sample
 from loramem.planning.runs import KINDS, LAW_OBJECTIVE, Run, append_run, identity, read_runs
 from loramem.planning.samples import generate
+from loramem.planning.variety import effective_vocabulary
 from loramem.records.prompts import EncodedRecord, encode_records
 from loramem.records.record import Record
 from loramem.training.feature_writer import train_on_features
@@ -156,7 +158,8 @@ def price_sample(base: BaseModel, kind: str, length: int, data: Sequence[Record]
     before = [found[index][:-1] for index in range(len(found))]
     cost = sum(costs_bits([record.answer_ids[:-1] for record in records], [probs.tolist() for probs in before]))
     counted = sum(record.length for record in records)
-    return KindSamples(kind, (Sample(counted, float(-torch.cat(before).log().mean()), cost),))
+    loss = float(-torch.cat(before).log().mean())
+    return KindSamples(kind, (Sample(counted, loss, cost, effective_vocabulary(_tokens(records))),))
 
 
 def bare_calibration(base: BaseModel) -> Calibration:
@@ -303,6 +306,7 @@ class Bench:
             training_s=round(training.elapsed_s, 2),
             elapsed_s=round(time.monotonic() - started, 2),
             conditions=self.conditions,
+            vocabulary=effective_vocabulary(_tokens(self.records)),
         )
 
     @cached_property
@@ -322,6 +326,11 @@ class Bench:
 
     def _costs(self, before: Sequence[torch.Tensor]) -> list[float]:
         return costs_bits([record.answer_ids[:-1] for record in self.records], [probs.tolist() for probs in before])
+
+
+def _tokens(records: Iterable[EncodedRecord]) -> Iterator[int]:
+    """Answer and end tokens."""
+    return (token for record in records for token in record.answer_ids)
 
 
 def _conditions(base: BaseModel, grid: CalibrationGrid) -> dict[str, Any]:

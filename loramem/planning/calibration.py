@@ -8,7 +8,7 @@ import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from itertools import pairwise
+from functools import cache
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -18,56 +18,20 @@ from loramem._util.cache import DAMAGED, JsonFile, cache_folder
 from loramem.errors import BoundaryError, InputError, LawError
 from loramem.models.shard_sizes import Size
 from loramem.planning import law_fit, success, visits
-from loramem.planning.law import MemoryLaw
+from loramem.planning.law import MemoryLaw, Point
 from loramem.planning.limits import ANY_RANK, GoalName, RankLimits
 from loramem.planning.plan import Plan, PlanInputs, Price, plan_write
-from loramem.planning.runs import Run
-from loramem.planning.success import SuccessBoundary
+from loramem.planning.rank_law import KindSamples, RankLaw, Sample
+from loramem.planning.runs import RANK_KIND, Run
+from loramem.planning.success import SuccessBoundary, Trial
 from loramem.planning.visits import Pace
 from loramem.records.outcome import Outcome
 
-FORMAT = 1
+FORMAT = 2
 UNKNOWN = "unknown"
 """The kind of a store's own writes where no kind is calibrated to compare them with."""
 SHIPPED = embedded.base_path().parent / "calibration.json"
 Place = tuple[tuple[str, ...], tuple[int, ...]]  # modules, layers
-
-
-@dataclass(frozen=True)
-class Sample:
-    """What ``length`` answer tokens of a kind are to the base model."""
-
-    length: int
-    base_loss: float
-    """Nats per answer token."""
-    cost_bits: float
-
-
-@dataclass(frozen=True)
-class KindSamples:
-    """A kind of data at several lengths."""
-
-    kind: str
-    samples: tuple[Sample, ...]
-    """By length, upwards."""
-
-    def at(self, length: float) -> tuple[float, float]:
-        """Base loss and cost in bits at a length, linear between the samples in ln ℓ (loss) and in ℓ (cost).
-
-        Outside them the loss is that of the nearest, and the cost per token is that of the nearest too.
-        """
-        first, last = self.samples[0], self.samples[-1]
-        if length <= first.length:
-            return first.base_loss, first.cost_bits * length / first.length
-        if length >= last.length:
-            return last.base_loss, last.cost_bits * length / last.length
-        low, high = next((a, b) for a, b in pairwise(self.samples) if a.length <= length <= b.length)
-        share = math.log(length / low.length) / math.log(high.length / low.length)
-        linear = (length - low.length) / (high.length - low.length)
-        return (
-            low.base_loss + share * (high.base_loss - low.base_loss),
-            low.cost_bits + linear * (high.cost_bits - low.cost_bits),
-        )
 
 
 @dataclass(frozen=True)
@@ -92,8 +56,10 @@ class PlacedBoundary:
     layers: tuple[int, ...]
     parameters_per_rank: int
     outcomes: tuple[Outcome, ...]
+    law: RankLaw | None
+    """What ranks are chosen by; None where the runs give no law of random tokens."""
     boundary: SuccessBoundary | None
-    """None while there are too few outcomes."""
+    """None without a law, or while there are too few outcomes."""
     pace: Pace | None
 
     @property
@@ -120,6 +86,8 @@ class Calibration:
     """Of the placements that hold more than the default one, upwards."""
     conditions: dict[str, Any] = field(default_factory=dict)
     """dtype, device, threads and torch of the runs, and how many there were."""
+    complete: bool = True
+    """False where time ended before all points of a first calibration were made."""
 
     @property
     def place(self) -> Place:
@@ -154,7 +122,8 @@ def summarise(bare: Calibration, runs: Iterable[Run]) -> Calibration:
     runs = [run for run in runs if run.conditions["base_weights"] == bare.base_weights]
     kinds: dict[str, dict[int, list[Run]]] = {}
     for run in runs:
-        kinds.setdefault(run.kind, {}).setdefault(run.length, []).append(run)
+        if run.vocabulary is not None:
+            kinds.setdefault(run.kind, {}).setdefault(run.length, []).append(run)
     laws = []
     for kind, place in sorted({(run.kind, (run.modules, run.layers)) for run in runs if run.for_law}):
         mine = [run.point for run in runs if run.for_law and (run.kind, run.modules, run.layers) == (kind, *place)]
@@ -162,25 +131,50 @@ def summarise(bare: Calibration, runs: Iterable[Run]) -> Calibration:
             laws.append(PlacedLaw(kind, *place, law_fit.fit(mine)))
         except LawError:
             continue
-    placed = []
-    for place in sorted({(run.modules, run.layers) for run in runs}):
-        here = [run for run in runs if (run.modules, run.layers) == place]
-        placed.append(_placed(place, here[0].parameters // here[0].rank, [o for r in here for o in outcomes_of(r)]))
     fixed = {name: runs[-1].conditions[name] for name in ("dtype", "device", "threads", "torch")} if runs else {}
-    return replace(
+    known = replace(
         bare,
         kinds=tuple(
             KindSamples(kind, tuple(_mean(length, members) for length, members in sorted(by_length.items())))
             for kind, by_length in sorted(kinds.items())
         ),
         laws=tuple(laws),
-        boundaries=tuple(placed),
         conditions={**fixed, "runs": len(runs)},
     )
+    placed = []
+    for place in sorted({(run.modules, run.layers) for run in runs}):
+        here = [run for run in runs if (run.modules, run.layers) == place]
+        learnt = [outcome for run in here for outcome in outcomes_of(run)]
+        placed.append(_placed(place, here[0].parameters // here[0].rank, learnt, rank_law_of(here)))
+    return replace(known, boundaries=tuple(placed))
+
+
+def rank_law_of(runs: Sequence[Run]) -> RankLaw | None:
+    """What ranks at the one placement of these runs are chosen by; None if they give no law of random tokens."""
+    random = [run for run in runs if run.kind == RANK_KIND and run.for_law]
+    base_loss = max(((run.length, run.base_loss) for run in random), default=(0, 0.0))[1]
+    try:
+        law = law_fit.fit([Point(run.rank, run.length, base_loss, run.final_loss) for run in random])
+    except LawError:
+        return None
+    return RankLaw(law, base_loss)
 
 
 def _mean(length: int, runs: Sequence[Run]) -> Sample:
-    return Sample(length, mean(run.base_loss for run in runs), mean(run.cost_bits for run in runs))
+    return Sample(
+        length,
+        mean(run.base_loss for run in runs),
+        mean(run.cost_bits for run in runs),
+        mean([run.vocabulary for run in runs if run.vocabulary is not None] or [1.0]),
+    )
+
+
+@cache
+def guess() -> tuple[RankLaw, SuccessBoundary] | None:
+    """The embedded base model's law and boundary where its writes begin: a guess of what others take."""
+    shipped = _read(SHIPPED) if SHIPPED.exists() else None
+    placed = shipped.placed(shipped.place) if shipped else None
+    return (placed.law, placed.boundary) if placed and placed.law and placed.boundary else None
 
 
 def plan_inputs(
@@ -194,22 +188,29 @@ def plan_inputs(
 ) -> PlanInputs:
     """What a plan at a placement rests on.
 
+    Without a law of the base model's own that is the embedded one's, where one module alone is adapted.
+
     Args:
-        kind: Whose law is asked, and whose writes say the pace, if there are any; all if None.
+        kind: Whose writes say the pace, if there are any; all if None.
         outcomes: Of writes at this placement beside those that are known.
         above: Placements that hold more, upwards.
     """
-    placed = known.placed(place) if known else None
-    placed = placed or PlacedBoundary(*place, parameters_per_rank, (), None, None)
-    if outcomes:
-        placed = _placed(place, parameters_per_rank, [*placed.outcomes, *outcomes])
     modules, layers = place
+    matrices = 2 * len(modules) * len(layers)
+    placed = known.placed(place) if known else None
+    placed = placed or PlacedBoundary(*place, parameters_per_rank, (), None, None, None)
+    calibrated = placed.law is not None
+    guessed = guess() if not calibrated and matrices == 2 else None
+    if outcomes or guessed:
+        law = guessed[0] if guessed else placed.law
+        placed = _placed(place, parameters_per_rank, [*placed.outcomes, *outcomes], law)
     alike = visits.fit([outcome for outcome in placed.outcomes if outcome.kind == kind])
     return PlanInputs(
         parameters_per_rank,
-        2 * len(modules) * len(layers),
-        placed.boundary,
-        known.law(kind, place) if known and kind else None,
+        matrices,
+        placed.law,
+        placed.boundary or (guessed[1] if guessed else None),
+        calibrated,
         kind,
         alike or placed.pace,
         seconds_per_visit,
@@ -237,8 +238,8 @@ def plan_length(
     lengths = [length // records + (index < length % records) for index in range(records)]
 
     def price(first: int, last: int) -> Price:
-        base_loss, cost_bits = samples.at(sum(lengths[first:last]))
-        return Price(cost_bits, base_loss)
+        sample = samples.at(sum(lengths[first:last]))
+        return Price(sample.cost_bits, sample.base_loss, sample.vocabulary)
 
     return plan_write(lengths, price, inputs, goal=goal, rank=rank, limits=limits, one_adapter=one_adapter)
 
@@ -247,7 +248,7 @@ def nearest_kind(known: Calibration, cost_bits: float, length: int) -> str | Non
     """The kind whose tokens cost most nearly as much; None where no kind is known."""
 
     def distance(entry: KindSamples) -> float:
-        return abs(math.log(max(entry.at(length)[1], 1.0) / max(cost_bits, 1.0)))
+        return abs(math.log(max(entry.at(length).cost_bits, 1.0) / max(cost_bits, 1.0)))
 
     nearest = min(known.kinds, key=distance, default=None)
     return nearest.kind if nearest else None
@@ -263,15 +264,26 @@ def outcomes_of(run: Run) -> list[Outcome]:
     if run.for_law and not run.certified and not run.over_features:
         return []
     visits = None if run.for_law else run.visits / run.records
-    return [Outcome(run.kind, run.rank, run.length, run.parameters, run.cost_bits, run.certified, visits)]
+    return [
+        Outcome(run.kind, run.rank, run.length, run.parameters, run.cost_bits, run.certified, visits, run.vocabulary)
+    ]
 
 
-def _placed(place: Place, parameters_per_rank: int, outcomes: Sequence[Outcome]) -> PlacedBoundary:
+def trials_of(outcomes: Iterable[Outcome], law: RankLaw) -> list[Trial]:
+    """Outcomes as the success boundary sees them; those of which no vocabulary was noted say nothing."""
+    return [
+        Trial.of(one.rank, law.rank(one.vocabulary).rank, one.certified)
+        for one in outcomes
+        if one.vocabulary is not None
+    ]
+
+
+def _placed(place: Place, parameters_per_rank: int, outcomes: Sequence[Outcome], law: RankLaw | None) -> PlacedBoundary:
     try:
-        fitted = success.fit(outcomes)
+        fitted = success.fit(trials_of(outcomes, law)) if law else None
     except BoundaryError:
         fitted = None
-    return PlacedBoundary(*place, parameters_per_rank, tuple(outcomes), fitted, visits.fit(outcomes))
+    return PlacedBoundary(*place, parameters_per_rank, tuple(outcomes), law, fitted, visits.fit(outcomes))
 
 
 def cached(base_weights: str) -> Path:
@@ -290,16 +302,19 @@ def load(base_weights: str | None = None) -> Calibration | None:
     """
     shipped = _read(SHIPPED) if SHIPPED.exists() else None
     wanted = base_weights or (shipped.base_weights if shipped else None)
-    if wanted and (own := cached(wanted)).exists():
-        return _read(own)
+    if wanted and (own := cached(wanted)).exists() and (known := _read(own)) is not None:
+        return known
     return shipped if shipped and shipped.base_weights == wanted else None
 
 
-def _read(path: Path) -> Calibration:
+def _read(path: Path) -> Calibration | None:
+    """None of an older format: what its runs say is summarised anew by the next calibration."""
     try:
         fields = JsonFile(path, dict).load()
         if (found := fields.pop("format")) == FORMAT:
             return _calibration(fields)
+        if found < FORMAT:
+            return None
     except DAMAGED as error:  # hours of runs: said, not passed over as a cache would be
         raise InputError(f"{path} is not a calibration ({error!r}). Delete it and run loramem calibrate.") from None
     raise InputError(f"{path} has format {found}, this version of loramem reads {FORMAT}. Calibrate again.")
@@ -324,11 +339,12 @@ def _place(entry: dict[str, Any]) -> Place:
 
 
 def _boundary(entry: dict[str, Any]) -> PlacedBoundary:
-    fitted, found = entry["boundary"], entry["pace"]
+    law, fitted, found = entry["law"], entry["boundary"], entry["pace"]
     return PlacedBoundary(
         *_place(entry),
         entry["parameters_per_rank"],
         tuple(Outcome(**outcome) for outcome in entry["outcomes"]),
+        RankLaw(MemoryLaw.from_json(json.dumps(law["law"])), law["base_loss"]) if law else None,
         SuccessBoundary.from_json(json.dumps(fitted)) if fitted else None,
         Pace(**found) if found else None,
     )

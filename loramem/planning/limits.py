@@ -13,20 +13,19 @@ GoalName = Literal["fast", "small"]
 
 @dataclass(frozen=True)
 class Goal:
-    """What a write is planned for; measured, docs/engine.md."""
+    """What a write is planned for; measured, docs/law.md."""
 
-    density: float
-    """Bits of cost per parameter that the first rank is chosen for (without a boundary, for "small")."""
     probability: float
     """That no higher rank is needed, by the success boundary: "small" begins low, since growing costs seconds."""
-    min_rank: int
-    spends: bool
-    """Whether parameters are spent down to ``density`` where fewer would do, which saves steps."""
+    times: float
+    """That rank is the first one, since with rank to spare a write takes fewer steps."""
+    density: float
+    """Bits of cost per parameter that the rank is chosen for where no law is known."""
 
 
 GOALS: Mapping[GoalName, Goal] = {
-    "fast": Goal(density=0.08, probability=0.9, min_rank=16, spends=True),
-    "small": Goal(density=1.0, probability=0.1, min_rank=1, spends=False),
+    "fast": Goal(probability=0.95, times=2.0, density=0.08),
+    "small": Goal(probability=0.5, times=1.0, density=1.0),
 }
 
 

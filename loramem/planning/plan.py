@@ -4,10 +4,11 @@ Three ranks stand side by side for every adapter:
 
 1. optimistic: the values' cost at 2 bits per parameter, what language models reach with very many exposures
    (arXiv 2404.05405);
-2. law: where the memory law predicts a mean loss of 0.69 nats, the lowest that it is about, with an interval;
-3. what is used. For the goal "small" the least rank at which the success boundary expects nine writes of ten to certify
-   every token; for "fast" more, since a write of few bits per parameter takes fewer steps. Not above half the width of
-   the adapted modules: there more rank costs more per step and saves none (docs/engine.md).
+2. law: where as many different random tokens end at a mean loss of 0.69 nats, the lowest that the memory law is about,
+   with an interval (`loramem.planning.rank_law`);
+3. what is used: for the goal "small" the least rank at which the success boundary expects every token to be certified
+   as often as not; for "fast" more, since a write with rank to spare takes fewer steps (docs/law.md). Where no law is
+   known the values' cost at a constant density.
 
 A wrong rank costs time, not correctness: the writer raises it when progress stops. What no rank allowed can hold at
 3.6 bits per parameter (arXiv 2505.24832) is refused.
@@ -19,17 +20,15 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from loramem.errors import DoesNotFit, OutOfReach
+from loramem.errors import DoesNotFit
 from loramem.models.shard_sizes import Size, cut
-from loramem.planning.law import MemoryLaw
-from loramem.planning.law_fit import SATURATED
 from loramem.planning.limits import ANY_RANK, GOALS, GoalName, RankLimits, check_request
+from loramem.planning.rank_law import LawRank, RankLaw
 from loramem.planning.success import SuccessBoundary
 from loramem.planning.visits import Pace
 
 OPTIMISTIC_BITS, MOST_BITS = 2.0, 3.6  # of cost per parameter
 ADAPTER_BYTES, MATRIX_BYTES = 1400, 150  # of an adapter's files beside its weights: config, card; header per matrix
-WIDEST = 1024  # times the law's rank: the end of the search for its interval
 
 
 @dataclass(frozen=True)
@@ -39,10 +38,12 @@ class PlanInputs:
     parameters_per_rank: int
     matrices: int
     """A and B of every adapted module."""
+    law: RankLaw | None = None
     boundary: SuccessBoundary | None = None
-    law: MemoryLaw | None = None
+    calibrated: bool = False
+    """Whether the law is the base model's own."""
     kind: str | None = None
-    """Of the data: whose law it is, and how it is told what the boundary knows of kinds."""
+    """Of the data, as far as it is known."""
     pace: Pace | None = None
     seconds_per_visit: float | None = None
     """Of training, per answer token, measured on this machine."""
@@ -54,6 +55,10 @@ class PlanInputs:
     def size(self) -> Size:
         return Size(self.parameters_per_rank, self.matrices)
 
+    def success(self, rank: int, law_rank: LawRank) -> float | None:
+        """Probability that a write certifies every token at this rank; None where that is another base model's."""
+        return self.boundary.probability(rank, law_rank.rank) if self.calibrated and self.boundary else None
+
 
 @dataclass(frozen=True)
 class Price:
@@ -63,16 +68,8 @@ class Price:
     """See `loramem.planning.cost`."""
     base_loss: float
     """Nats per answer token."""
-
-
-@dataclass(frozen=True)
-class LawRank:
-    """Where the law predicts a mean loss of 0.69 nats."""
-
-    rank: float
-    low: float | None
-    """Where the upper end of the law's 90 % interval reaches it; None if at no rank near."""
-    high: float | None
+    vocabulary: float
+    """Effective, of answer and end tokens: see `loramem.planning.variety`."""
 
 
 @dataclass(frozen=True)
@@ -91,10 +88,10 @@ class ShardPlan:
     """Of its files, about."""
     base_loss: float
     """Nats per answer token."""
-    final_loss: float | None
-    """As the law predicts at this rank, at least 0. Below 0.69 the law extrapolates; None without a law."""
+    vocabulary: float
+    """Effective, of answer and end tokens."""
     success: float | None
-    """Probability that every token is certified without raising the rank; None without a boundary."""
+    """Probability that every token is certified without raising the rank; None without a calibration."""
     training_s: float | None
     """None where no write was timed on this machine."""
     optimistic_rank: int
@@ -110,9 +107,9 @@ class Plan:
     goal: GoalName
     shards: tuple[ShardPlan, ...]
     calibrated: bool
-    """Whether ranks rest on a success boundary of this base model and placement."""
+    """Whether ranks rest on a law of this base model and placement."""
     kind: str | None
-    """Kind of data whose law was asked."""
+    """Of the data, as far as it is known."""
     warnings: tuple[str, ...] = ()
     one_adapter: bool = False
     """Whether each namespace has one adapter, whatever it takes."""
@@ -166,7 +163,7 @@ def plan_write(
 ) -> Plan:
     """Cut records into shards of nearly equal size, in order, and choose each one's first rank.
 
-    Where a shard would need a higher rank than is allowed there are more and smaller ones.
+    Where a shard would need a higher rank than is allowed there are more and smaller ones, as long as they need less.
 
     Args:
         lengths: Answer tokens of each record.
@@ -183,24 +180,29 @@ def plan_write(
     check_request(goal, rank, limits)
     if one_adapter:
         return _one_adapter(lengths, price, inputs, goal, rank, limits)
-    least, tokens = 1, [length + 1 for length in lengths]
+    least, tokens, best = 1, [length + 1 for length in lengths], math.inf
+    holds = MOST_BITS * inputs.parameters_per_rank * limits.most
     while True:
-        ranges = cut(tokens, inputs.size.shard_tokens(), least)
-        prices = [price(first, last) for first, last in ranges]
-        needed = [
-            _needed(part.cost_bits, sum(lengths[a:b]), inputs, goal, rank)
-            for part, (a, b) in zip(prices, ranges, strict=True)
-        ]
-        wide = [need for need, (a, b) in zip(needed, ranges, strict=True) if need > limits.most and b - a > 1]
+        cuts = cut(tokens, inputs.size.shard_tokens(), least)
+        parts = [price(first, last) for first, last in cuts]
+        needs = [_needed(part, inputs, goal, rank) for part in parts]
+        several = [need for need, (first, last) in zip(needs, cuts, strict=True) if last - first > 1]
+        wide = max((need for need in several if need > limits.most), default=0)
+        settled = inputs.law is not None and all(part.cost_bits <= holds for part in parts)
+        if not settled or wide < best:
+            ranges, prices, needed = cuts, parts, needs
+            best = wide if settled else best
+        elif len(cuts) >= 2 * len(ranges):  # fewer records ask for as many different tokens: they may stay together
+            break
         if not wide:
             break
-        least = max(least, len(ranges))  # short records before a long one may stay together for some rounds
-        least = max(least + 1, math.ceil(least * min(max(wide) / limits.most, 4)))
+        least = max(least, len(cuts))  # short records before a long one may stay together for some rounds
+        least = max(least + 1, math.ceil(least * min(wide / limits.most, 4)))
     shards = [
         _shard(first, last - first, sum(lengths[first:last]), part, need, inputs, goal, rank, limits)
         for (first, last), part, need in zip(ranges, prices, needed, strict=True)
     ]
-    return Plan(goal, tuple(shards), inputs.boundary is not None, inputs.kind, _warnings(shards, inputs))
+    return Plan(goal, tuple(shards), inputs.calibrated, inputs.kind, _warnings(shards, inputs))
 
 
 def plan_groups(
@@ -239,7 +241,7 @@ def _one_adapter(
     limits: RankLimits,
 ) -> Plan:
     """All records in one shard, at the first placement whose features and ranks hold them, or else the last."""
-    plan = Plan(goal, (), inputs.boundary is not None, inputs.kind, _warnings((), inputs), one_adapter=True)
+    plan = Plan(goal, (), inputs.calibrated, inputs.kind, _warnings((), inputs), one_adapter=True)
     if not lengths:
         return plan
     whole, length = price(0, len(lengths)), sum(lengths)
@@ -248,55 +250,32 @@ def _one_adapter(
         inputs,
         *(PlanInputs(size.parameters_per_rank, size.matrices, kind=inputs.kind) for size in inputs.above),
     ]
-    tried = [
-        (rung, there, _needed(whole.cost_bits, length, there, goal, rank)) for rung, there in enumerate(placements)
-    ]
+    tried = [(rung, there, _needed(whole, there, goal, rank)) for rung, there in enumerate(placements)]
     fitting = [each for each in tried if each[1].size.carries(length + len(lengths)) and each[2] <= limits.most]
     rung, there, needed = [*fitting, tried[-1]][0]
     shard = replace(_shard(0, len(lengths), length, whole, needed, there, goal, rank, limits), rung=rung)
-    return replace(plan, shards=(shard,), calibrated=there.boundary is not None, warnings=_warnings([shard], there))
+    return replace(plan, shards=(shard,), calibrated=there.calibrated, warnings=_warnings([shard], there))
 
 
-def law_rank(law: MemoryLaw, base_loss: float, length: float) -> LawRank | None:
-    """The rank at which the law predicts a final loss of 0.69, with its 90 % interval; None where none does."""
-    target = base_loss - SATURATED
-    try:
-        rank = law.rank_for(target, length)
-    except OutOfReach:
-        return None
-
-    def reaches(end: int, factor: float) -> float | None:
-        """The first rank, from the law's upwards or downwards, at which this end of the interval is at the target."""
-
-        def beyond(at: float) -> bool:
-            value = law.predict_interval(at, length)[end]
-            return value >= target if factor > 1 else value <= target
-
-        # Far off the interval is wide and its lower end falls again: the search begins at the law's rank.
-        near = far = rank
-        while not beyond(far := near * factor):
-            near = far
-            if not 1 / WIDEST < far / rank < WIDEST:
-                return None
-        while max(far / near, near / far) > 1.0001:
-            middle = math.sqrt(near * far)
-            near, far = (near, middle) if beyond(middle) else (middle, far)
-        return far
-
-    return LawRank(rank, low=reaches(1, 0.5), high=reaches(0, 2.0))
-
-
-def _needed(cost_bits: float, length: int, inputs: PlanInputs, goal: GoalName, rank: int | None) -> int:
+def _needed(price: Price, inputs: PlanInputs, goal: GoalName, rank: int | None) -> int:
     """The least rank worth trying; the least that can hold it at all if the rank is given."""
-    least = math.ceil(cost_bits / (MOST_BITS * inputs.parameters_per_rank))
+    least = math.ceil(price.cost_bits / (MOST_BITS * inputs.parameters_per_rank))
     if rank is not None:
         return least
-    if inputs.boundary is not None:
-        wanted = inputs.boundary.rank_for_success(
-            length, cost_bits, inputs.parameters_per_rank, GOALS[goal].probability, inputs.kind
-        )
-        return max(least, wanted)
-    return math.ceil(cost_bits / (GOALS["small"].density * inputs.parameters_per_rank))
+    if inputs.law is not None and inputs.boundary is not None:
+        law_rank = inputs.law.rank(price.vocabulary).rank
+        return max(least, inputs.boundary.rank_for(GOALS[goal].probability, law_rank))
+    return math.ceil(price.cost_bits / (GOALS["small"].density * inputs.parameters_per_rank))
+
+
+def _first_rank(price: Price, needed: int, inputs: PlanInputs, goal: GoalName) -> int:
+    """The needed one and what a goal spares beside it."""
+    aim = GOALS[goal]
+    if inputs.law is not None and inputs.boundary is not None:
+        wanted = math.ceil(aim.times * needed)
+    else:
+        wanted = math.ceil(price.cost_bits / (aim.density * inputs.parameters_per_rank))
+    return max(needed, min(wanted, int(inputs.size.width / 2)), 1)
 
 
 def _shard(
@@ -319,13 +298,9 @@ def _shard(
             cost_bits=cost,
             rank=limits.most,
         )
-    aim = GOALS[goal]
-    wanted = max(needed, aim.min_rank)
-    if aim.spends:
-        wanted = max(wanted, min(math.ceil(cost / (aim.density * per_rank)), int(inputs.size.width / 2)))
-    chosen = rank or limits.at_least(max(wanted, 1))
+    chosen = rank or limits.at_least(_first_rank(price, needed, inputs, goal))
     parameters = chosen * per_rank
-    reduction = inputs.law.predict(chosen, length) if inputs.law else None
+    law_rank = inputs.law.rank(price.vocabulary) if inputs.law else None
     visits = inputs.pace.visits(parameters, cost) if inputs.pace else None
     return ShardPlan(
         first=first,
@@ -336,25 +311,20 @@ def _shard(
         parameters=parameters,
         size_bytes=4 * parameters + MATRIX_BYTES * inputs.matrices + ADAPTER_BYTES,
         base_loss=price.base_loss,
-        final_loss=None if reduction is None else max(0.0, price.base_loss - reduction),
-        success=inputs.boundary.probability(parameters, cost, length, inputs.kind) if inputs.boundary else None,
+        vocabulary=price.vocabulary,
+        success=inputs.success(chosen, law_rank) if law_rank else None,
         training_s=visits * length * inputs.seconds_per_visit if visits and inputs.seconds_per_visit else None,
         optimistic_rank=max(1, math.ceil(cost / (OPTIMISTIC_BITS * per_rank))),
-        law_rank=law_rank(inputs.law, price.base_loss, length) if inputs.law else None,
+        law_rank=law_rank,
     )
 
 
 def _warnings(shards: Sequence[ShardPlan], inputs: PlanInputs) -> tuple[str, ...]:
     said = []
-    if inputs.boundary is None:
-        said.append(
-            "This base model is uncalibrated at this placement: ranks are a cautious guess from the values' cost."
-        )
-    elif any(inputs.boundary.extrapolates(shard.parameters, shard.cost_bits, shard.length) for shard in shards):
-        said.append(
-            "No measured write had as many parameters per bit, or as few or many tokens: success is extrapolated."
-        )
-    found = [(shard.law_rank.rank, shard.length) for shard in shards if shard.law_rank]
-    if inputs.law and any(inputs.law.extrapolates(law_rank, length) for law_rank, length in found):
-        said.append("The law's ranks lie outside the ranks or lengths that were measured.")
+    if inputs.law is None:
+        said.append("No law of this placement is known: ranks are a cautious guess from the values' cost.")
+    elif not inputs.calibrated:
+        said.append("This base model is uncalibrated at this placement: ranks are those that loramem-tiny would take.")
+    if any(shard.law_rank.extrapolated for shard in shards if shard.law_rank):
+        said.append("The law's ranks lie outside the ranks or vocabularies that were measured.")
     return tuple(said)

@@ -20,6 +20,8 @@ from loramem.training.settings import ObjectiveName
 LAW_OBJECTIVE: ObjectiveName = "sft"
 KINDS = ("phonebook", "text", "mixed", "random")
 """Of generated data; runs with data of one's own name the file."""
+RANK_KIND = "random"
+"""Whose law ranks are chosen by: see `loramem.planning.rank_law`."""
 MIXTURES = ("text", "mixed", "random")
 """Long texts with more and more random tokens."""
 
@@ -56,6 +58,8 @@ class Run:
     """Training and both looks at all probabilities."""
     conditions: dict[str, Any]
     """Base model, its weights' hash, dtype, device, threads, torch and how it was trained."""
+    vocabulary: float | None = None
+    """Effective, of answer and end tokens (`loramem.planning.variety`); None in runs of older versions."""
 
     @classmethod
     def of(cls, fields: Mapping[str, Any]) -> "Run":

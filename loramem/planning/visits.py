@@ -9,8 +9,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from loramem.planning.success import MIN_COST_BITS
 from loramem.records.outcome import Outcome
+
+MIN_COST_BITS = 1.0
+"""A base model that knows the values already makes them cost nothing; a bit is the least that is counted."""
 
 # e = 0.5 ± 0.5 against a scatter of ± 0.3 in ln visits: writes of nearly one density say nothing about e, and a slope
 # through two of them can be anything. (0.3 / 0.5)² is the spread in ln density at which data and prior count alike.

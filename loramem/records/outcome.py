@@ -27,10 +27,14 @@ class Outcome:
     """Whether every token was."""
     visits: float | None = None
     """Times a record was trained on, on average."""
+    vocabulary: float | None = None
+    """Effective, of answer and end tokens (`loramem.planning.variety`); None where it was not noted."""
 
     def __post_init__(self) -> None:
         check_numbers(rank=self.rank, length=self.length, parameters=self.parameters)
         check_numbers(least=0.0, cost_bits=self.cost_bits)
+        if self.vocabulary is not None:
+            check_numbers(vocabulary=self.vocabulary)
 
 
 def check_numbers(*, least: float | None = None, **numbers: float) -> None:

@@ -24,6 +24,7 @@ from loramem.planning.base_calibration import known_of
 from loramem.planning.cost import costs_bits
 from loramem.planning.limits import RankLimits
 from loramem.planning.plan import Plan, PlanInputs, Price, plan_groups
+from loramem.planning.variety import effective_vocabulary
 from loramem.records.outcome import Outcome
 from loramem.records.prompts import EncodedRecord, encode_records
 from loramem.records.record import Record, deduplicate
@@ -127,7 +128,7 @@ class Planner:
 
         Args:
             limits: Ranks that adapters may have; those of the request unless given.
-            kind: Of data, whose law is asked; the calibrated one that costs most nearly as much if None.
+            kind: Of data; the calibrated one that costs most nearly as much if None.
             as_new: Plan as a new store would, with nothing learnt from the writes to this one.
             keep_features: See `base_probabilities`.
 
@@ -147,7 +148,8 @@ class Planner:
         def price(first: int, last: int) -> Price:
             tokens = [prob for each in probs[first:last] for prob in each]
             loss = -sum(math.log(max(prob, 1e-30)) for prob in tokens) / len(tokens)
-            return Price(sum(costs_bits(values[first:last], probs[first:last])), loss)
+            vocabulary = effective_vocabulary(token for entry in encoded[first:last] for token in entry.answer_ids)
+            return Price(sum(costs_bits(values[first:last], probs[first:last])), loss, vocabulary)
 
         learnt = [] if as_new else self.index.outcomes()
         whole = price(0, len(encoded)) if encoded else None
@@ -168,7 +170,7 @@ class Planner:
         """What a plan rests on: what is known of the base model and what this store's writes taught.
 
         Args:
-            price: Of ``length`` answer tokens, by which the law's kind is chosen unless it is given.
+            price: Of ``length`` answer tokens, by which their kind is told unless it is given.
             learnt: Outcomes of the store's writes.
         """
         base, model, place = self.adapted.base, self.adapted.model, (self.placement.modules, self.placement.layers)

@@ -113,7 +113,9 @@ def outcomes(planned: ShardPlan, placement: Placement, result: ShardResult, kind
     def outcome(rank: int, certified: bool, visits: float | None = None) -> Outcome:
         parameters = planned.parameters * rank // planned.rank
         known_as = kind or calibration.UNKNOWN
-        return Outcome(known_as, rank, planned.length, parameters, planned.cost_bits, certified, visits)
+        return Outcome(
+            known_as, rank, planned.length, parameters, planned.cost_bits, certified, visits, planned.vocabulary
+        )
 
     if planned.rung:
         return []
