@@ -13,7 +13,17 @@ from loramem.models import shard_sizes
 from loramem.models.placement import Placement
 from loramem.suites import runner
 
-from .benchmarks import density, endpoint_load, llama_cpp, rounding, shard_size, warm_recall, write_grid
+from .benchmarks import (
+    density,
+    endpoint_load,
+    first_rank,
+    first_rank_rules,
+    llama_cpp,
+    rounding,
+    shard_size,
+    warm_recall,
+    write_grid,
+)
 from .benchmarks.command import command
 from .benchmarks.whole_write import make_deep, timed_write
 from .conftest import numbers
@@ -178,3 +188,53 @@ def test_llama_cpp_is_asked_on_each_file_of_a_base(
         ("tiny-qwen3-F16.gguf", "3/3"),
     ]
     assert float(rows[0][3]) == pytest.approx(float(rows[0][4]), abs=0.01)
+
+
+def test_a_job_is_trained_at_one_rank_after_the_other_until_one_fails(base: Path, tmp_path: Path) -> None:
+    lines, table = lines_of("tests.benchmarks.first_rank", base, tmp_path / "first-rank.jsonl")
+    (result,) = (line["result"] for line in lines)
+    (shard,) = result["shards"]
+    assert (shard["length"], shard["tokens"]) == (20, 22)  # two phone numbers and their end tokens
+    assert 5 < shard["vocabulary"] <= shard["distinct"] <= 11
+    assert [trial["rank"] for trial in result["trials"]] == [8, 2][: len(result["trials"])]
+    assert result["trials"][0]["certified"]
+    assert "| fast: law of loramem-tiny | tiny-qwen3 | 1 | 1/1 |" in table
+    assert "| small: law | tiny-qwen3 |" not in table  # nothing is known of it
+
+
+def job(shards: tuple[float, ...] = (100.0,)) -> dict:
+    """A job that takes rank 4, in shards of these vocabularies."""
+    trials = [{"rank": rank, "certified": rank >= 4, "cpu_s": 10.0 / rank, "stopped": False} for rank in (8, 4, 2)]
+    return {
+        "cell": {"model": "loramem-tiny", "ladder": [1, 2, 4, 8, 16]},
+        "result": {
+            "shards": [{"vocabulary": each, "cost_bits": 1000.0, "length": 100} for each in shards],
+            "trials": trials,
+            "parameters_per_rank": 500,
+        },
+    }
+
+
+@pytest.mark.parametrize(
+    ("asked", "rank", "certified", "cpu_s"),
+    [(1, 1, False, 5.0), (2, 2, False, 5.0), (2.1, 4, True, 2.5), (7, 8, True, 1.25), (9, 16, True, 1.25)],
+)
+def test_a_rule_is_judged_by_the_trial_of_its_rank(asked: float, rank: int, certified: bool, cpu_s: float) -> None:
+    found = first_rank_rules.choose(job(), lambda *_: asked)
+    assert found == first_rank_rules.Choice(rank, 4, certified, cpu_s)
+
+
+def test_the_highest_rank_of_a_jobs_shards_counts_and_a_rule_may_have_no_answer() -> None:
+    found = first_rank_rules.choose(job((3.0, 7.0, 1.0)), lambda shard, _: shard["vocabulary"])
+    assert found is not None and found.rank == 8
+    assert first_rank_rules.choose(job((3.0, 7.0)), lambda shard, _: None if shard["vocabulary"] > 5 else 1) is None
+
+
+def test_the_density_in_hindsight_is_the_highest_that_certifies_enough() -> None:
+    lines = [job()] * 3  # rank 4 is half a bit per parameter
+    density = first_rank_rules._densest(lines)
+    assert 0.5 <= density < 1.0 and all(
+        (choice := first_rank_rules.choose(line, first_rank_rules._dense(density))) and choice.certified
+        for line in lines
+    )
+    assert first_rank.MIDDLE in first_rank.LADDER
