@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -133,6 +134,35 @@ def test_the_first_write_calibrates_and_the_next_does_not(
         monkeypatch.setattr(base_calibration, "calibrate_base", lambda *_: pytest.fail("calibrated again"))
         store.write({"another": "1234"})
         assert store.recall("another") == "1234"
+
+
+def test_the_first_write_of_an_unknown_base_plans_by_its_own_law_and_certifies_at_its_first_rank(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(base_calibration, "FILLS", {"random": (0.1, 0.5, 0.25)})
+    with MemoryStore(tmp_path / "m", str(base)) as store:
+        records = numbers(6, 8)
+        plan = store.plan(records)
+        assert plan.calibrated and plan.success is not None
+        assert store.write(records).rank == plan.shards[0].rank
+        assert [outcome.certified for outcome in store.outcomes()] == [True]
+
+
+def test_a_calibration_that_time_cut_short_goes_on_at_the_next_plan(
+    base: Path, tmp_path: Path, few_points: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with MemoryStore(tmp_path / "m", str(base)) as store:
+        with monkeypatch.context() as hurried:
+            hurried.setattr(base_calibration, "calibrate_base", partial(calibrate_base, budget_s=0.0))
+            store.plan(numbers(2))
+        known = calibration.load(store.base.fingerprint.weights[:12])
+        assert known is not None and not known.complete
+        store.plan(numbers(2))
+        known = calibration.load(store.base.fingerprint.weights[:12])
+        assert known is not None and known.complete
+        assert "is calibrated further, once" in caplog.text
+        monkeypatch.setattr(base_calibration, "calibrate_base", lambda *_: pytest.fail("calibrated again"))
+        store.plan(numbers(2))
 
 
 @pytest.mark.parametrize("off", ["argument", "environment", "default", "option"])
