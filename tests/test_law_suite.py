@@ -133,7 +133,7 @@ def test_shipped_runs_give_the_table_of_the_documentation() -> None:
     runs = [run for run in read_runs(shipped_file()) if run.modules == ("o_proj",)]
     table = memory_law.table(lines(*runs, shipped=True))
     fits = {row[0].partition(",")[0]: row for row in table.rows if not row[0].startswith("mixtures")}
-    documented = (Path(__file__).parent.parent / "docs" / "law.md").read_text()
+    documented = (Path(__file__).parent.parent / "docs" / "lab" / "law.md").read_text()
     for kind, row in fits.items():
         shown = " | ".join((*row[:5], *row[9:17]))
         assert f"| {shown} |" in documented, kind
