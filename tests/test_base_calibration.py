@@ -17,6 +17,7 @@ from loramem.planning import base_calibration, calibration
 from loramem.planning.base_calibration import calibrate_base
 from loramem.planning.calibration import outcomes_of
 from loramem.planning.feature_runs import converged_losses
+from loramem.planning.feature_samples import FeatureSample
 from loramem.planning.runs import default_file, read_runs
 
 from .conftest import numbers
@@ -67,8 +68,7 @@ def test_an_unknown_base_is_calibrated_where_writes_begin(
 
 
 def test_a_shorter_length_is_a_prefix_with_the_end_token_last(adapted: AdaptedModel) -> None:
-    samples = base_calibration._samples(adapted, adapted.ladder[0], 60.0)
-    for sample in samples:
+    for sample, _ in base_calibration._samples(adapted, adapted.ladder[0], 60.0):
         short = sample.prefix(30)
         assert short.length == 30
         assert torch.equal(short.features.entering, sample.features.entering[: len(short.features)])
@@ -82,7 +82,7 @@ def test_a_shorter_length_is_a_prefix_with_the_end_token_last(adapted: AdaptedMo
 
 def test_more_rank_and_more_steps_end_lower(adapted: AdaptedModel) -> None:
     placement = adapted.ladder[0]
-    sample = base_calibration._samples(adapted, placement, 60.0)[0].prefix(40)
+    sample = base_calibration._samples(adapted, placement, 60.0)[0][0].prefix(40)
 
     def mean(rank: int, steps: int) -> float:
         return float(converged_losses(adapted, sample.features, rank, placement, steps=steps).mean())
@@ -96,7 +96,7 @@ def test_more_rank_and_more_steps_end_lower(adapted: AdaptedModel) -> None:
 def test_what_was_interrupted_goes_on_point_by_point(
     adapted: AdaptedModel, few_points: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run_point, made = base_calibration._run, []
+    run_point, made = FeatureSample.run, []
 
     def stop_after_two(*arguments: object) -> object:
         if len(made) == 2:
@@ -104,17 +104,17 @@ def test_what_was_interrupted_goes_on_point_by_point(
         made.append(run_point(*arguments))
         return made[-1]
 
-    monkeypatch.setattr(base_calibration, "_run", stop_after_two)
+    monkeypatch.setattr(FeatureSample, "run", stop_after_two)
     with pytest.raises(KeyboardInterrupt):
         calibrate_base(adapted)
     assert read_runs(default_file()) == made
     assert calibration.load(weights_of(adapted)) is None
-    monkeypatch.setattr(base_calibration, "_run", run_point)
+    monkeypatch.setattr(FeatureSample, "run", run_point)
     calibrate_base(adapted)
     runs = read_runs(default_file())
     assert runs[:2] == made
     assert len({one.identity for one in runs}) == len(runs) > 2
-    monkeypatch.setattr(base_calibration, "_run", lambda *_: pytest.fail("a point was made again"))
+    monkeypatch.setattr(FeatureSample, "run", lambda *_: pytest.fail("a point was made again"))
     calibrate_base(adapted)
 
 

@@ -10,6 +10,7 @@ import torch
 from loramem_cli import main
 
 from loramem.errors import InputError
+from loramem.models.adapters import AdaptedModel
 from loramem.models.base_model import BaseModel, load_base_model
 from loramem.models.placement import Placement
 from loramem.planning import calibrate
@@ -78,6 +79,15 @@ def test_runs_are_kept_as_they_come_and_never_made_twice(
     assert read_runs(out) == runs
     monkeypatch.setattr(calibrate, "train_adapter", lambda *_, **__: pytest.fail("a finished run was made again"))
     assert calibrate.calibrate(loaded, request, out) == runs
+
+
+def test_behind_the_last_attention_a_run_is_one_over_features(loaded: BaseModel, tmp_path: Path) -> None:
+    grid = replace(request_of(loaded, (1,), (30,)), placement=Placement.ladder(loaded.model)[0])
+    (run,) = calibrate.calibrate(loaded, grid, tmp_path / "runs.jsonl")
+    assert run.over_features and run.for_law and "learning_rate" not in run.conditions
+    assert run.identity == calibrate.Bench(AdaptedModel(loaded), grid, 30).identity(1)
+    assert 0 < run.final_loss < run.base_loss
+    assert calibrate.calibrate(loaded, grid, tmp_path / "runs.jsonl") == [run]
 
 
 def test_another_rate_is_another_run(loaded: BaseModel, tmp_path: Path, quick: None) -> None:

@@ -70,6 +70,15 @@ def cell(base: Path, **fields: object) -> memory_law.Cell:
     return memory_law.Cell(**{**known, **fields}, model=str(base), device="cpu")
 
 
+class Failing:
+    """In the place of what makes a run."""
+
+    def __init__(self, *_: object, **__: object) -> None:
+        pytest.fail("made")
+
+    of = __init__
+
+
 def test_a_run_that_ships_is_read_and_any_other_made(
     base: Path, tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -85,7 +94,8 @@ def test_a_run_that_ships_is_read_and_any_other_made(
     assert again["shipped"]
     assert again["run"]["final_loss"] == 0.125
 
-    monkeypatch.setattr(calibrate, "train_adapter", lambda *_, **__: pytest.fail("made"))
+    for name in ("train_adapter", "FeatureSample"):
+        monkeypatch.setattr(calibrate, name, Failing)
     for other in ({"rank": 1}, {"length": 40}, {"seed": 1}, {"layer": 1}, {"module": "down_proj"}):
         with pytest.raises(pytest.fail.Exception, match="made"):
             memory_law.run(cell(base, **other))

@@ -12,42 +12,24 @@
 """
 
 import logging
-import math
 import os
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from itertools import accumulate
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
-from typing import Any
-
-import torch
-from torch import Tensor
 
 from loramem._util.out_of_memory import is_out_of_memory
 from loramem.errors import LoramemError, UnsupportedBaseModel
 from loramem.models.adapters import AdaptedModel
-from loramem.models.ending import Ending
 from loramem.models.features import Features
 from loramem.models.placement import Placement
 from loramem.planning import calibration
 from loramem.planning.calibrate import bare_calibration, base_conditions, encode_sample
 from loramem.planning.calibration import Calibration, cached, summarise
-from loramem.planning.cost import costs_bits
-from loramem.planning.feature_runs import RATE, STEPS, converged_losses
-from loramem.planning.runs import (
-    LAW_OBJECTIVE,
-    Run,
-    append_run,
-    default_file,
-    identity,
-    read_runs,
-    shipped_file,
-)
-from loramem.planning.variety import effective_vocabulary
+from loramem.planning.feature_samples import CONDITIONS, FeatureSample
+from loramem.planning.runs import LAW_OBJECTIVE, append_run, default_file, identity, read_runs, shipped_file
 from loramem.records.prompts import EncodedRecord
-from loramem.training.settings import WriterSettings
 from loramem.training.shard_training import NOT_UNDERSTOOD, features_of
 
 log = logging.getLogger(__name__)
@@ -120,9 +102,9 @@ def calibrate_base(adapted: AdaptedModel, runs: Path | None = None, *, budget_s:
         raise UnsupportedBaseModel(f"{type(base.model).__name__} has no placement behind its last attention.")
     samples = _samples(adapted, placement, FEATURE_SHARE * budget_s / len(FILLS))
     known = {run.identity: run for run in (*read_runs(shipped_file()), *read_runs(out))}
-    conditions = _conditions(adapted)
+    conditions = {**base_conditions(base), "objective": LAW_OBJECTIVE, **CONDITIONS}
     paces = list[float]()  # seconds per position of the points that were made
-    for sample, length in _lengths_in_turn(samples):
+    for sample, length in _in_turn(samples):
         prefix = sample.prefix(length)
         for rank in RANKS:
             name = identity(sample.kind, rank, prefix.length, 0, placement.modules, placement.layers, conditions)
@@ -133,7 +115,7 @@ def calibrate_base(adapted: AdaptedModel, runs: Path | None = None, *, budget_s:
                     log.info("no time left for rank %d of %d tokens of %s", rank, prefix.length, sample.kind)
                     cut_short = True
                     break
-                known[name] = run = _run(adapted, prefix, rank, placement, conditions)
+                known[name] = run = prefix.run(adapted, rank, placement, conditions)
                 append_run(out, run)
                 paces.append(run.elapsed_s / len(prefix.features))
                 log.info(
@@ -148,59 +130,11 @@ def calibrate_base(adapted: AdaptedModel, runs: Path | None = None, *, budget_s:
     return found
 
 
-@dataclass(frozen=True)
-class _Sample:
-    """Records of one kind with their features."""
-
-    kind: str
-    values: tuple[tuple[int, ...], ...]
-    """Answer tokens of each record, its end token last."""
-    features: Features
-    base_losses: Tensor
-    """(N,) nats."""
-    lengths: tuple[int, ...]
-    """That points are made of, in answer tokens, in their order."""
-
-    @property
-    def length(self) -> int:
-        """Answer tokens, end tokens not among them."""
-        return sum(len(value) - 1 for value in self.values)
-
-    @property
-    def is_answer(self) -> Tensor:
-        """(N,) whether a position is not that of an end token."""
-        ends = torch.tensor(list(accumulate(map(len, self.values)))) - 1
-        answers = torch.ones(len(self.features), dtype=torch.bool)
-        answers[ends] = False
-        return answers.to(self.base_losses.device)
-
-    def prefix(self, length: int) -> "_Sample":
-        """The first records with as many answer tokens; of a single long one its beginning, then the end token."""
-        if len(self.values) > 1:
-            ends = list(accumulate(len(value) - 1 for value in self.values))
-            count = next(count for count, end in enumerate(ends, start=1) if end >= length)
-            positions = sum(map(len, self.values[:count]))
-            return replace(
-                self,
-                values=self.values[:count],
-                features=self.features.first(positions),
-                base_losses=self.base_losses[:positions],
-            )
-        (value,) = self.values
-        cut = self.features.first(length + 1)
-        targets = cut.targets.clone()
-        targets[-1] = value[-1]
-        return replace(
-            self,
-            values=((*value[:length], value[-1]),),
-            features=replace(cut, targets=targets),
-            base_losses=self.base_losses[: length + 1],
-        )
-
-
-def _samples(adapted: AdaptedModel, placement: Placement, budget_s: float) -> list[_Sample]:
-    """Of every kind, as long as the base's context and ``budget_s`` seconds of frozen passes allow."""
-    width, found, refused = placement.size(adapted.model).width, [], None
+def _samples(adapted: AdaptedModel, placement: Placement, budget_s: float) -> list[tuple[FeatureSample, Sequence[int]]]:
+    """Of every kind, as long as the base's context and ``budget_s`` seconds of frozen passes allow, with the lengths
+    that points are made of, in their order."""
+    width, refused = placement.size(adapted.model).width, None
+    found = list[tuple[FeatureSample, Sequence[int]]]()
     for kind, fills in FILLS.items():
         lengths = list(dict.fromkeys(max(MIN_TOKENS, round(fill * width)) for fill in fills))
         if kind != "phonebook":  # one text, which the context has to hold
@@ -212,12 +146,8 @@ def _samples(adapted: AdaptedModel, placement: Placement, budget_s: float) -> li
             refused = error
             continue
         records, features = _collect(adapted, records, placement, budget_s)
-        with adapted.disabled():
-            losses, _ = Ending(adapted.model, features).scores()
-        values = tuple(tuple(record.answer_ids) for record in records)
-        held = sum(len(value) - 1 for value in values)
-        usable = tuple(length for length in lengths if length <= held) or (held,)
-        found.append(_Sample(kind, values, features, losses, usable))
+        sample = FeatureSample.of(adapted, kind, records, features)
+        found.append((sample, [length for length in lengths if length <= sample.length] or [sample.length]))
     if not found and refused is not None:
         raise refused
     return found
@@ -241,48 +171,9 @@ def _collect(
     return records[:done], Features.joined(parts)
 
 
-def _lengths_in_turn(samples: list[_Sample]) -> Iterator[tuple[_Sample, int]]:
+def _in_turn(
+    samples: Sequence[tuple[FeatureSample, Sequence[int]]],
+) -> Iterator[tuple[FeatureSample, int]]:
     """The lengths of all kinds: the first of each, then the second."""
-    for place in range(max((len(sample.lengths) for sample in samples), default=0)):
-        yield from ((sample, sample.lengths[place]) for sample in samples if place < len(sample.lengths))
-
-
-def _run(adapted: AdaptedModel, sample: _Sample, rank: int, placement: Placement, conditions: dict[str, Any]) -> Run:
-    started = time.monotonic()
-    losses = converged_losses(adapted, sample.features, rank, placement)
-    elapsed_s = time.monotonic() - started
-    answers = sample.is_answer
-    before, after = sample.base_losses[answers], losses[answers]
-    probs = torch.exp(-before).split([len(value) - 1 for value in sample.values])
-    cost = sum(costs_bits([value[:-1] for value in sample.values], [each.tolist() for each in probs]))
-    return Run(
-        kind=sample.kind,
-        rank=rank,
-        length=sample.length,
-        seed=0,
-        modules=placement.modules,
-        layers=placement.layers,
-        records=len(sample.values),
-        parameters=rank * placement.parameters_per_rank(adapted.model),
-        bits=round(float((before / math.log(2) - 1).clamp(min=0).sum()), 1),
-        cost_bits=round(cost, 1),
-        base_loss=float(before.mean()),
-        final_loss=float(after.mean()),
-        ordered=round(float((after < math.log(2)).float().mean()), 4),
-        certified=float(losses.max()) <= -math.log(WriterSettings.certify_threshold),
-        steps=STEPS,
-        visits=STEPS * len(sample.values),
-        training_s=round(elapsed_s, 2),
-        elapsed_s=round(elapsed_s, 2),
-        conditions=conditions,
-        vocabulary=effective_vocabulary(token for value in sample.values for token in value),
-    )
-
-
-def _conditions(adapted: AdaptedModel) -> dict[str, Any]:
-    return {
-        **base_conditions(adapted.base),
-        "objective": LAW_OBJECTIVE,
-        "feature_rate": RATE,
-        "feature_steps": STEPS,
-    }
+    for place in range(max((len(lengths) for _, lengths in samples), default=0)):
+        yield from ((sample, lengths[place]) for sample, lengths in samples if place < len(lengths))

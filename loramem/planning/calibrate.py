@@ -2,7 +2,8 @@
 
 The law is about plain cross-entropy trained until it no longer improves. The writer does that when its objective is
 "sft" and it is not allowed to begin again: its rate halves whenever the loss has not fallen by 1 % for a while, and it
-ends when that happened several times without effect. With any other objective a run is a write as the store does it,
+ends when that happened several times without effect. Behind the last attention it is a run over features
+(`loramem.planning.feature_runs`). With any other objective a run is a write as the store does it,
 except that the rank stays and training never begins again: it ends when every token is certified or progress stops,
 which is what the success boundary is fitted to. The ranks of one length share one trunk.
 """
@@ -31,6 +32,7 @@ from loramem.models.placement import Placement
 from loramem.models.trunk import Trunk
 from loramem.planning.calibration import Calibration
 from loramem.planning.cost import costs_bits
+from loramem.planning.feature_samples import CONDITIONS, FeatureSample
 from loramem.planning.long_text import long_text
 from loramem.planning.rank_law import KindSamples, Sample
 from loramem.planning.runs import KINDS, LAW_OBJECTIVE, Run, append_run, identity, read_runs
@@ -269,13 +271,17 @@ class Bench:
             TrainingDiverged: NaN or Inf; training of the law does not begin again.
         """
         grid, started = self.grid, time.monotonic()
+        if grid.objective == LAW_OBJECTIVE and self.features is not None:
+            alike = self.features[0].to(self.adapted.model.dtype)
+            sample = FeatureSample.of(self.adapted, grid.kind, self.records, alike)
+            return sample.run(self.adapted, rank, grid.placement, self.conditions, grid.seed)
         before, _ = self._probabilities()
         settings = WriterSettings(objective=grid.objective, max_rank=rank, seed=grid.seed)
         schedule = NetworkSchedule(restarts=0)
         if grid.objective == LAW_OBJECTIVE:
             patience = max(IDLE_PASSES, math.ceil(IDLE_STEPS / self.steps_per_pass))
             schedule = NetworkSchedule(grid.learning_rate, patience, restarts=0)
-        if grid.objective == LAW_OBJECTIVE or self.features is None:
+        if self.features is None:
             placement, trunk = grid.placement, self.trunk
             training = train_adapter(
                 self.adapted, "run", self.records, rank, placement, settings, trunk=trunk, schedule=schedule
@@ -334,12 +340,13 @@ def _tokens(records: Iterable[EncodedRecord]) -> Iterator[int]:
 
 
 def _conditions(base: BaseModel, grid: CalibrationGrid) -> dict[str, Any]:
-    law_training: dict[str, Any] = {"learning_rate": grid.learning_rate, "converged": [IDLE_PASSES, IDLE_STEPS]}
-    if grid.objective != LAW_OBJECTIVE:
-        law_training = {"learning_rate": NetworkSchedule.learning_rate}
-        if grid.placement in Placement.ladder(base.model)[:-1]:
-            law_training = {"feature_rate": WriterSettings.feature_rate}
-    return {**base_conditions(base), "objective": grid.objective, **law_training}
+    behind, law = grid.placement in Placement.ladder(base.model)[:-1], grid.objective == LAW_OBJECTIVE
+    training: dict[str, Any] = {"learning_rate": grid.learning_rate if law else NetworkSchedule.learning_rate}
+    if behind:
+        training = CONDITIONS if law else {"feature_rate": WriterSettings.feature_rate}
+    elif law:
+        training["converged"] = [IDLE_PASSES, IDLE_STEPS]
+    return {**base_conditions(base), "objective": grid.objective, **training}
 
 
 def base_conditions(base: BaseModel) -> dict[str, Any]:
