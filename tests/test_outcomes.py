@@ -50,6 +50,13 @@ def test_a_write_leaves_one_outcome_per_shard_at_its_planned_rank(base: Path, tm
         assert again.outcomes()[:2] == found
 
 
+def test_a_plan_counts_how_many_different_tokens_a_shard_asks_for(base: Path, tmp_path: Path) -> None:
+    with MemoryStore(tmp_path / "memory", str(base)) as store:
+        for values, various in ((["1"], 2), (["12", "21"], 3), (["123456", "654321"] * 2, 7)):  # and the end token
+            [shard] = store.plan({f"key {number}": value for number, value in enumerate(values)}).shards
+            assert various - 0.1 < shard.vocabulary <= various
+
+
 def test_the_size_of_an_adapter_is_what_was_planned(base: Path, tmp_path: Path) -> None:
     with MemoryStore(tmp_path / "memory", str(base)) as store:
         [shard] = store.plan(numbers(4), rank=16).shards
