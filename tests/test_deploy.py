@@ -252,7 +252,7 @@ def test_a_folder_that_exists_is_left_alone(store: MemoryStore, tmp_path: Path) 
 def test_damage_is_not_deployed(store: MemoryStore, tmp_path: Path) -> None:
     shutil.copytree(store.path, tmp_path / "memory")
     adapter = store.adapters()[1].id
-    flip_bit(tmp_path / "memory" / "adapters" / adapter / "adapter_model.safetensors", 50_000)
+    flip_bit(tmp_path / "memory" / "adapters" / adapter / "adapter_model.safetensors", 12_000)
     with MemoryStore(tmp_path / "memory", create=False) as copy:
         for ask in (lambda: copy.deploy("peft", tmp_path / "out"), copy.check):
             with pytest.raises(IntegrityError, match=adapter):
