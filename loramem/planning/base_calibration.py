@@ -40,11 +40,12 @@ FIRST_POINTS = 3
 """That are made whatever the ones before them took, as long as the budget is not spent."""
 FEATURE_SHARE = 0.4
 """Of the budget, for collecting features."""
-FILLS = {"random": (1 / 48, 0.22, 0.1, 1 / 22, 0.5, 1.0), "phonebook": (0.1, 0.5)}
+FILLS = {"random": (0.0, 0.22, 0.1, 1 / 22, 0.5, 1.0), "phonebook": (0.1, 0.5)}
 """Answer tokens by the mean width of the adapted module, in the order in which points are made: a range, what lies
 within it, and what lies beyond. Every random token is another; all phone numbers ask for eleven."""
 RANKS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 MIN_TOKENS = 10
+"""About as many as there are digits: the law has to reach down to them."""
 SWITCH = "LORAMEM_CALIBRATE"
 """Environment variable: 1 calibrates base models at their first write or plan."""
 
