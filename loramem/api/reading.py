@@ -179,7 +179,7 @@ class Memory:
 
         Args:
             limits: Ranks that adapters may have.
-            kind: Of data, whose memory law is asked; the calibrated one that costs most nearly as much if None.
+            kind: Of data, whose pace is told; the calibrated one that costs most nearly as much if None.
             one_adapter: As in `MemoryStore.write`.
 
         Raises:
