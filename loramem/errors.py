@@ -20,7 +20,11 @@
     │   ├── DoesNotFit                no adapter of the ranks allowed can hold the values
     │   ├── TrainingDiverged          NaN or Inf came back at every lower learning rate
     │   └── UnfinishedWrite           a journalled write waits to be resumed or discarded
-    ├── WorkerLost                    a worker process ended in the middle of a write; it can be resumed
+    ├── WorkerError                   of the processes that train for a write, which stays journalled once it began
+    │   ├── WorkerLost                a worker process ended in the middle of a write; it can be resumed
+    │   ├── NoWorkers                 there is nobody to train
+    │   ├── OtherRelease              a worker has another release of a library that decides what adapters are
+    │   └── RefusedResult             what a worker returned is not what it was asked for
     ├── StoreError
     │   ├── StoreNotFound             there is no store at this path
     │   ├── StoreFormatError          not a store, or one of a newer format
@@ -55,7 +59,7 @@
 Every error carries its facts as attributes, so that callers never parse its text.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 
@@ -232,8 +236,32 @@ class TrainingDiverged(WriteError):
         self.step, self.learning_rate = step, learning_rate
 
 
-class WorkerLost(LoramemError):
+class WorkerError(LoramemError):
+    """Processes that were to train for a write did not."""
+
+
+class WorkerLost(WorkerError):
     """A worker process ended in the middle of a write, which stays journalled."""
+
+
+class NoWorkers(WorkerError):
+    """There are no workers to run on, or none any more."""
+
+
+class OtherRelease(WorkerError):
+    """A worker has another release of a library. Attributes ``expected``, ``got`` (by name), ``host``."""
+
+    def __init__(self, message: str, *, expected: Mapping[str, str], got: Mapping[str, str], host: str) -> None:
+        super().__init__(message)
+        self.expected, self.got, self.host = dict(expected), dict(got), host
+
+
+class RefusedResult(WorkerError):
+    """What a worker returned is not the adapter that it was asked for. Attribute ``what``."""
+
+    def __init__(self, message: str, *, what: str) -> None:
+        super().__init__(message)
+        self.what = what
 
 
 class UnfinishedWrite(WriteError):

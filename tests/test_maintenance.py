@@ -137,7 +137,7 @@ def test_namespaces_and_ways_of_writing_are_compacted_apart(store: MemoryStore) 
 
 
 def test_a_record_that_cannot_be_certified_again_leaves_everything_as_it_was(store: MemoryStore, monkeypatch) -> None:
-    from loramem.training.shards import ShardResult
+    from loramem.training.jobs import ShardResult
 
     def in_vain(jobs, *_: object) -> list[object]:
         return [ShardResult((), tuple(range(len(job.records)))) for job in jobs]

@@ -254,12 +254,17 @@ def serialize(weights: dict[str, Tensor], base: BaseModel, placement: Placement)
     """
     tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in sorted(weights.items())}
     rank = next(len(tensor) for name, tensor in tensors.items() if ".lora_A." in name)
-    config = portable_config(rank, placement, base.id, base.revision)
     return {
         WEIGHTS: save(tensors, metadata={"format": "pt"}),
-        CONFIG: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),
+        CONFIG: config_content(rank, placement, base.id, base.revision),
         CARD: _card(base.id, rank).encode(),
     }
+
+
+def config_content(rank: int, placement: Placement, base_id: str, revision: str | None) -> bytes:
+    """`portable_config` as it is saved."""
+    config = portable_config(rank, placement, base_id, revision)
+    return (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
 
 
 def portable_config(rank: int, placement: Placement, base_id: str, revision: str | None) -> dict[str, Any]:

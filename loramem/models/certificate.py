@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
+from loramem._util.hardware import hardware
 from loramem.errors import RecallError
 from loramem.models.batches import Batches, answer_logits, group_by_length, per_position, shuffled, token_losses
 from loramem.models.decoding import DECODE_RECORDS, DECODE_TOKENS, decode_records, forced_batch
@@ -34,7 +35,7 @@ class Proof:
     min_probs: tuple[float, ...]
     """Per record, in the order given: the lowest teacher-forced probability of its answer tokens and end token."""
     conditions: dict[str, object]
-    """dtypes, device, batch shapes and torch version the proof holds for; JSON-able."""
+    """dtypes, device and what it is, batch shapes and torch version the proof holds for; JSON-able."""
 
     @property
     def min_prob(self) -> float:
@@ -112,6 +113,7 @@ def prove(
         {
             "dtypes": dtypes,
             "device": model.device.type,
+            "hardware": hardware(model.device.type),
             "torch": torch.__version__,
             "decoded_batches": found.batch_sizes,
         },

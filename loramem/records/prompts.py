@@ -160,6 +160,11 @@ class EncodedRecord:
     prompt: Mapping[str, Any] | None = None
     """What the index keeps of the prompt (`loramem.records.chat.Chat.kept`); None for a plain prompt."""
 
+    def bare(self) -> "EncodedRecord":
+        """What training reads of it: no metadata, nothing that the index keeps of the prompt."""
+        record = self.record
+        return replace(self, record=Record(record.key, record.value, record.namespace), prompt=None)
+
     @property
     def length(self) -> int:
         """ℓ, the number of answer tokens; the end token is not counted (the paper's accounting)."""

@@ -148,12 +148,8 @@ def compact(
         RecallError, IntegrityError: A value that the index does not keep did not come back; nothing changed.
     """
     started = time.monotonic()
-    written = [session.index.written(shard.id for shard in group) for group in groups]
-    requests = [group[0].request for group in groups]
-    records, adapters = install(
-        session,
-        [rewrite(session, *each, progress, executor) for each in zip(written, requests, strict=True)],
-    )
+    written = [(session.index.written(shard.id for shard in group), group[0].request, None) for group in groups]
+    records, adapters = install(session, rewrite(session, written, progress, executor))
     commit_records(session.index, records, adapters)
     log_event("compacted", adapters=len(adapters), records=len(records))
     clean(session.store, session.index)
@@ -180,30 +176,39 @@ class Rewritten:
 
 def rewrite(
     session: Session,
-    before: Sequence[StoredRecord],
-    request: WriteRequest,
+    groups: Sequence[tuple[Sequence[StoredRecord], WriteRequest, Mapping[Identity, str] | None]],
     progress: "ProgressCallback | None",
     executor: Executor | None,
-    values: Mapping[Identity, str] | None = None,
-) -> Rewritten:
-    """Train records of one namespace into new adapters.
+) -> list[Rewritten]:
+    """Train groups of records, each of one namespace, into new adapters.
 
     Args:
-        values: By namespace and key; as the index or the weights give them if None.
+        groups: Records, how they are to be written, and their values by namespace and key; as the index or the weights
+            give them if None.
 
     Raises as `compact`.
     """
+    from loramem.store.write import Training
     from loramem.store.written import stubborn
 
-    if values is None:
-        values = session.reader.values(before)
-    kept = {(record.namespace, record.key): record.prompt for record in before if record.prompt is not None}
-    encoded = session.planner.encode([Record(r.key, values[r.namespace, r.key], r.namespace) for r in before], kept)
-    plan = session.planner.plan(encoded, request, as_new=True)
-    trained = session.transaction.train(encoded, plan, request.settings, progress, executor)
-    if trained.given_up:
-        raise stubborn(trained.given_up, request.settings.max_rank, len(encoded) if request.one_adapter else None)
-    return Rewritten(before, request, trained)
+    wanted = list[Training]()
+    for before, request, values in groups:
+        if values is None:
+            values = session.reader.values(before)
+        kept = {(record.namespace, record.key): record.prompt for record in before if record.prompt is not None}
+        records = [Record(r.key, values[r.namespace, r.key], r.namespace) for r in before]
+        encoded = session.planner.encode(records, kept)
+        plan = session.planner.plan(encoded, request, as_new=True, executor=executor)
+        wanted.append(Training(encoded, plan, request.settings))
+    made = list[Rewritten]()
+    for (before, request, _), trained in zip(
+        groups, session.transaction.train(wanted, progress, executor), strict=True
+    ):
+        if trained.given_up:
+            of = len(before) if request.one_adapter else None
+            raise stubborn(trained.given_up, request.settings.max_rank, of)
+        made.append(Rewritten(before, request, trained))
+    return made
 
 
 def install(session: Session, rewritten: Iterable[Rewritten]) -> tuple[list[StoredRecord], list[StoredAdapter]]:

@@ -6,17 +6,14 @@ Nothing is changed here, and nothing trained.
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor
 from itertools import groupby
 from typing import Any
-
-import torch
 
 from loramem.errors import ConflictingRecord, PromptCollision
 from loramem.index.index import Index
 from loramem.index.rows import prompt_digest
 from loramem.models.adapters import AdaptedModel
-from loramem.models.decoding import answer_probabilities
-from loramem.models.ending import Ending
 from loramem.models.placement import Placement
 from loramem.models.shard_sizes import cut_groups
 from loramem.planning import calibration, timings
@@ -30,8 +27,10 @@ from loramem.records.prompts import EncodedRecord, encode_records
 from loramem.records.record import Record, deduplicate
 from loramem.store.manifest import Manifest
 from loramem.store.request import OnConflict, WriteRequest
-from loramem.training.shard_training import features_of
-from loramem.training.trainer import autocast_dtype
+from loramem.training.executors import completed
+from loramem.training.jobs import JobBase, PricingJob, releases
+from loramem.training.pricing import base_probabilities
+from loramem.training.worker import price as price_in_worker
 
 log = logging.getLogger(__name__)
 
@@ -42,12 +41,19 @@ class Planner:
     Args:
         calibrate: Whether the first plan calibrates a base model that nothing is known of; see
             `loramem.planning.base_calibration.is_wanted`.
+        device: That jobs of other processes run on, as it was asked for: "auto" leaves them the choice.
     """
 
     def __init__(
-        self, index: Index, manifest: Manifest, adapted: AdaptedModel, *, calibrate: bool | None = None
+        self,
+        index: Index,
+        manifest: Manifest,
+        adapted: AdaptedModel,
+        *,
+        calibrate: bool | None = None,
+        device: str = "auto",
     ) -> None:
-        self.index, self.adapted, self.calibrate = index, adapted, calibrate
+        self.index, self.adapted, self.calibrate, self.device = index, adapted, calibrate, device
         self.template, self.placement = manifest.template(), manifest.placed()
 
     def admit(self, records: Sequence[Record], on_conflict: OnConflict = "error") -> tuple[list[EncodedRecord], int]:
@@ -123,6 +129,7 @@ class Planner:
         *,
         as_new: bool = False,
         keep_features: bool = False,
+        executor: Executor | None = None,
     ) -> Plan:
         """Shards and ranks for encoded records.
 
@@ -130,7 +137,8 @@ class Planner:
             limits: Ranks that adapters may have; those of the request unless given.
             kind: Of data; the calibrated one that costs most nearly as much if None.
             as_new: Plan as a new store would, with nothing learnt from the writes to this one.
-            keep_features: See `base_probabilities`.
+            keep_features: For a training in this process, which follows: see `base_probabilities`.
+            executor: Asks the base model about the values; this process does if None.
 
         Raises:
             DoesNotFit: See `plan_write`.
@@ -139,11 +147,15 @@ class Planner:
         sizes = [len(list(group)) for _, group in groups]
         values = [entry.answer_ids[:-1] for entry in encoded]
         most = None if request.one_adapter else self.placement.size(self.adapted.model).shard_tokens()
-        probs = [
-            prob
-            for first, last in cut_groups(sizes, [len(entry.answer_ids) for entry in encoded], most)
-            for prob in self.base_probabilities(encoded[first:last], keep_features=keep_features)
-        ]
+        ranges = cut_groups(sizes, [len(entry.answer_ids) for entry in encoded], most)
+        if executor is None:
+            parts = [
+                base_probabilities(self.adapted, encoded[first:last], self.placement, keep_features=keep_features)
+                for first, last in ranges
+            ]
+        else:
+            parts = self._asked(encoded, ranges, executor)
+        probs = [prob for part in parts for prob in part]
 
         def price(first: int, last: int) -> Price:
             tokens = [prob for each in probs[first:last] for prob in each]
@@ -165,6 +177,18 @@ class Planner:
             limits=limits or request.limits,
             one_adapter=request.one_adapter,
         )
+
+    def _asked(
+        self, encoded: Sequence[EncodedRecord], ranges: Sequence[tuple[int, int]], executor: Executor
+    ) -> list[list[list[float]]]:
+        """`base_probabilities` of each range of records, by an executor's processes."""
+        base, here = JobBase.of(self.adapted.base, self.device), releases()
+        jobs = (
+            PricingJob(base, tuple(entry.bare() for entry in encoded[first:last]), self.placement, here)
+            for first, last in ranges
+        )
+        found = dict(completed(executor, price_in_worker, jobs))
+        return [found[number] for number in range(len(ranges))]
 
     def plan_inputs(self, price: Price | None, length: int, kind: str | None, learnt: Sequence[Outcome]) -> PlanInputs:
         """What a plan rests on: what is known of the base model and what this store's writes taught.
@@ -192,22 +216,3 @@ class Planner:
         """The store's placement and those that hold more."""
         ladder = self.adapted.ladder
         return ladder[ladder.index(self.placement) :] if self.placement in ladder else [self.placement]
-
-    def base_probabilities(self, encoded: Sequence[EncodedRecord], *, keep_features: bool = False) -> list[list[float]]:
-        """Probability of every answer token under the plain base, of records that are trained together.
-
-        Args:
-            keep_features: For this training, which follows.
-        """
-        adapted = self.adapted
-        if (features := features_of([adapted], encoded, self.placement)) is not None:
-            if keep_features:
-                adapted.kept_features.keep(encoded, features[0])
-            with adapted.disabled():
-                losses, _ = Ending(adapted.model, features[0]).scores()
-            answers = torch.exp(-losses).split([len(entry.answer_ids) for entry in encoded])
-            return [each[:-1].tolist() for each in answers]
-        cast = autocast_dtype(adapted.base.device)  # an estimate may be half precise
-        with adapted.disabled(), torch.autocast(adapted.base.device.type, cast, enabled=cast is not None):
-            probs = dict(answer_probabilities(adapted.model, encoded))
-        return [probs[index][:-1].tolist() for index in range(len(encoded))]

@@ -63,13 +63,13 @@ def repair(
     started, index = time.monotonic(), session.index
     _check_database(index)
     damage = assess(session)
-    rewritten = []
-    for adapter, group in damage.records.items():
-        request = damage.requests.get(adapter, WriteRequest())
-        for namespace in sorted({record.namespace for record in group}):
-            mine = [record for record in group if record.namespace == namespace]
-            rewritten.append(rewrite(session, mine, request, progress, executor, damage.values))
-    records, adapters = install(session, rewritten)
+    groups = [
+        ([record for record in group if record.namespace == namespace], damage.requests.get(adapter, WriteRequest()))
+        for adapter, group in damage.records.items()
+        for namespace in sorted({record.namespace for record in group})
+    ]
+    wanted = [(group, request, damage.values) for group, request in groups]
+    records, adapters = install(session, rewrite(session, wanted, progress, executor))
     commit_repair(index, records, adapters, [(r.namespace, r.key) for r in damage.lost] if drop_lost else [])
     log_event("repaired", records=len(records), lost=len(damage.lost), missing=damage.missing)
     clean(session.store, index)

@@ -129,7 +129,8 @@ class Session:
         """Admits records and plans their adapters."""
         from loramem.store.planner import Planner
 
-        return Planner(self.index, self.manifest, self.adapted, calibrate=self._options.calibrate)
+        options = self._options
+        return Planner(self.index, self.manifest, self.adapted, calibrate=options.calibrate, device=options.device)
 
     @cached_property
     def transaction(self) -> "Transaction":

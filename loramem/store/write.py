@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Executor
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 from statistics import mean
 
@@ -29,11 +30,21 @@ from loramem.store.request import OnConflict, WriteRequest
 from loramem.store.staging import clean, take_back
 from loramem.store.written import Trained, Written, misrecalled_alone, more_careful, report_of, stubborn
 from loramem.training.executors import run_jobs
+from loramem.training.jobs import JobBase, ShardJob, releases
 from loramem.training.progress import ProgressCallback
 from loramem.training.settings import WriterSettings
-from loramem.training.shards import ShardJob, stored_adapter
+from loramem.training.shards import stored_adapter
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Training:
+    """Records that are to be trained, and how."""
+
+    encoded: Sequence[EncodedRecord]
+    plan: Plan
+    settings: WriterSettings
 
 
 @dataclass(frozen=True)
@@ -79,7 +90,7 @@ class Transaction:
         if not encoded:
             return WriteReport.nothing(skipped)
         started = time.monotonic()
-        plan = self.planner.plan(encoded, request, keep_features=executor is None)
+        plan = self.planner.plan(encoded, request, keep_features=executor is None, executor=executor)
         write_id = self.index.begin_write(
             (entry.record for entry in encoded), {**request.to_json(), "plan": asdict(plan)}
         )
@@ -98,7 +109,7 @@ class Transaction:
         if "plan" in pending.request:  # what a plan would come to now may differ, and nothing that was finished fit it
             plan = Plan.of(pending.request["plan"])
         else:  # an older journal
-            plan = self.planner.plan(encoded, request, keep_features=executor is None)
+            plan = self.planner.plan(encoded, request, keep_features=executor is None, executor=executor)
         return self._finish(Journalled(pending.id, encoded, plan, request), 0, started, progress, executor)
 
     def _finish(
@@ -115,7 +126,7 @@ class Transaction:
         """
         request, plan, learnt = write.request, write.plan, list[Outcome]()
         try:
-            trained = self.train(write.encoded, plan, request.settings, progress, executor)
+            (trained,) = self.train([Training(write.encoded, plan, request.settings)], progress, executor)
             learnt = trained.outcomes
             if trained.given_up and not (request.partial and trained.written):
                 of = len(write.encoded) if plan.one_adapter else None
@@ -147,67 +158,65 @@ class Transaction:
         return replace(report, beside=self._beside(report.adapters)) if plan.one_adapter else report
 
     def train(
-        self,
-        encoded: Sequence[EncodedRecord],
-        plan: Plan,
-        settings: WriterSettings,
-        progress: ProgressCallback | None,
-        executor: Executor | None,
-    ) -> Trained:
-        """Train and prove every shard of a plan; what was staged for the same records before is taken as it is.
+        self, wanted: Sequence[Training], progress: ProgressCallback | None, executor: Executor | None
+    ) -> list[Trained]:
+        """Train and prove every shard of several plans, side by side; what was staged for the same records before is
+        taken as it is.
 
         Raises:
             TrainingDiverged, RecallError: See `write_shard`.
         """
         take_back(self.store, self.index)
-        make_directory(self.store / STAGING)
-        jobs = self._jobs(plan, encoded, settings)
+        staging = self.store / STAGING
+        make_directory(staging)
+        jobs = [job for each in wanted for job in self._jobs(each)]
         try:
             served = {dtype: self._served(dtype) for dtype in self.serve}
             while True:
-                results = run_jobs(jobs, self.adapted, served, executor, progress)  # those done before are found done
-                trained = Trained.of(jobs, plan, results, self.placement)
-                refused = misrecalled_alone(trained.written, [self.adapted, *served.values()])
-                if refused is None:
+                results = run_jobs(jobs, staging, self.adapted, served, executor, progress)  # those done are found done
+                made, trained = iter(zip(jobs, results, strict=True)), list[Trained]()
+                for each in wanted:
+                    mine = list(islice(made, len(each.plan.shards)))
+                    trained.append(Trained.of(staging, each.encoded, each.plan, mine, self.placement))
+                models = [self.adapted, *served.values()]
+                refused = [found for each in trained if (found := misrecalled_alone(each.written, models)) is not None]
+                if not refused:
                     break
-                written, error = refused
-                log.info("%s; its shard is trained again with more caution", error)
-                jobs[jobs.index(written.job)] = more_careful(written, error)
+                for written, error in refused:
+                    log.info("%s; its shard is trained again with more caution", error)
+                    jobs[jobs.index(written.job)] = more_careful(written, error)
         finally:
             self.adapted.deactivate()
             self.adapted.kept_features.clear()
-        log_event("trained", shards=len(jobs), records=len(encoded))
+        log_event("trained", shards=len(jobs), records=sum(len(each.encoded) for each in wanted))
         return trained
 
     def install(self, written: Sequence[Written], request: WriteRequest) -> list[StoredAdapter]:
         """Put proved adapters, synced in staging, where the rows that are committed next will look for them."""
         target = self.store / ADAPTERS
         make_directory(target)
-        rows = [stored_adapter(one.job, one.shard, one.cost_bits, request.kept) for one in written]
+        rows = [stored_adapter(one.job, one.shard, one.folder, one.cost_bits, request.kept) for one in written]
         for one in written:
-            rename_directory(one.job.folder / one.shard.adapter, target / one.shard.adapter)
+            rename_directory(one.folder, target / one.shard.adapter)
         log_event("installed", adapters=len(rows))
         return rows
 
-    def _jobs(self, plan: Plan, encoded: Sequence[EncodedRecord], settings: WriterSettings) -> list[ShardJob]:
-        base, ladder = self.adapted.base, self.planner.ladder()
+    def _jobs(self, wanted: Training) -> list[ShardJob]:
+        base, ladder, here = JobBase.of(self.adapted.base, self.planner.device), self.planner.ladder(), releases()
         return [
             ShardJob(
-                location=base.location,
-                base_id=base.id,
-                revision=base.revision,
-                device=str(base.device),
-                dtype=base.dtype,
-                fingerprint=base.fingerprint,
+                base=base,
                 serve=self.serve,
-                records=tuple(encoded[planned.first : planned.first + planned.records]),
+                records=tuple(
+                    entry.bare() for entry in wanted.encoded[planned.first : planned.first + planned.records]
+                ),
                 rank=planned.rank,
                 placement=ladder[planned.rung],
-                settings=settings,
-                staging=self.store / STAGING,
-                one_adapter=plan.one_adapter,
+                settings=wanted.settings,
+                one_adapter=wanted.plan.one_adapter,
+                releases=here,
             )
-            for planned in plan.shards
+            for planned in wanted.plan.shards
         ]
 
     def _beside(self, adapters: Collection[str]) -> int:

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from operator import itemgetter
+from pathlib import Path
 
 from loramem.errors import RecallError, StubbornRecords
 from loramem.models.adapters import AdaptedModel
@@ -14,7 +15,9 @@ from loramem.planning.plan import Plan, ShardPlan
 from loramem.records.outcome import Outcome
 from loramem.records.prompts import EncodedRecord
 from loramem.results import WriteReport
-from loramem.training.shards import CAUTION, ShardJob, ShardResult, TrainedShard
+from loramem.training.jobs import ShardJob, ShardResult, TrainedShard
+from loramem.training.shards import CAUTION
+from loramem.training.staged import folder_of
 
 
 @dataclass(frozen=True)
@@ -22,12 +25,12 @@ class Written:
     """A proved shard, the job that made it, and what its values cost in bits."""
 
     job: ShardJob
+    folder: Path
+    """Of its files, in staging."""
+    records: Sequence[EncodedRecord]
+    """Those that it holds, with all that training did not read."""
     shard: TrainedShard
     cost_bits: float
-
-    @property
-    def records(self) -> list[EncodedRecord]:
-        return [self.job.records[index] for index in self.shard.indices]
 
     def proved(self) -> Iterator[tuple[EncodedRecord, float]]:
         """Its records with their certificates."""
@@ -45,20 +48,32 @@ class Trained:
 
     @classmethod
     def of(
-        cls, jobs: Sequence[ShardJob], plan: Plan, results: Sequence[ShardResult], placement: Placement
+        cls,
+        staging: Path,
+        encoded: Sequence[EncodedRecord],
+        plan: Plan,
+        made: Sequence[tuple[ShardJob, ShardResult]],
+        placement: Placement,
     ) -> "Trained":
         """
         Args:
+            made: For each shard of the plan.
             placement: See `outcomes`.
         """
-        planned = list(zip(jobs, plan.shards, results, strict=True))
+        planned = [(job, one, result) for one, (job, result) in zip(plan.shards, made, strict=True)]
         return cls(
             [
-                Written(job, shard, one.cost_bits * len(shard.indices) / one.records)
+                Written(
+                    job,
+                    folder_of(staging, job) / shard.adapter,
+                    [encoded[one.first + index] for index in shard.indices],
+                    shard,
+                    one.cost_bits * len(shard.indices) / one.records,
+                )
                 for job, one, result in planned
                 for shard in result.shards
             ],
-            [job.records[index] for job, _, result in planned for index in result.failed],
+            [encoded[one.first + index] for _, one, result in planned for index in result.failed],
             [outcome for _, one, result in planned for outcome in outcomes(one, placement, result, plan.kind)],
         )
 
@@ -82,7 +97,7 @@ def misrecalled_alone(written: Sequence[Written], models: Sequence[AdaptedModel]
         (one, adapted), adapter = runs[run], runs[run][0].shard.adapter
         if len(one.records) == 1:
             continue
-        adapted.load(adapter, one.job.folder / adapter)
+        adapted.load(adapter, one.folder)
         try:
             prove_alone(adapted.model, [entry for _, entry, _ in found], adapter, adapted.dtypes)
         except RecallError as error:

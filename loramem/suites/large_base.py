@@ -188,29 +188,23 @@ def _write_shard(
     records: "Sequence[EncodedRecord]",
     placement: "Placement",
     settings: "WriterSettings",
-    staging: Path,
+    folder: Path,
 ) -> Result:
     """How many records a write puts into adapters, and what it says where it gives up."""
     from loramem.errors import RecallError, StubbornRecords
-    from loramem.training.shards import ShardJob, write_shard
+    from loramem.training.jobs import JobBase, ShardJob
+    from loramem.training.shards import write_shard
 
-    base = adapted.base
     job = ShardJob(
-        location=base.location,
-        base_id=base.id,
-        revision=None,
-        device=str(base.device),
-        dtype=base.dtype,
-        fingerprint=base.fingerprint,
+        base=JobBase.of(adapted.base),
         serve=(),
         records=tuple(records),
         rank=RANK,
         placement=placement,
         settings=settings,
-        staging=staging,
     )
     try:
-        shards = write_shard(job, adapted).shards
+        shards = write_shard(job, folder, adapted).shards
     except (RecallError, StubbornRecords) as error:
         return {"written": 0, "refused": str(error)}
     where = [asdict(shard.placement) for shard in shards]  # further up the ladder, or through the network

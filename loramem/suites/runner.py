@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 from loramem import embedded
+from loramem._util.hardware import processor
 from loramem.suites.figures import HeatMap, Plot
 from loramem.training.processes import end_with_parent, usable_cores
 
@@ -265,18 +266,6 @@ def machine(request: SuiteOptions) -> dict[str, Any]:
 def public_name(model: str) -> str:
     """A base model as results name it: a local one by its last name, since paths are nobody else's business."""
     return Path(model).resolve().name if Path(model).exists() else model
-
-
-def processor() -> str:
-    """The processor's name, as the system gives it, and its vector instructions: clouds give several one name."""
-    from torch.backends.cpu import get_cpu_capability
-
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        name = platform.processor() or platform.machine()
-    return f"{name} ({get_cpu_capability()})"
 
 
 @contextmanager

@@ -1,64 +1,173 @@
-"""Shard jobs, one after the other in this process or side by side in an executor's."""
+"""Jobs, one after the other in this process or side by side in an executor's."""
 
+import logging
 import multiprocessing
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
+import queue
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import BrokenExecutor, CancelledError, Executor, Future, ProcessPoolExecutor
+from contextlib import closing, contextmanager
 from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import TypeVar
 
 import torch
 
-from loramem.errors import ArgumentError, WorkerLost
+from loramem.errors import ArgumentError, NoWorkers, WorkerLost
 from loramem.models.adapters import AdaptedModel
 from loramem.models.dtypes import Dtype
+from loramem.training import staged
+from loramem.training.jobs import ShardJob, ShardResult
 from loramem.training.processes import end_with_parent, usable_cores
 from loramem.training.progress import ProgressCallback, WriteProgress
-from loramem.training.shards import ShardJob, ShardResult, run_job, write_shard
+from loramem.training.shards import write_shard
+from loramem.training.worker import run_job
+
+log = logging.getLogger(__name__)
+
+IN_FLIGHT = 256
+"""Jobs that somebody else's executor holds at a time: enough for its workers, and no whole write in its queues."""
+QUEUED = 2
+"""Jobs per slot of a cluster: one that is run, and one that waits beside it."""
+POLL_S = 5.0
+"""How often a cluster is looked at while nothing comes back from it."""
+GONE_S = 60.0
+"""A cluster that lost its last worker has so long to get another."""
+
+_Item = TypeVar("_Item")
+_Answer = TypeVar("_Answer")
+
+
+class ClusterExecutor(Executor, ABC):
+    """Runs functions on machines that may come and go.
+
+    Attributes:
+        place: What it is, in messages.
+        lost: What its futures raise where a worker went with a job, as often as the cluster tries again.
+    """
+
+    place: str
+    lost: tuple[type[BaseException], ...]
+
+    @abstractmethod
+    def slots(self) -> int:
+        """Jobs that can run side by side now; 0 without workers."""
+
+    def wait_for_workers(self, wait_s: float) -> None:
+        """
+        Raises:
+            NoWorkers: There are none after so many seconds.
+        """
+        until = time.monotonic() + wait_s
+        if self.slots() == 0 and wait_s:
+            log.warning("%s has no workers yet; waiting %.0f s for one", self.place, wait_s)
+        while self.slots() == 0:
+            if time.monotonic() >= until:
+                raise NoWorkers(
+                    f"{self.place} has no workers. Start some, and wait for them if that takes time (wait_s, --wait)."
+                )
+            time.sleep(min(1.0, max(until - time.monotonic(), 0.05)))
 
 
 def run_jobs(
     jobs: Sequence[ShardJob],
+    staging: Path,
     adapted: AdaptedModel,
     served: Mapping[Dtype, AdaptedModel],
     executor: Executor | None = None,
     progress: ProgressCallback | None = None,
 ) -> list[ShardResult]:
-    """Results of the jobs, in their order.
+    """Results of the jobs, in their order; each is staged as soon as it is there, and one that was is taken as it is.
 
     Args:
+        staging: Folder of the write.
         adapted: The model that runs them in this process, if there is no executor.
         served: The same in other dtypes; see `write_shard`.
-        executor: Runs `run_job` on each; its processes must find the base model and the staging folder.
+        executor: Runs `loramem.training.worker.run_job` on each; its processes must find the base model.
         progress: Told of every step in this process, and of every finished shard.
 
-    Raises as `run_job`, at the first job that fails; jobs that have not begun are cancelled.
+    Raises as `run_job`, at the first job that fails; those that have not begun are cancelled.
 
     Raises:
         WorkerLost: A worker process was killed, or ran out of memory.
+        RefusedResult: See `loramem.training.staged.keep`.
     """
+    results = {number: done for number, job in enumerate(jobs) if (done := staged.find(staging, job)) is not None}
+    left = [number for number in range(len(jobs)) if number not in results]
+
+    def tell(number: int) -> None:
+        if progress is not None:
+            progress(_finished(jobs, number + 1, results[number]))
+
+    for number in sorted(results):
+        tell(number)
     if executor is None:
-        results = []
-        for number, job in enumerate(jobs, start=1):
-            results.append(write_shard(job, adapted, _numbered(progress, number, jobs), served))
-            if progress is not None:
-                progress(_finished(jobs, number, results[-1]))
-        return results
-    futures = {executor.submit(run_job, job): number for number, job in enumerate(jobs, start=1)}
+        for number in left:
+            job, told = jobs[number], _numbered(progress, number + 1, jobs)
+            results[number] = write_shard(job, staged.folder_of(staging, job), adapted, told, served)
+            staged.finish(staging, job, results[number])
+            tell(number)
+        return [results[number] for number in range(len(jobs))]
+    with closing(completed(executor, run_job, (jobs[number] for number in left))) as deliveries:
+        for place, delivery in deliveries:
+            number = left[place]
+            results[number] = staged.keep(staging, jobs[number], delivery)
+            tell(number)
+    return [results[number] for number in range(len(jobs))]
+
+
+def completed(
+    executor: Executor, function: Callable[[_Item], _Answer], items: Iterable[_Item]
+) -> Generator[tuple[int, _Answer]]:
+    """What a function gives for each item, with the item's place, as the answers come; few are submitted ahead.
+
+    Raises as the function, at the first item that fails; those that have not begun are cancelled, as they are when the
+    caller asks for no more.
+
+    Raises:
+        WorkerLost: A worker process ended, and no other could do its work.
+    """
+    cluster = executor if isinstance(executor, ClusterExecutor) else None
+    lost: tuple[type[BaseException], ...] = (BrokenExecutor, CancelledError)
+    lost += () if cluster is None else cluster.lost
+    # A queue: `concurrent.futures.wait` would look at every future each time that one is done.
+    running, done = dict[Future[_Answer], int](), queue.SimpleQueue[Future[_Answer]]()
+    waiting, most, seen = enumerate(items), _window(cluster), time.monotonic()
     try:
-        for future in as_completed(futures):
-            number = futures[future]
-            if progress is not None:
-                progress(_finished(jobs, number, future.result()))
-            future.result()
-    except BrokenExecutor as error:
+        while True:
+            for number, item in islice(waiting, max(0, most - len(running))):
+                future = executor.submit(function, item)
+                running[future] = number
+                future.add_done_callback(done.put)
+            if not running:
+                return
+            try:
+                future = done.get(timeout=POLL_S if cluster is not None else None)
+            except queue.Empty:
+                if cluster is not None and cluster.slots() > 0:
+                    most, seen = _window(cluster), time.monotonic()
+                elif cluster is not None:
+                    log.warning("%s has no workers left; %d jobs wait for one", cluster.place, len(running))
+                    if time.monotonic() - seen > GONE_S:
+                        raise BrokenExecutor(f"{cluster.place} has had no workers for {GONE_S:.0f} s") from None
+                continue
+            seen = time.monotonic()
+            yield running.pop(future), future.result()
+    except lost as error:
         raise WorkerLost(
-            "A worker process ended in the middle of its shard (killed, or out of memory). Nothing was committed; "
-            "finished shards are kept: go on with loramem write --resume, with fewer --workers."
+            f"A worker process ended in the middle of its job (killed, or out of memory; {type(error).__name__}). "
+            "Nothing was committed. A write that is journalled goes on with loramem write --resume, its finished shards "
+            "kept; else write again, with fewer workers where memory is short."
         ) from error
     finally:
-        for future in futures:
+        for future in running:
             future.cancel()
-    return [future.result() for future in futures]
+
+
+def _window(cluster: ClusterExecutor | None) -> int:
+    return IN_FLIGHT if cluster is None else max(1, QUEUED * cluster.slots())
 
 
 @contextmanager
