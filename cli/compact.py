@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 )
 @click.option("--all", "which", flag_value="all", help="Rewrite every adapter, whether it pays or not.")
 @options.change_options
-@options.workers_option
+@options.workers_options
 def command(
     which: "CompactChoice | None",
     store: options.StoreOptions,
     as_json: bool,
-    workers: int | None,
+    workers: options.WorkerOptions,
 ) -> None:
     """Rewrite small and half-dead adapters of the store (./memory unless named) from the frozen base, in one commit.
 
@@ -31,10 +31,10 @@ def command(
     """
     with (
         store.open() as opened,
-        options.pool(workers) as pool,
+        workers.executor(store.wait_s) as executor,
         write_bar() as progress,
     ):
-        report = opened.compact(which=which or "advised", progress=progress, executor=pool)
+        report = opened.compact(which=which or "advised", progress=progress, executor=executor)
     if as_json:
         print_json(report)
     elif report.adapters_before:

@@ -10,13 +10,13 @@ from .progress import write_bar
 @click.command("erase")
 @click.argument("keys", nargs=-1, required=True, metavar="KEY…")
 @options.change_options
-@options.workers_option
+@options.workers_options
 @options.namespace_option
 def command(
     keys: tuple[str, ...],
     store: options.StoreOptions,
     as_json: bool,
-    workers: int | None,
+    workers: options.WorkerOptions,
     namespace: str,
 ) -> None:
     """Delete records of the store (./memory unless named) for real, with every earlier version and their history.
@@ -26,10 +26,10 @@ def command(
     """
     with (
         store.open() as opened,
-        options.pool(workers) as pool,
+        workers.executor(store.wait_s) as executor,
         write_bar() as progress,
     ):
-        report = opened.erase(keys, namespace, progress=progress, executor=pool)
+        report = opened.erase(keys, namespace, progress=progress, executor=executor)
     if as_json:
         print_json(report)
     else:

@@ -77,6 +77,7 @@ def cli(verbose: bool) -> None:
     logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s", handlers=[Notes()])
     if not verbose:  # a minute at a first write is said, whatever else is not
         logging.getLogger("loramem.planning.base_calibration").setLevel(logging.WARNING)
+        logging.getLogger("loramem.training.executors").setLevel(logging.WARNING)  # nor that a cluster has no workers
 
 
 COMMANDS = (

@@ -80,10 +80,18 @@ _WAIT = click.option(
     type=click.FloatRange(min=0),
     default=0.0,
     metavar="SECONDS",
-    help="Wait so long for another process that is writing; by default not at all.",
+    help="Wait so long for another process that is writing, and for the first worker; by default not at all.",
 )
 _WORKERS = click.option(
     "--workers", type=click.IntRange(1), help="Write shards in this many processes, which share the cores."
+)
+_DASK = click.option(
+    "--dask",
+    metavar="ADDRESS|local:N",
+    help="Write shards on a Dask cluster: its scheduler's address, or local:N for N processes of this machine.",
+)
+_RAY = click.option(
+    "--ray", metavar="auto|ADDRESS", help="Write shards on a Ray cluster, an actor for each GPU, or CPU without any."
 )
 _ONE_ADAPTER = click.option(
     "--one-adapter",
@@ -139,6 +147,41 @@ class StoreOptions:
                 opened.close()
                 raise
             return opened
+
+
+@dataclass(frozen=True)
+class WorkerOptions:
+    """Who trains beside this process; one of them at most."""
+
+    processes: int | None = None
+    dask: str | None = None
+    ray: str | None = None
+
+    @contextmanager
+    def executor(self, wait_s: float) -> "Iterator[Executor | None]":
+        """None for this process alone.
+
+        Raises:
+            NoWorkers: A cluster has nobody for so many seconds.
+            ArgumentError: The extra is not installed.
+        """
+        if self.processes is not None:
+            from loramem import process_pool
+
+            with process_pool(self.processes) as pool:
+                yield pool
+        elif self.dask is not None:
+            from loramem import dask_executor
+
+            with dask_executor(self.dask, wait_s=wait_s) as cluster:
+                yield cluster
+        elif self.ray is not None:
+            from loramem import ray_executor
+
+            with ray_executor(self.ray, wait_s=wait_s) as cluster:
+                yield cluster
+        else:
+            yield None
 
 
 @dataclass(frozen=True)
@@ -249,9 +292,16 @@ def namespace_option(command: Command) -> Command:
     return _NAMESPACE(command)
 
 
-def workers_option(command: Command) -> Command:
-    """--workers alone."""
-    return _WORKERS(command)
+def workers_options(command: Command) -> Command:
+    """--workers, --dask and --ray, as ``workers``, `WorkerOptions`."""
+
+    @wraps(command)
+    def with_workers(*, workers: int | None, dask: str | None, ray: str | None, **others: Any) -> Any:
+        if sum(each is not None for each in (workers, dask, ray)) > 1:
+            raise click.UsageError("Give one of --workers, --dask and --ray.")
+        return command(workers=WorkerOptions(workers, dask, ray), **others)
+
+    return _WORKERS(_DASK(_RAY(with_workers)))
 
 
 def runs_option(command: Command) -> Command:
@@ -320,18 +370,6 @@ def named_values(given: Sequence[str]) -> dict[str, str]:
         if not name or not equals:
             raise click.UsageError(f"--meta takes NAME=VALUE, not {text!r}.")
     return {name: value for name, _, value in pairs}
-
-
-@contextmanager
-def pool(workers: int | None) -> "Iterator[Executor | None]":
-    """An executor of so many processes; None for this process alone."""
-    if workers is None:
-        yield None
-        return
-    from loramem import process_pool
-
-    with process_pool(workers) as pool:
-        yield pool
 
 
 def placement(model: "PreTrainedModel", modules: str | None, layers: str | None) -> "Placement":

@@ -12,12 +12,12 @@ RECALL_INCOMPLETE = 3
 @click.command("repair")
 @click.option("--drop-lost", is_flag=True, help="Delete the records whose value nobody knows any more.")
 @options.change_options
-@options.workers_option
+@options.workers_options
 def command(
     drop_lost: bool,
     store: options.StoreOptions,
     as_json: bool,
-    workers: int | None,
+    workers: options.WorkerOptions,
 ) -> None:
     """Write damaged adapters and rows of the store (./memory unless named) anew from the values it keeps.
 
@@ -25,10 +25,10 @@ def command(
     """
     with (
         store.open() as opened,
-        options.pool(workers) as pool,
+        workers.executor(store.wait_s) as executor,
         write_bar() as progress,
     ):
-        report = opened.repair(drop_lost=drop_lost, progress=progress, executor=pool)
+        report = opened.repair(drop_lost=drop_lost, progress=progress, executor=executor)
     if as_json:
         print_json(report)
     else:

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     "each write is proved in all.  [default: bfloat16]",
 )
 @click.option("--seed", default=0, show_default=True, help="Same seed and input, same bytes on one machine.")
-@options.workers_option
+@options.workers_options
 @click.option("--partial", is_flag=True, help="Commit the certified records even if others could not be.")
 @click.option("--resume", is_flag=True, help="Run an interrupted write again; takes no FILE.")
 @click.option("--discard", is_flag=True, help="Forget an interrupted write; takes no FILE.")
@@ -52,7 +52,7 @@ def command(
     no_values: bool,
     serve: str | None,
     seed: int,
-    workers: int | None,
+    workers: options.WorkerOptions,
     partial: bool,
     resume: bool,
     discard: bool,
@@ -74,10 +74,10 @@ def command(
     if file is None:
         with (
             store.load() as opened,
-            options.pool(workers) as pool,
+            workers.executor(store.wait_s) as executor,
             write_bar() as progress,
         ):
-            report = opened.resume(progress, pool)
+            report = opened.resume(progress, executor)
     else:
         records = fields.read(file, namespace)
         keep_values = False if no_values else None  # unless said, as the store does
@@ -87,7 +87,7 @@ def command(
                 keep_values=keep_values,
                 serve=None if serve is None else cast("list[Dtype]", serve.split(",")),
             ) as opened,
-            options.pool(workers) as pool,
+            workers.executor(store.wait_s) as executor,
             write_bar() as progress,
         ):
             report = opened.write(
@@ -99,7 +99,7 @@ def command(
                 partial=partial,
                 settings=settings,
                 progress=progress,
-                executor=pool,
+                executor=executor,
             )
     if as_json:
         print_json(report)

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from loramem.serving.targets import BaseType, Target
     from loramem.store.compact import CompactChoice
     from loramem.store.request import OnConflict
+    from loramem.training.clusters import dask_executor, ray_executor
     from loramem.training.executors import process_pool
     from loramem.training.progress import ProgressCallback, WriteProgress
     from loramem.training.settings import ObjectiveName, WriterSettings
@@ -95,7 +96,9 @@ __all__ = [
     "WriteReport",
     "WriterSettings",
     "base_path",
+    "dask_executor",
     "process_pool",
+    "ray_executor",
     "read_records",
 ]
 
@@ -119,6 +122,7 @@ _HOMES = {
     "VerifyReport Version WriteReport",
     "serving.targets": "BaseType Target",
     "store.compact": "CompactChoice",
+    "training.clusters": "dask_executor ray_executor",
     "training.executors": "process_pool",
     "training.progress": "ProgressCallback WriteProgress",
     "training.settings": "ObjectiveName WriterSettings",

@@ -84,7 +84,9 @@ def test_the_public_names_are_these() -> None:
         "WriteReport",
         "WriterSettings",
         "base_path",
+        "dask_executor",
         "process_pool",
+        "ray_executor",
         "read_records",
     ]
     for name in loramem.__all__:

@@ -19,6 +19,7 @@ from loramem.errors import ArgumentError, NoWorkers, WorkerLost
 from loramem.models.adapters import AdaptedModel
 from loramem.models.dtypes import Dtype
 from loramem.training import staged
+from loramem.training.job_folder import remove_abandoned
 from loramem.training.jobs import ShardJob, ShardResult
 from loramem.training.processes import end_with_parent, usable_cores
 from loramem.training.progress import ProgressCallback, WriteProgress
@@ -96,6 +97,7 @@ def run_jobs(
     """
     results = {number: done for number, job in enumerate(jobs) if (done := staged.find(staging, job)) is not None}
     left = [number for number in range(len(jobs)) if number not in results]
+    remove_abandoned()
 
     def tell(number: int) -> None:
         if progress is not None:
@@ -158,8 +160,8 @@ def completed(
     except lost as error:
         raise WorkerLost(
             f"A worker process ended in the middle of its job (killed, or out of memory; {type(error).__name__}). "
-            "Nothing was committed. A write that is journalled goes on with loramem write --resume, its finished shards "
-            "kept; else write again, with fewer workers where memory is short."
+            "Nothing was committed. A write that is journalled goes on with loramem write --resume, its finished "
+            "shards kept; else write again, with fewer workers where memory is short."
         ) from error
     finally:
         for future in running:

@@ -6,7 +6,7 @@ A job names no path of the process that made it, and is the same job whatever de
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from importlib.metadata import version
 from typing import Any
@@ -52,7 +52,7 @@ class PricingJob:
     """Records that are to be trained together, whose tokens' probabilities under the plain base are asked for."""
 
     base: JobBase
-    records: tuple[EncodedRecord, ...]
+    records: tuple[EncodedRecord, ...] = field(repr=False)  # values are not for the logs of a cluster
     placement: Placement
     releases: Mapping[str, str]
 
@@ -64,7 +64,7 @@ class ShardJob:
     base: JobBase
     serve: tuple[Dtype, ...]
     """Dtypes that the adapter is proved in, of base model and adapter; the base's own beside the adapter as saved."""
-    records: tuple[EncodedRecord, ...]
+    records: tuple[EncodedRecord, ...] = field(repr=False)  # values are not for the logs of a cluster
     """Without metadata, which training never reads."""
     rank: int
     placement: Placement

@@ -1,38 +1,27 @@
 """A job in a process that has no store: it loads the base model once, and keeps nothing of what it was sent.
 
-One job at a time: which adapter is active is state of the model, so that threads of a worker take turns. What is saved
-for the proof lies in a temporary folder (``TMPDIR``) that goes with the job; a process that was killed in one leaves it
-to the next job on that host, which removes it.
+One job at a time: which adapter is active is state of the model, so that threads of a worker take turns.
 """
 
 import os
-import shutil
 import socket
-import tempfile
 import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
 from dataclasses import asdict
 from functools import lru_cache
-from pathlib import Path
 
 from loramem.errors import OtherRelease
 from loramem.models.adapters import AdaptedModel
 from loramem.models.base_model import load_base_model
 from loramem.models.dtypes import Dtype
+from loramem.training.job_folder import job_folder
 from loramem.training.jobs import Delivery, JobBase, PricingJob, ShardJob, releases
 from loramem.training.pricing import base_probabilities
 from loramem.training.shards import write_shard
 
-try:
-    import fcntl
-except ImportError:  # Windows: what a killed process left stays until somebody removes it
-    fcntl = None  # type: ignore[assignment]
-
 DEVICE, MODEL = "LORAMEM_WORKER_DEVICE", "LORAMEM_WORKER_MODEL"
 """Environment of a worker: the device that it takes where the write left it the choice, and where it finds the base
 model if not where the store's process does. What it finds there is compared with the store's fingerprint."""
-FOLDER, UNLOCKED = "loramem-job-", "loramem-new-"
 _turn = threading.Lock()
 
 
@@ -66,45 +55,6 @@ def price(job: PricingJob) -> list[list[float]]:
     _check(job.releases)
     with _turn:
         return base_probabilities(_loaded(job.base, job.base.dtype), job.records, job.placement)
-
-
-@contextmanager
-def job_folder() -> Iterator[Path]:
-    """A folder for one job, private, gone after it; those of killed processes are removed first."""
-    if fcntl is not None:
-        for left in Path(tempfile.gettempdir()).glob(FOLDER + "*"):
-            _remove_if_abandoned(left)
-    made = Path(tempfile.mkdtemp(prefix=UNLOCKED))
-    descriptor = _lock(made)
-    # Under this name only once it is locked, or it would look abandoned.
-    folder = made.rename(made.with_name(FOLDER + made.name.removeprefix(UNLOCKED)))
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        if descriptor is not None:
-            os.close(descriptor)
-
-
-def _lock(folder: Path) -> int | None:
-    """An open descriptor that locks a folder until it is closed, or the process ends; None where there is no such."""
-    if fcntl is None:
-        return None
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:  # somebody has it
-        os.close(descriptor)
-        raise
-    return descriptor
-
-
-def _remove_if_abandoned(folder: Path) -> None:
-    with suppress(OSError):  # in use, somebody else's, or gone
-        descriptor = _lock(folder)
-        shutil.rmtree(folder, ignore_errors=True)
-        if descriptor is not None:
-            os.close(descriptor)
 
 
 def _check(expected: Mapping[str, str] | None) -> None:

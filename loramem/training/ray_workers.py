@@ -1,0 +1,75 @@
+"""Jobs on a Ray cluster; `loramem.training.clusters` is the way here."""
+
+import queue
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import ray
+from ray.exceptions import RayError, RayTaskError
+
+from loramem.training.executors import ClusterExecutor
+
+TRIES = 3
+"""Times that a job is run again whose worker went down with it."""
+_Answer = TypeVar("_Answer")
+
+
+class _Worker:
+    """An actor: a process of its own, which keeps the base model from job to job."""
+
+    def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+
+class RayExecutor(ClusterExecutor):
+    """Actors that are started with the first job, as many as fit then.
+
+    Args:
+        num_cpus: That each takes.
+        num_gpus: The same of GPUs; 1 where the cluster has any if None, else none.
+    """
+
+    lost = (RayError,)
+
+    def __init__(self, num_cpus: float = 1, num_gpus: float | None = None) -> None:
+        self.place = f"The Ray cluster at {ray.get_runtime_context().gcs_address}"
+        self._cpus = num_cpus
+        self._gpus = float(ray.cluster_resources().get("GPU", 0) >= 1) if num_gpus is None else num_gpus
+        self._actors, self._idle = list[Any](), queue.SimpleQueue[Any]()
+        self._pool: ThreadPoolExecutor | None = None
+
+    def slots(self) -> int:
+        there = ray.cluster_resources()
+        fits = [there.get("CPU", 0) / self._cpus] if self._cpus else []
+        fits += [there.get("GPU", 0) / self._gpus] if self._gpus else []
+        return int(min(fits, default=0))
+
+    def submit(self, fn: Callable[..., _Answer], /, *args: Any, **kwargs: Any) -> Future[_Answer]:
+        if self._pool is None:
+            self._pool = self._start(max(1, self.slots()))
+        return self._pool.submit(self._run, fn, *args, **kwargs)
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(wait=wait, cancel_futures=cancel_futures)
+        for actor in self._actors:
+            ray.kill(actor)
+
+    def _start(self, count: int) -> ThreadPoolExecutor:
+        """Actors, and a thread for each, which waits for what it was sent."""
+        kind = ray.remote(num_cpus=self._cpus, num_gpus=self._gpus, max_restarts=-1, max_task_retries=TRIES)(_Worker)
+        self._actors = [kind.remote() for _ in range(count)]
+        for actor in self._actors:
+            self._idle.put(actor)
+        return ThreadPoolExecutor(count)
+
+    def _run(self, fn: Callable[..., _Answer], *args: Any, **kwargs: Any) -> _Answer:
+        actor = self._idle.get()
+        try:
+            answer: _Answer = ray.get(actor.run.remote(fn, *args, **kwargs))
+            return answer
+        except RayTaskError as error:  # of the job itself
+            raise error.cause from None
+        finally:
+            self._idle.put(actor)
