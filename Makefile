@@ -1,6 +1,7 @@
 # make demo   the main job on the embedded base model: a hundred facts written, then recalled by another process
 # make test   the whole test suite
 # make test-vllm   a store served by vLLM and asked for everything; installs vLLM (3.4 GB) into build/vllm
+# make test-ray   writes on a Ray cluster of this machine, in an environment of its own, .venv-ray
 # make lint   what CI checks beside the tests
 # make docs   the documentation as a site, in build/site
 # make wheel-check   wheel and sdist in dist/, the wheel tried in an environment of its own
@@ -13,7 +14,7 @@ BIN := .venv/bin
 DEMO_STORE := build/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-slow test-vllm lint format docs wheel-check
+.PHONY: help venv demo test test-slow test-ray test-vllm lint format docs wheel-check
 
 help:
 	@sed -n 's/^# \{0,1\}//p;/^$$/q' Makefile
@@ -41,6 +42,15 @@ test-slow: venv
 
 test-vllm: venv
 	tests/vllm.sh
+
+test-ray: .venv-ray/installed
+	.venv-ray/bin/python -m pytest --override-ini=python_files=ray_cluster.py tests/ray_cluster.py
+
+.venv-ray/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-ray
+	.venv-ray/bin/python -m pip install --quiet --constraint constraints.txt torch
+	.venv-ray/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,ray]'
+	touch $@
 
 lint: venv
 	$(BIN)/ruff check .

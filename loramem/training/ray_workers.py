@@ -23,7 +23,7 @@ class _Worker:
 
 
 class RayExecutor(ClusterExecutor):
-    """Actors that are started with the first job, as many as fit then.
+    """Actors that are started with the first job, as many as fit then, and a thread for each, which waits for it.
 
     Args:
         num_cpus: That each takes.
@@ -47,7 +47,7 @@ class RayExecutor(ClusterExecutor):
 
     def submit(self, fn: Callable[..., _Answer], /, *args: Any, **kwargs: Any) -> Future[_Answer]:
         if self._pool is None:
-            self._pool = self._start(max(1, self.slots()))
+            self._pool = ThreadPoolExecutor(len(self.actors()))
         return self._pool.submit(self._run, fn, *args, **kwargs)
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
@@ -56,13 +56,15 @@ class RayExecutor(ClusterExecutor):
         for actor in self._actors:
             ray.kill(actor)
 
-    def _start(self, count: int) -> ThreadPoolExecutor:
-        """Actors, and a thread for each, which waits for what it was sent."""
-        kind = ray.remote(num_cpus=self._cpus, num_gpus=self._gpus, max_restarts=-1, max_task_retries=TRIES)(_Worker)
-        self._actors = [kind.remote() for _ in range(count)]
-        for actor in self._actors:
-            self._idle.put(actor)
-        return ThreadPoolExecutor(count)
+    def actors(self) -> list[Any]:
+        """Handles of the actors, started now if they were not."""
+        if not self._actors:
+            settings = {"num_cpus": self._cpus, "num_gpus": self._gpus}
+            kind = ray.remote(**settings, max_restarts=-1, max_task_retries=TRIES)(_Worker)
+            self._actors = [kind.remote() for _ in range(max(1, self.slots()))]
+            for actor in self._actors:
+                self._idle.put(actor)
+        return self._actors
 
     def _run(self, fn: Callable[..., _Answer], *args: Any, **kwargs: Any) -> _Answer:
         actor = self._idle.get()

@@ -86,8 +86,9 @@ def _fault_of(job: ShardJob, shard: TrainedShard, files: Mapping[str, bytes]) ->
     for proof in (shard.proof, *shard.served.values()):
         if len(proof.min_probs) != len(shard.indices):
             return "a proof of other records"
-        if not proof.min_prob >= job.settings.certify_threshold:  # NaN is not
-            return f"a proof at p = {proof.min_prob:.3f}, below what is certified"
+        low = [prob for prob in proof.min_probs if not prob >= job.settings.certify_threshold]  # NaN is not
+        if low:
+            return f"a proof at p = {low[0]:.3f}, below what is certified"
     if job.base.fingerprint.parameters not in ("", shard.proof.conditions["parameters"]):
         return "a proof on other weights of the base model"
     return None
