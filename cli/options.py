@@ -199,9 +199,16 @@ class InputOptions:
         Raises:
             InputError, RecordError: See `loramem.read_records`; also if there are none.
         """
-        from loramem import read_records
+        records = list(self.stream(file, namespace))
+        if not records:
+            raise InputError(f"{'Standard input' if str(file) == '-' else file} holds no records.")
+        return records
 
-        records = read_records(
+    def stream(self, file: Path, namespace: str = "") -> "Iterator[Record]":
+        """The same as they are asked for, perhaps none."""
+        from loramem.records.input_files import stream_records
+
+        return stream_records(
             sys.stdin.buffer if str(file) == "-" else file,
             format=self.format,
             delimiter=self.delimiter,
@@ -209,9 +216,6 @@ class InputOptions:
             value_field=self.value_field,
             namespace=namespace,
         )
-        if not records:
-            raise InputError(f"{'Standard input' if str(file) == '-' else file} holds no records.")
-        return records
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """loramem write: records of a file into adapters."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import click
 
@@ -10,7 +10,9 @@ from .output import note, note_needs_ids, print_facts, print_json
 from .progress import write_bar
 
 if TYPE_CHECKING:
-    from loramem import OnConflict
+    from collections.abc import Iterable
+
+    from loramem import OnConflict, WriteReport
     from loramem.models.dtypes import Dtype
 
 
@@ -37,6 +39,13 @@ if TYPE_CHECKING:
 )
 @click.option("--seed", default=0, show_default=True, help="Same seed and input, same bytes on one machine.")
 @options.workers_options
+@click.option(
+    "--batch",
+    type=click.IntRange(1),
+    metavar="RECORDS",
+    help="Read FILE as it goes and commit so many records at a time, whatever its length; --json: a line for each. "
+    "Without it, one commit of all.",
+)
 @click.option("--partial", is_flag=True, help="Commit the certified records even if others could not be.")
 @click.option("--resume", is_flag=True, help="Run an interrupted write again; takes no FILE.")
 @click.option("--discard", is_flag=True, help="Forget an interrupted write; takes no FILE.")
@@ -53,6 +62,7 @@ def command(
     serve: str | None,
     seed: int,
     workers: options.WorkerOptions,
+    batch: int | None,
     partial: bool,
     resume: bool,
     discard: bool,
@@ -78,29 +88,61 @@ def command(
             write_bar() as progress,
         ):
             report = opened.resume(progress, executor)
-    else:
-        records = fields.read(file, namespace)
-        keep_values = False if no_values else None  # unless said, as the store does
-        with (
-            store.load(
-                create=True,
-                keep_values=keep_values,
-                serve=None if serve is None else cast("list[Dtype]", serve.split(",")),
-            ) as opened,
-            workers.executor(store.wait_s) as executor,
-            write_bar() as progress,
-        ):
-            report = opened.write(
-                records,
-                on_conflict=on_conflict,
-                goal=ranks.goal,
-                rank=ranks.rank,
-                one_adapter=one_adapter,
-                partial=partial,
-                settings=settings,
-                progress=progress,
-                executor=executor,
-            )
+        _tell(report, on_conflict, as_json)
+        return
+    records = fields.read(file, namespace) if batch is None else fields.stream(file, namespace)
+    with (
+        store.load(
+            create=True,
+            keep_values=False if no_values else None,  # unless said, as the store does
+            serve=None if serve is None else cast("list[Dtype]", serve.split(",")),
+        ) as opened,
+        workers.executor(store.wait_s) as executor,
+        write_bar() as progress,
+    ):
+        how: dict[str, Any] = {
+            "on_conflict": on_conflict,
+            "goal": ranks.goal,
+            "rank": ranks.rank,
+            "one_adapter": one_adapter,
+            "partial": partial,
+            "settings": settings,
+            "progress": progress,
+            "executor": executor,
+        }
+        if batch is not None:
+            _tell_batches(opened.write_batches(records, batch=batch, **how), as_json)
+            return
+        report = opened.write(records, **how)
+    _tell(report, on_conflict, as_json)
+
+
+def _tell_batches(reports: "Iterable[WriteReport]", as_json: bool) -> None:
+    """Each as it is committed; none is kept."""
+    written = skipped = failed = adapters = 0
+    least = 1.0
+    for number, report in enumerate(reports, start=1):
+        if as_json:
+            print_json(report)
+        written, skipped = written + report.written, skipped + report.skipped
+        failed, adapters = failed + len(report.failed), adapters + len(report.adapters)
+        least = min(least, report.min_prob or 1.0)
+        note(f"Batch {number}: {report.written} records written in {report.elapsed_s:.1f} s; {written} so far.")
+    if not as_json:
+        print_facts(
+            [
+                ("written", f"{written} records, every one decoded exactly from the adapter as saved"),
+                ("skipped", skipped),
+                ("lowest p", f"{least:.3f}" if written else "-"),
+                ("adapters", adapters),
+            ]
+        )
+    if failed:
+        note(f"{failed} records could not be certified.")
+        click.get_current_context().exit(5)
+
+
+def _tell(report: "WriteReport", on_conflict: "OnConflict", as_json: bool) -> None:
     if as_json:
         print_json(report)
         return

@@ -1,4 +1,4 @@
-"""A write on a Ray cluster, with what `tests/test_dask.py` asks of Dask; `make test-ray` runs it, in its own environment.
+"""A write on a Ray cluster, with the list of `tests/test_dask.py`; `make test-ray` runs it, in its own environment.
 
 Ray brings libraries that the other tests do without, so that it is no part of them.
 """

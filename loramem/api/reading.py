@@ -45,6 +45,7 @@ class Memory:
     """A store that exists, to be read; `Publishing` hands it on, `MemoryStore` adds what changes it."""
 
     def __init__(self, path: Path, options: ModelOptions) -> None:
+        path = path.absolute()  # whatever folder this process goes to
         self.path = path
         self._lock = threading.RLock()
         Manifest.from_bytes((path / MANIFEST).read_bytes(), path)  # a newer format is refused, its index left alone

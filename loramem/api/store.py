@@ -5,8 +5,9 @@ This module is the order of things that change what a store holds: what is check
 Torch is imported only once the base model is needed.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -14,12 +15,12 @@ from loramem._util.choices import check_choice
 from loramem._util.events import log_event
 from loramem.api.maintenance import Maintained, several
 from loramem.api.namespace import Namespace
-from loramem.errors import ConflictingRecord, StoreError, StoreNotFound, WriteError
+from loramem.errors import ArgumentError, ConflictingRecord, StoreError, StoreNotFound, WriteError
 from loramem.index.commits import commit_deletion, commit_records, end_write
 from loramem.index.rows import DISCARDED, RENAMED, Ended, PendingWrite
 from loramem.models.dtypes import Dtype, DtypeChoice
 from loramem.planning.limits import GoalName
-from loramem.records.record import Record, RecordLike, as_records
+from loramem.records.record import Record, RecordLike, as_records, iterate_records
 from loramem.results import WriteReport
 from loramem.store import copies
 from loramem.store.create import create_store
@@ -33,6 +34,10 @@ if TYPE_CHECKING:
     from concurrent.futures import Executor
 
     from loramem.training.progress import ProgressCallback
+
+
+BATCH_RECORDS = 10_000
+"""Of `MemoryStore.write_batches`: some ten megabytes in memory, and several shards for each of a dozen workers."""
 
 
 class MemoryStore(Maintained):
@@ -165,6 +170,43 @@ class MemoryStore(Maintained):
         with self._lock, self._writing():
             given = as_records(records, namespace)
             return self._session.transaction.write(given, request, on_conflict, progress, executor)
+
+    def write_batches(
+        self,
+        records: Mapping[str, str] | Iterable[RecordLike],
+        *,
+        batch: int = BATCH_RECORDS,
+        namespace: str = "",
+        **options: Any,
+    ) -> Iterator[WriteReport]:
+        """Write records of an input of any length, so many at a time, each batch as `write` does: atomic, proved and
+        visible when its report comes.
+
+        The input is read as batches are asked for; memory holds one of them. Where it ends early, by an error, an
+        interrupt or a crash, what was committed stays, and the batch that was under way is resumed or discarded as any
+        write; then the same call with the same input writes the rest, as records that are there are skipped.
+
+        Args:
+            records: As of `write`; a generator does.
+            batch: Records of each, but the last. A cluster is busy while a batch is trained: give it several shards for
+                each worker.
+            namespace: As of `write`.
+            options: Further arguments of `write`.
+
+        Raises as `write`, at the batch that fails.
+
+        Example:
+            >>> import tempfile
+            >>> with MemoryStore(tempfile.mkdtemp() + "/memory") as store:
+            ...     facts = ((f"door {number}:", f"{number:04}") for number in range(5))
+            ...     [report.written for report in store.write_batches(facts, batch=3)]
+            [3, 2]
+        """
+        if batch < 1:
+            raise ArgumentError(f"batch must be at least 1, not {batch}", argument="batch", value=batch)
+        given = iterate_records(records, namespace)
+        while part := list(islice(given, batch)):
+            yield self.write(part, **options)
 
     def update(
         self,

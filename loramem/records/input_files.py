@@ -6,6 +6,7 @@ import io
 import json
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -21,7 +22,12 @@ _SEP_LINE = re.compile(r'"?sep=([^\r\n])"?(\r\n|\r|\n|$)', re.IGNORECASE)
 """How Excel is told the delimiter, and tells it."""
 
 
-def read_records(
+def read_records(source: str | Path | BinaryIO, **options: Any) -> list[Record]:
+    """`stream_records`, all of them; arguments and errors are its own."""
+    return list(stream_records(source, **options))
+
+
+def stream_records(
     source: str | Path | BinaryIO,
     *,
     format: str | None = None,
@@ -29,11 +35,12 @@ def read_records(
     key_field: str = KEY,
     value_field: str = VALUE,
     namespace: str = "",
-) -> list[Record]:
-    """Records of a JSONL, JSON, CSV or TSV file (UTF-8, a byte-order mark is allowed).
+) -> Iterator[Record]:
+    """Records of a JSONL, JSON, CSV or TSV file (UTF-8, a byte-order mark is allowed), as they are asked for.
 
-    JSON may be one object key -> value, a list of objects, or one object with the fields of a record. What a row may
-    look like is said at `loramem.records.record.record_of_row`.
+    Of JSONL a line is in memory at a time, of other formats all. JSON may be one object key -> value, a list of
+    objects, or one object with the fields of a record. What a row may look like is said at
+    `loramem.records.record.record_of_row`.
 
     Args:
         source: A path, or an open binary stream such as ``sys.stdin.buffer``.
@@ -53,19 +60,17 @@ def read_records(
         raise InputError(f"Unknown input format {format!r}. Use one of {', '.join(FORMATS)} (--format).")
     if delimiter is not None:
         _check_delimiter(delimiter, format)
-    text = _decode(_bytes_of(source))
     if format in DELIMITERS:
-        rows = _read_table(text, format, delimiter)
+        rows = _read_table(_text_of(source), format, delimiter)
     elif format == "json":
-        rows = _read_json(text, key_field, value_field)
+        rows = _read_json(_text_of(source), key_field, value_field)
     else:
-        rows = _read_jsonl(text)
-    return [
-        Record(row[0], row[1], namespace, line=line)  # an item of {key: value}: its fields have no names
-        if isinstance(row, tuple)
-        else record_of_row(row, key_field, value_field, namespace, line)
-        for line, row in rows
-    ]
+        rows = _read_jsonl(source)
+    for line, row in rows:
+        if isinstance(row, tuple):  # an item of {key: value}: its fields have no names
+            yield Record(row[0], row[1], namespace, line=line)
+        else:
+            yield record_of_row(row, key_field, value_field, namespace, line)
 
 
 def _check_delimiter(delimiter: str, format: str) -> None:
@@ -78,41 +83,62 @@ def _check_delimiter(delimiter: str, format: str) -> None:
         raise InputError(f"The delimiter must be one character that is no quote and no line end, not {delimiter!r}.")
 
 
-def _bytes_of(source: Path | BinaryIO) -> bytes:
+def _lines_of(source: Path | BinaryIO) -> Iterator[bytes]:
+    r"""Lines as they are read, each with its \n."""
     name = source if isinstance(source, Path) else "the stream"
     try:
-        data = source.read_bytes() if isinstance(source, Path) else source.read()
+        with source.open("rb") if isinstance(source, Path) else nullcontext(source) as lines:
+            for line in lines:
+                if not isinstance(line, bytes):
+                    raise InputError(
+                        "Records are read from a binary stream: open the file with mode 'rb', or give its path."
+                    )
+                yield line
     except OSError as error:
         raise InputError(f"Cannot read {name}: {error.strerror}.") from None
     except ValueError as error:  # a name that holds NUL, a stream that was closed
+        if isinstance(error, InputError):
+            raise
         raise InputError(f"Cannot read {name}: {error}.") from None
-    if not isinstance(data, bytes):
-        raise InputError("Records are read from a binary stream: open the file with mode 'rb', or give its path.")
-    return data
 
 
-def _decode(data: bytes) -> str:
+def _text_of(source: Path | BinaryIO) -> str:
+    return _decode(b"".join(_lines_of(source)))
+
+
+def _decode(data: bytes, first: int = 1) -> str:
+    """
+    Args:
+        first: Number of its first line; a byte-order mark is looked for in the first of all alone.
+    """
+    if first > 1:
+        return _utf8(data, "utf-8", first)
     # Without a byte-order mark: no text of any of the formats has NUL so early in UTF-8.
     if data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) or b"\0" in data[:2]:
         raise InputError(
             "The input is UTF-16, such as Excel's Unicode text. Convert it to UTF-8 first (Excel: save as CSV UTF-8; "
             "iconv -f UTF-16 -t UTF-8)."
         )
+    return _utf8(data, "utf-8-sig", 1)
+
+
+def _utf8(data: bytes, encoding: str, first: int) -> str:
     try:
-        return data.decode("utf-8-sig")
+        return data.decode(encoding)
     except UnicodeDecodeError as error:
         decoded = error.object  # without the byte-order mark: error.start counts from behind it
-        line = decoded.count(b"\n", 0, error.start) + 1
+        line = decoded.count(b"\n", 0, error.start) + first
         raise InputError(
             f"Line {line}: byte 0x{decoded[error.start]:02x} is not UTF-8. Convert the file to UTF-8 first."
         ) from None
 
 
-def _read_jsonl(text: str) -> Iterator[tuple[int, Any]]:
+def _read_jsonl(source: Path | BinaryIO) -> Iterator[tuple[int, Any]]:
     # Only \n ends a line of JSONL: str.splitlines would break at U+2028 inside a value.
-    for number, line in enumerate(text.split("\n"), start=1):
+    for number, content in enumerate(_lines_of(source), start=1):
+        line = _decode(content, number)
         if line.strip():
-            yield number, _parse_json(line, number)
+            yield number, _parse_json(line.removesuffix("\n"), number)
 
 
 def _read_json(text: str, key_field: str, value_field: str) -> Iterator[tuple[int, Any]]:

@@ -4,7 +4,7 @@ Everything that can be said about a record without a tokenizer is checked here, 
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -125,7 +125,13 @@ RecordLike = Record | Mapping[str, Any] | tuple[str, str]
 
 
 def as_records(source: Mapping[str, str] | Iterable[RecordLike], namespace: str = "") -> list[Record]:
-    """Records from a mapping key -> value, or an iterable of Records, pairs or rows as in files (`record_of_row`).
+    """`iterate_records`, all of them."""
+    return list(iterate_records(source, namespace))
+
+
+def iterate_records(source: Mapping[str, str] | Iterable[RecordLike], namespace: str = "") -> Iterator[Record]:
+    """Records from a mapping key -> value, or an iterable of Records, pairs or rows as in files (`record_of_row`), as
+    they are asked for.
 
     A single dict is a mapping, never one record: ``[{"key": ..., "value": ...}]`` is one record.
 
@@ -140,7 +146,8 @@ def as_records(source: Mapping[str, str] | Iterable[RecordLike], namespace: str 
                 'Give [{"key": …, "value": …}] for one record, or pairs [("key", …), ("value", …)] for the others.'
             )
         source = list(source.items())
-    return [_as_record(entry, namespace, line) for line, entry in enumerate(source, start=1)]
+    for line, entry in enumerate(source, start=1):
+        yield _as_record(entry, namespace, line)
 
 
 def _as_record(entry: RecordLike, namespace: str, line: int) -> Record:
