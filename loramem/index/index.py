@@ -69,7 +69,7 @@ class Index(SealedDatabase):
             IntegrityError: Its row is not what was committed.
         """
         names = (namespace, key) if self.key_salt is None else hidden_names(self.key_salt, namespace, key)
-        row = self._row("records", names)
+        row = self._row("records", *names)
         return None if row is None else replace(record_of(row), namespace=namespace, key=key)
 
     def locate(self, namespace: str, key: str) -> Located | None:

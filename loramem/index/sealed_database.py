@@ -13,7 +13,18 @@ from loramem.errors import IntegrityError, StoreFormatError, StoreLocked
 from loramem.index.connection import BUSY_S, connect, connect_read_only, sqlite_errors
 from loramem.index.lock import write_lock
 from loramem.index.migrations import MIGRATIONS
-from loramem.index.seals import ROWS_SUM, SEAL, SEALED, Change, count_rows, is_sealed, kept_sum, seal_number, sum_text
+from loramem.index.seals import (
+    ROWS_SUM,
+    SEAL,
+    SEALED,
+    Change,
+    count_rows,
+    equal,
+    is_sealed,
+    kept_sum,
+    seal_number,
+    sum_text,
+)
 
 VACUUM_DUE = "vacuum_due"  # in meta: records were erased and the file may still hold them
 META = frozenset({"manifest_sha256", ROWS_SUM, VACUUM_DUE})
@@ -128,12 +139,13 @@ class SealedDatabase:
 
     # Integrity
 
-    def _row(self, table: str, key: Any) -> dict[str, Any] | None:
+    def _row(self, table: str, *key: Any) -> dict[str, Any] | None:
+        # Not `Table.get`, which asks for the table's columns first, twice: once a record, that is half of an admission.
         with sqlite_errors(self.path):
-            try:
-                return self._checked(table, self.db.table(table).get(key))
-            except NotFoundError:
-                return None
+            found = self.db.conn.execute(f'select * from "{table}" where {equal(SEALED[table].key)}', key)
+            names = [name for name, *_ in found.description]
+            row = found.fetchone()
+            return None if row is None else self._checked(table, dict(zip(names, row, strict=True)))
 
     def _rows(
         self, table: str, where: str | None = None, values: Mapping[str, Any] | None = None, *, order_by: str

@@ -141,7 +141,7 @@ class Change:
         names = kind.versions[-1 if version is None else version - 1]
         assert row.keys() - {SEAL} == set(names), f"{table} has the columns {names}"
         seal = seal_of(table, row, version)
-        self._leave(table, _equal(kind.key), [row[name] for name in kind.key])
+        self._leave(table, equal(kind.key), [row[name] for name in kind.key])
         columns = ", ".join(f'"{name}"' for name in (*names, SEAL))
         others = ", ".join(f'"{name}" = excluded."{name}"' for name in (*names, SEAL) if name not in kind.key)
         self.db.conn.execute(
@@ -158,7 +158,7 @@ class Change:
 
     def remove_key(self, table: str, *key: Any) -> None:
         """Delete the row that has this key, if there is one."""
-        self.remove(table, _equal(SEALED[table].key), key)
+        self.remove(table, equal(SEALED[table].key), key)
 
     def set_meta(self, name: str, value: str) -> None:
         self.db.conn.execute(
@@ -192,5 +192,6 @@ class Change:
             self.moved -= seal_number(table, seal)
 
 
-def _equal(key: Sequence[str]) -> str:
+def equal(key: Sequence[str]) -> str:
+    """The condition that columns have values that are given in their order."""
     return " and ".join(f'"{name}" = ?' for name in key)

@@ -144,6 +144,16 @@ def _ids(tokenizer: Any, text: str) -> list[int]:
     return ids
 
 
+def _many_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """`_ids` of each, several times faster than one by one."""
+    try:
+        return list(chat.token_ids(tokenizer, texts))
+    except BaseException as error:
+        if not is_failure(error):
+            raise
+        return [_ids(tokenizer, text) for text in texts]  # the one that it has no tokens for is named
+
+
 def first_beyond(ids: Iterable[int], vocabulary: int | None) -> int | None:
     """The first of these ids that a base model of so many has no embedding for; None without one, or a limit."""
     return None if vocabulary is None else next((token for token in ids if token >= vocabulary), None)
@@ -211,8 +221,9 @@ def encode_records(
     """
     records, specials = list(records), special_texts(tokenizer)
     prompts = _prompts(records, tokenizer, template, kept or {})
+    answers = _many_ids(tokenizer, [record.value for record in records])
     encoded = []
-    for record, (ids, _) in zip(records, prompts, strict=True):
+    for record, (ids, _), answer_ids in zip(records, prompts, answers, strict=True):
         for text, name in ((record.key, "key"), (record.value, "value")):
             if found := next((special for special in specials if special in text), None):
                 raise SpecialTokenInText(
@@ -222,7 +233,7 @@ def encode_records(
                     key=record.key,
                     line=record.line,
                 )
-        entry = encode_record(record, tokenizer, template, ids)
+        entry = encode_record(record, tokenizer, template, ids, answer_ids)
         if (beyond := first_beyond((*entry.prompt_ids, *entry.answer_ids), vocabulary)) is not None:
             text = str(tokenizer.convert_ids_to_tokens(beyond))
             raise UnreachableToken(
@@ -325,14 +336,19 @@ def _distinct(encoded: list[EncodedRecord]) -> list[EncodedRecord]:
 
 
 def encode_record(
-    record: Record, tokenizer: Any, template: PromptTemplate, prompt_ids: Sequence[int] | None = None
+    record: Record,
+    tokenizer: Any,
+    template: PromptTemplate,
+    prompt_ids: Sequence[int] | None = None,
+    answer_ids: Sequence[int] | None = None,
 ) -> EncodedRecord:
     """One record as ids, checked for an exact round trip of its value.
 
     Args:
         prompt_ids: Of a record that was written before; prefix, key and suffix unless given.
+        answer_ids: What the tokenizer gives for the value, if it was asked.
     """
-    answer = _ids(tokenizer, record.value)
+    answer = _ids(tokenizer, record.value) if answer_ids is None else list(answer_ids)
     if (got := decode_answer(tokenizer, answer)) != record.value or template.end_id in answer:
         raise NotRoundTrip(
             f"The value of key {record.key!r} does not survive this tokenizer: {record.value!r} comes back as "
