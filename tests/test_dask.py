@@ -231,3 +231,22 @@ def test_a_local_cluster_is_named_by_its_processes() -> None:
     for name in ("local:", "local:0", "local:many"):
         with pytest.raises(ArgumentError, match="local:4"), dask_executor(name):
             pass
+
+
+def test_commands_train_on_a_cluster(client: Any, base: Path, tmp_path: Path) -> None:
+    from click.testing import CliRunner
+    from loramem_cli.main import cli
+
+    def run(*arguments: str) -> None:
+        asked = [*arguments, "--store", str(tmp_path / "memory"), "--dask", client.scheduler.address]
+        result = CliRunner().invoke(cli, asked, catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+
+    facts = tmp_path / "facts.jsonl"
+    facts.write_text("".join(json.dumps({"key": key, "value": value}) + "\n" for key, value in numbers(5).items()))
+    run("write", str(facts), "--model", str(base), "--batch", "3")
+    run("erase", "key 1")
+    run("compact", "--all")
+    with MemoryStore(tmp_path / "memory", create=False) as store:
+        assert len(store.adapters()) == 1
+        assert dict.fromkeys(store) == dict.fromkeys(key for key in numbers(5) if key != "key 1")
