@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,8 +20,10 @@ from .benchmarks import (
     first_rank,
     first_rank_rules,
     llama_cpp,
+    parent_model,
     rounding,
     shard_size,
+    store_growth,
     warm_recall,
     write_grid,
 )
@@ -238,3 +241,28 @@ def test_the_density_in_hindsight_is_the_highest_that_certifies_enough() -> None
         for line in lines
     )
     assert first_rank.MIDDLE in first_rank.LADDER
+
+
+def test_a_growing_store_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    @contextmanager
+    def thread(_: int) -> Iterator[ThreadPoolExecutor]:
+        with ThreadPoolExecutor(1) as pool:
+            yield pool
+
+    monkeypatch.setattr(store_growth, "process_pool", thread)
+    asked = [str(tmp_path), "--batch", "2", "--records"]
+    store_growth.main([*asked, "2"])
+    store_growth.main([*asked, "6"])
+    lines = [json.loads(line) for line in (tmp_path / store_growth.RESULTS).read_text().splitlines()]
+    assert [line["records"] for line in lines] == [2, 4, 6]
+    assert all(line["exact_match"] == 1 and line["parent_ms"] > 0 for line in lines)
+
+
+def test_the_parent_model_measures_a_process_and_counts_on(tmp_path: Path) -> None:
+    measured = parent_model.measure(tmp_path, 40)
+    assert measured.syncs >= 4 and min(measured.admission, measured.commit, measured.keeping) > 0
+    # By hand: 200 records of 0.1 ms wait for the parent, 20 ms; 5 ms and 4 syncs of 1 ms go on beside 12 s / 500.
+    parent = parent_model.Parent(0.05, 0.01, 0.04, 0.0, 5.0, 4, 1.0, 30, 30)
+    assert parent.shard_s(500) == pytest.approx(0.020 + 0.024)
+    assert parent.used(500) == pytest.approx(24 / 44)
+    assert parent.shard_s(10_000) == pytest.approx(0.020 + 0.009)

@@ -96,10 +96,9 @@ class Index(SealedDatabase):
 
     def find_prompt(self, namespace: str, prompt_sha256: str) -> str | None:
         """The key that has these prompt token ids, if any."""
-        rows = self.db.query(
-            "select key from records where namespace = ? and prompt_sha256 = ?", [namespace, prompt_sha256]
-        )
-        return next((row["key"] for row in rows), None)
+        query = "select key from records where namespace = ? and prompt_sha256 = ?"
+        rows = self.db.conn.execute(query, [namespace, prompt_sha256])  # asked of every record that is admitted
+        return next((key for (key,) in rows), None)
 
     def records(
         self,
