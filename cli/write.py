@@ -107,7 +107,7 @@ def command(
             "one_adapter": one_adapter,
             "partial": partial,
             "settings": settings,
-            "progress": progress,
+            "progress": progress if batch is None else None,  # each batch is told by a line of its own
             "executor": executor,
         }
         if batch is not None:

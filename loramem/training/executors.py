@@ -99,16 +99,20 @@ def run_jobs(
     left = [number for number in range(len(jobs)) if number not in results]
     remove_abandoned()
 
+    total = sum(len(job.records) for job in jobs)
+
     def tell(number: int) -> None:
         if progress is not None:
-            progress(_finished(jobs, number + 1, results[number]))
+            told = _finished(jobs[number], results[number])
+            progress(replace(told, shard=number + 1, shards=len(jobs), records_total=total))
 
     for number in sorted(results):
         tell(number)
     if executor is None:
         for number in left:
-            job, told = jobs[number], _numbered(progress, number + 1, jobs)
-            results[number] = write_shard(job, staged.folder_of(staging, job), adapted, told, served)
+            job = jobs[number]
+            numbered = _numbered(progress, number + 1, len(jobs), total)
+            results[number] = write_shard(job, staged.folder_of(staging, job), adapted, numbered, served)
             staged.finish(staging, job, results[number])
             tell(number)
         return [results[number] for number in range(len(jobs))]
@@ -198,20 +202,14 @@ def _start_worker(threads: int) -> None:
     torch.set_num_threads(threads)
 
 
-def _numbered(progress: ProgressCallback | None, shard: int, jobs: Sequence[ShardJob]) -> ProgressCallback | None:
+def _numbered(progress: ProgressCallback | None, shard: int, shards: int, total: int) -> ProgressCallback | None:
     """A callback that is also told which shard of how many is being written (1-based), and what all of them hold."""
     if progress is None:
         return None
-    total = _records(jobs)
-    return lambda told: progress(replace(told, shard=shard, shards=len(jobs), records_total=total))
+    return lambda told: progress(replace(told, shard=shard, shards=shards, records_total=total))
 
 
-def _records(jobs: Sequence[ShardJob]) -> int:
-    return sum(len(job.records) for job in jobs)
-
-
-def _finished(jobs: Sequence[ShardJob], number: int, result: ShardResult) -> WriteProgress:
-    job = jobs[number - 1]
+def _finished(job: ShardJob, result: ShardResult) -> WriteProgress:
     tokens = [len(record.answer_ids) for record in job.records]
     return WriteProgress(
         step=sum(shard.training.steps for shard in result.shards),
@@ -223,8 +221,5 @@ def _finished(jobs: Sequence[ShardJob], number: int, result: ShardResult) -> Wri
         elapsed_s=sum(shard.training.elapsed_s for shard in result.shards),
         records_ordered=len(job.records) - len(result.failed),
         records=len(job.records),
-        shard=number,
-        shards=len(jobs),
-        records_total=_records(jobs),
         proved=True,
     )
