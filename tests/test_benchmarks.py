@@ -262,7 +262,7 @@ def test_the_parent_model_measures_a_process_and_counts_on(tmp_path: Path) -> No
     measured = parent_model.measure(tmp_path, 40)
     assert measured.syncs >= 4 and min(measured.admission, measured.commit, measured.keeping) > 0
     # By hand: 200 records of 0.1 ms wait for the parent, 20 ms; 5 ms and 4 syncs of 1 ms go on beside 12 s / 500.
-    parent = parent_model.Parent(0.05, 0.01, 0.04, 0.0, 5.0, 4, 1.0, 30, 30)
+    parent = parent_model.Parent(0.04, 0.01, 0.01, 0.04, 0.0, 5.0, 4, 1.0, 30, 30)
     assert parent.shard_s(500) == pytest.approx(0.020 + 0.024)
     assert parent.used(500) == pytest.approx(24 / 44)
     assert parent.shard_s(10_000) == pytest.approx(0.020 + 0.009)

@@ -3,7 +3,7 @@
 Measures on this machine what that process computes for each record and each shard of a write whose training is done
 elsewhere, and how long it waits for the disk, and puts that together:
 
-- Between two trainings (workers wait): admission, journal, commit of a batch's records.
+- Between two trainings (workers wait): admission, planning, journal, commit of a batch's records.
 - During training: each shard is sent, and what comes back is compared, written and synced.
 
 The base is random and tiny: no layer of it is run here, so that a larger one costs the same. Values are ten digits.
@@ -17,15 +17,18 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, Future
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from loramem import MemoryStore, Record, WriterSettings
 from loramem.index.commits import commit_write
 from loramem.index.rows import stored_record
 from loramem.models.placement import Placement
 from loramem.records.prompts import EncodedRecord
+from loramem.store.request import WriteRequest
 from loramem.training import staged, worker
 from loramem.training.jobs import JobBase, ShardJob, releases
 from loramem.training.shards import stored_adapter
@@ -45,6 +48,8 @@ class Parent:
 
     admission: float
     """A record; tokens, prompts, and whether it is there already."""
+    planning: float
+    """A record; sent to a worker that says what it costs, and a rank for its shard."""
     journal: float
     commit: float
     """A record, with its row and seals."""
@@ -62,7 +67,7 @@ class Parent:
     @property
     def between_s(self) -> float:
         """Seconds of a shard's records while no worker has work."""
-        return SHARD * (self.admission + self.journal + self.commit) / 1000
+        return SHARD * (self.admission + self.planning + self.journal + self.commit) / 1000
 
     @property
     def during_s(self) -> float:
@@ -76,6 +81,17 @@ class Parent:
     def used(self, workers: int) -> float:
         """Share of the workers' time in which they train."""
         return SHARD_S / workers / self.shard_s(workers)
+
+
+class Priced(Executor):
+    """Workers that took no time to say what values cost."""
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        (job,) = args
+        pickle.dumps(job)
+        future: Future[Any] = Future()
+        future.set_result([[0.1] * entry.length for entry in job.records])
+        return future
 
 
 def per(count: int, work: Callable[[], object]) -> float:
@@ -119,6 +135,7 @@ def measure(folder: Path, count: int) -> Parent:
             commit_write(index, written[0], [], rows)
 
         admission = per(len(fresh), lambda: entries.extend(planner.admit(fresh)[0]))
+        planning = per(len(fresh), lambda: planner.plan(entries, WriteRequest(), executor=Priced()))
         journal = per(len(fresh), lambda: written.append(index.begin_write((e.record for e in entries), {})))
         committed = per(len(fresh), commit)
         job = ShardJob(
@@ -146,6 +163,7 @@ def measure(folder: Path, count: int) -> Parent:
             keeping = per(KEPT, keep)
         return Parent(
             admission,
+            planning,
             journal,
             committed,
             per(len(entries), send),
@@ -160,13 +178,17 @@ def measure(folder: Path, count: int) -> Parent:
 def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--records", type=int, default=20_000)
+    parser.add_argument("--sync-ms", type=float, help="Of each wait for the disk, in place of what was measured.")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
         parent = measure(Path(folder), options.records)
+    print(f"measured: {parent.sync_ms:.1f} ms a sync")
+    parent = replace(parent, sync_ms=options.sync_ms or parent.sync_ms)
     print(
-        f"A record, ms: admission {parent.admission:.3f}, journal {parent.journal:.3f}, commit {parent.commit:.3f}, "
-        f"sending {parent.sending:.3f}\nA shard: {parent.keeping:.1f} ms, {parent.syncs} syncs of {parent.sync_ms:.1f} "
-        f"ms; {parent.job_kb:.0f} KB sent, {parent.delivery_kb:.0f} KB returned (of a tiny base)\n"
+        f"A record, ms: admission {parent.admission:.3f}, planning {parent.planning:.3f}, "
+        f"journal {parent.journal:.3f}, commit {parent.commit:.3f}, sending {parent.sending:.3f}\n"
+        f"A shard: {parent.keeping:.1f} ms, {parent.syncs} syncs of {parent.sync_ms:.1f} ms; "
+        f"{parent.job_kb:.0f} KB sent, {parent.delivery_kb:.0f} KB returned (of a tiny base)\n"
         f"A shard of {SHARD} records: {1000 * parent.between_s:.0f} ms between trainings, {1000 * parent.during_s:.0f} "
         f"ms during them: at most {1 / parent.during_s:.0f} shards a second, {SHARD_S / parent.during_s:.0f} workers\n"
     )
@@ -175,7 +197,7 @@ def main(arguments: Sequence[str]) -> None:
     for workers in WORKERS:
         elapsed_s = parent.shard_s(workers)
         first = max(
-            (parent.between_s, "admission and commit"),
+            (parent.between_s, "admission, planning, commit"),
             (parent.during_s, "the disk" if parent.syncs * parent.sync_ms > parent.keeping else "taking shards in"),
             (SHARD_S / workers, "workers"),
         )[1]
