@@ -29,7 +29,7 @@ END = {
     "open": "MemoryStore(path, create=False)",
     "recall": "store.recall('key 5')",
     "recall again": "store.recall('key 6')",
-    "delete": "store.delete('key 7')",
+    "delete": "store.delete(some)",
     "stats": "store.stats()",
     "verify, quick": "store.verify(quick=True)",
 }
@@ -43,6 +43,7 @@ if "recall" in work:
     store.base
 if "6" in work:
     store.recall("key 5")
+some = next(store.keys()) if "some" in work else None
 started = time.perf_counter()
 eval(work)
 print(time.perf_counter() - started)
