@@ -80,7 +80,7 @@ def loramem(arguments: list[str]) -> tuple[int, str, str]:
 
 
 def without_numbers(text: str) -> str:
-    return re.sub(r"[0-9a-f]{32}|\d[\d.,]*", "0", text)
+    return re.sub(r"[0-9a-f]{32}|\d[\d.,]*", "0", text.replace("━", ""))  # bars are numbers too
 
 
 PARSERS = (SkipParser(), PythonCodeBlockParser(), CodeBlockParser(language="console", evaluator=session))

@@ -153,12 +153,12 @@ def test_a_cache_that_cannot_be_written_only_costs_the_progress(path: Path, monk
     assert (report.ok, report.resumed) == (True, 0)
 
 
-def test_the_command_shows_progress_and_resumes(path: Path, capsys) -> None:
+def test_the_command_resumes(path: Path, capsys) -> None:
     interrupt(path)
     assert run(["verify", "--resume", "--store", str(path)]) == 0
     shown = capsys.readouterr()
     assert "resumed  4 of these" in shown.out
-    assert "records" in shown.err and "6/6" in shown.err
+    assert shown.err == ""  # no bar where nobody watches
     assert run(["verify", "--json", "--store", str(path)]) == 0
     assert json.loads(capsys.readouterr().out)["resumed"] == 0
     assert run(["verify", "--resume", "--quick", "--store", str(path)]) == 2

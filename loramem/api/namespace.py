@@ -6,7 +6,7 @@ from typing import Any, Protocol
 from loramem.errors import InvalidField
 from loramem.index.rows import StoredRecord
 from loramem.planning.plan import Plan
-from loramem.records.record import Record, RecordLike, as_records
+from loramem.records.record import Record, RecordLike, iterate_records
 from loramem.results import EraseReport, Explanation, Recall, Version, WriteReport
 
 
@@ -74,6 +74,10 @@ class Namespace:
         """The base model with the adapter of ``key`` active, and the prompt's ids."""
         return self._store.load(key, self.name)
 
+    def prompt(self, key: str) -> tuple[StoredRecord, list[int]]:
+        """A key's index row and the ids that its adapter is asked with."""
+        return self._store.prompt(key, self.name)
+
     def plan(self, records: Mapping[str, str] | Iterable[RecordLike], **options: Any) -> Plan:
         """What `write` would do with these records.
 
@@ -89,6 +93,13 @@ class Namespace:
             InvalidField: A record names another namespace; otherwise as the store's.
         """
         return self._store.write(self._own(records), namespace=self.name, **options)
+
+    def write_batches(self, records: Mapping[str, str] | Iterable[RecordLike], **options: Any) -> Iterator[WriteReport]:
+        """Write records of an input of any length here, so many at a time.
+
+        Raises as `write`.
+        """
+        return self._store.write_batches(self._own(records), namespace=self.name, **options)
 
     def update(self, key: str, value: str | None = None, **options: Any) -> WriteReport:
         """Give a record another value, other metadata, or both."""
@@ -106,9 +117,8 @@ class Namespace:
         """Delete records for real."""
         return self._store.erase(keys, self.name, **options)
 
-    def _own(self, records: Mapping[str, str] | Iterable[RecordLike]) -> list[Record]:
-        own = []
-        for record in as_records(records, self.name):
+    def _own(self, records: Mapping[str, str] | Iterable[RecordLike]) -> Iterator[Record]:
+        for record in iterate_records(records, self.name):
             if record.namespace not in ("", self.name):
                 raise InvalidField(
                     f"The record {record.key!r} is for namespace {record.namespace!r}, not {self.name!r}: write it to "
@@ -116,8 +126,7 @@ class Namespace:
                     key=record.key,
                     line=record.line,
                 )
-            own.append(record)
-        return own
+            yield record
 
 
 class _Store(Protocol):
@@ -133,8 +142,10 @@ class _Store(Protocol):
     def recall_many(self, *args: Any, **kwargs: Any) -> Iterator[Recall]: ...
     def explain(self, key: str, namespace: str) -> Explanation: ...
     def load(self, key: str, namespace: str) -> tuple[Any, list[int]]: ...
+    def prompt(self, key: str, namespace: str) -> tuple[StoredRecord, list[int]]: ...
     def plan(self, *args: Any, **kwargs: Any) -> Plan: ...
     def write(self, *args: Any, **kwargs: Any) -> WriteReport: ...
+    def write_batches(self, *args: Any, **kwargs: Any) -> Iterator[WriteReport]: ...
     def update(self, *args: Any, **kwargs: Any) -> WriteReport: ...
     def rename(self, *args: Any, **kwargs: Any) -> WriteReport: ...
     def delete(self, keys: str | Iterable[str], namespace: str) -> int: ...
