@@ -22,10 +22,12 @@ if TYPE_CHECKING:
         ChatKeys,
         CompactReport,
         DeployReport,
+        Divergence,
         EraseReport,
         Explanation,
         Finding,
         GcReport,
+        Kept,
         PushPlan,
         PushReport,
         Recall,
@@ -45,7 +47,7 @@ if TYPE_CHECKING:
     from loramem.training.clusters import dask_executor, ray_executor
     from loramem.training.executors import process_pool
     from loramem.training.progress import ProgressCallback, WriteProgress
-    from loramem.training.settings import ObjectiveName, WriterSettings
+    from loramem.training.settings import KeepBase, ObjectiveName, WriterSettings
 
 __all__ = [
     "AdapterCheck",
@@ -55,6 +57,7 @@ __all__ = [
     "CompactChoice",
     "CompactReport",
     "DeployReport",
+    "Divergence",
     "Dtype",
     "DtypeChoice",
     "EraseReport",
@@ -62,6 +65,8 @@ __all__ = [
     "Finding",
     "GcReport",
     "GoalName",
+    "KeepBase",
+    "Kept",
     "KeyNotFound",
     "LawRank",
     "LoramemError",
@@ -117,15 +122,15 @@ _HOMES = {
     "records.input_files": "read_records",
     "records.outcome": "Outcome",
     "records.record": "Record RecordLike",
-    "results": "AdapterCheck ChatKeys CompactReport DeployReport EraseReport Explanation Finding GcReport "
-    "PushPlan PushReport Recall RepairReport ServerCheck ServerReport ServingReport Stats TokenProbability "
+    "results": "AdapterCheck ChatKeys CompactReport DeployReport Divergence EraseReport Explanation Finding GcReport "
+    "Kept PushPlan PushReport Recall RepairReport ServerCheck ServerReport ServingReport Stats TokenProbability "
     "VerifyReport Version WriteReport",
     "serving.targets": "BaseType Target",
     "store.compact": "CompactChoice",
     "training.clusters": "dask_executor ray_executor",
     "training.executors": "process_pool",
     "training.progress": "ProgressCallback WriteProgress",
-    "training.settings": "ObjectiveName WriterSettings",
+    "training.settings": "KeepBase ObjectiveName WriterSettings",
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names.split()}
 

@@ -18,6 +18,7 @@
     ├── WriteError
     │   ├── StubbornRecords           some records could not be certified at the highest rank
     │   ├── DoesNotFit                no adapter of the ranks allowed can hold the values
+    │   ├── BaseHarmed                an adapter changes more of its base than was allowed
     │   ├── TrainingDiverged          NaN or Inf came back at every lower learning rate
     │   └── UnfinishedWrite           a journalled write waits to be resumed or discarded
     ├── WorkerError                   of the processes that train for a write, which stays journalled once it began
@@ -226,6 +227,15 @@ class DoesNotFit(WriteError):
     def __init__(self, message: str, *, cost_bits: float, rank: int) -> None:
         super().__init__(message)
         self.cost_bits, self.rank = cost_bits, rank
+
+
+class BaseHarmed(WriteError):
+    """An adapter changes more of its base than was allowed. Attributes ``misses`` (what, found and allowed), ``rank``
+    (the last tried)."""
+
+    def __init__(self, message: str, *, misses: Mapping[str, tuple[float, float]], rank: int) -> None:
+        super().__init__(message)
+        self.misses, self.rank = dict(misses), rank
 
 
 class TrainingDiverged(WriteError):

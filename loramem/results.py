@@ -2,8 +2,42 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from loramem._util.explained import Certainty, as_html, certainty
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """How far an adapter moves its base at positions that training never saw."""
+
+    positions: int
+    kl: float
+    """Mean KL(base ‖ adapted) in nats."""
+    changed: float
+    """Share of the positions with another likeliest token."""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What an adapter, as saved and active for everything, leaves of its base: a second certificate."""
+
+    text: Divergence
+    """Every token of neutral text."""
+    answers: Divergence
+    """Every token of the base's own answers to ordinary questions."""
+    questions: Divergence
+    """The first token of each of these."""
+    unknown_keys: Divergence
+    """The first token of the answer to keys of the same form that were never written."""
+    same_answers: float
+    """Share of the questions that get the same answer, decoded greedily for 24 tokens."""
+
+    @classmethod
+    def of(cls, fields: Mapping[str, Any]) -> "Kept":
+        """From what ``dataclasses.asdict`` made of one."""
+        same = fields["same_answers"]
+        return cls(**{name: Divergence(**fields[name]) for name in fields if name != "same_answers"}, same_answers=same)
 
 
 @dataclass(frozen=True)
@@ -35,6 +69,8 @@ class WriteReport:
     """Records that a chat server would ask for by other ids than were trained: give it ids in place of the key."""
     served: Mapping[str, float] = field(default_factory=dict)
     """`min_prob` in each other dtype that the store is written for, base model and adapters cast to it."""
+    kept: Mapping[str, Kept] = field(default_factory=dict)
+    """By adapter, what it leaves of the base; where ``keep_base`` asked for it."""
     beside: int = 0
     """Where one adapter was asked for: those that its namespaces have from before. `compact` makes one of all."""
 
@@ -88,6 +124,8 @@ class Explanation:
     value: str
     adapter: str
     tokens: tuple[TokenProbability, ...]
+    kept: Kept | None = None
+    """What its adapter leaves of the base, where it was written to keep it."""
 
     @property
     def min_prob(self) -> float:

@@ -469,7 +469,9 @@ def test_exhausted_memory_is_told_as_such_when_a_base_model_is_loaded(
     [
         pytest.param("loramem.models.features.answer_logits", EXHAUSTED[0], id="the frozen pass"),
         *(
-            pytest.param("loramem.training.feature_writer._Run.train_step", error, id=f"training over features, {name}")
+            pytest.param(
+                "loramem.training.feature_writer.FeatureRun.train_step", error, id=f"training over features, {name}"
+            )
             for name, error in zip(NAMES, EXHAUSTED, strict=True)
         ),
         pytest.param("loramem.models.trunk._tail_logits", EXHAUSTED[1], id="training through layers"),

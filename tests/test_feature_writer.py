@@ -177,7 +177,7 @@ def test_attaching_after_growth_keeps_the_function(loaded: BaseModel) -> None:
     placement, settings = Placement.ladder(loaded.model)[1], WriterSettings()
     features = collect(loaded.model, records)
     adapted.create("new", 2, placement, 0)
-    run = feature_writer._Run(adapted, "new", [features], 3, 2, settings, None, 0.0, (), 1.0)
+    run = feature_writer.FeatureRun(adapted, "new", [features], 3, 2, settings, None, 0.0, (), 1.0)
     for _ in range(5):
         run.train_step()
     before = run.ending.logits(slice(None), deviating=False).detach()
@@ -208,7 +208,7 @@ def test_a_token_too_unlikely_in_another_dtype_alone_is_stubborn(
     mine = collect(loaded.model, records)
     adapted = AdaptedModel(loaded)
     adapted.create("new", 1, Placement.ladder(loaded.model)[0], 0)
-    run = feature_writer._Run(adapted, "new", [mine, mine], 2, 1, WriterSettings(), None, 0.0, (), 1.0)
+    run = feature_writer.FeatureRun(adapted, "new", [mine, mine], 2, 1, WriterSettings(), None, 0.0, (), 1.0)
 
     def look(ending: Ending, rows: slice, _: int) -> Tensor:
         probs = torch.where(mine.owners[rows] == 0, 0.7, 1.0)  # certified, and not enough to end training

@@ -24,6 +24,7 @@ from loramem.records.outcome import Outcome
 from loramem.records.record import RecordLike, as_records
 from loramem.results import (
     Explanation,
+    Kept,
     Recall,
     Stats,
     VerifyReport,
@@ -311,7 +312,8 @@ class Memory:
         def explained(found: Located) -> Explanation:
             value = self._session.reader.value(found)
             tokens = self._session.reader.token_probabilities(found, value)
-            return Explanation(key, value, found.adapter.id, tokens)
+            kept = found.adapter.proof.get("kept")
+            return Explanation(key, value, found.adapter.id, tokens, None if kept is None else Kept.of(kept))
 
         return self._read(key, namespace, explained)
 

@@ -28,7 +28,7 @@ from loramem.store.manifest import NAME as MANIFEST
 from loramem.store.request import OnConflict, WriteRequest
 from loramem.store.session import ModelOptions
 from loramem.store.staging import clean
-from loramem.training.settings import WriterSettings
+from loramem.training.settings import KeepBase, WriterSettings
 
 if TYPE_CHECKING:
     from concurrent.futures import Executor
@@ -128,6 +128,7 @@ class MemoryStore(Maintained):
         goal: GoalName = "fast",
         rank: int | None = None,
         one_adapter: bool = False,
+        keep_base: bool | KeepBase = False,
         partial: bool = False,
         settings: WriterSettings | None = None,
         progress: "ProgressCallback | None" = None,
@@ -147,6 +148,10 @@ class MemoryStore(Maintained):
             one_adapter: Put all records of a namespace into one adapter, whatever it takes, for a server of a single
                 LoRA. It may be slower by far: what the first placement does not hold is trained at one that holds more.
                 Records that the namespace had before stay where they are, until `compact` makes one adapter of all.
+            keep_base: Leave the base what it is where no record is asked for, so that the adapter may be active for
+                everything, and measure how far that went: `WriteReport.kept`. A `KeepBase` says how much is wanted and
+                what is done for it. One adapter for each namespace. Takes minutes rather than seconds, and more of them
+                for the first write on a base.
             partial: Commit the certified records even if others could not be certified.
             settings: How to train; measured defaults otherwise.
             progress: Called after every training step; after every shard with an executor.
@@ -159,12 +164,18 @@ class MemoryStore(Maintained):
             StoreLocked: Another process is writing.
             StubbornRecords: Some records could not be certified and ``partial`` is False; nothing was committed.
             TrainingDiverged: NaN or Inf; nothing was committed.
+            BaseHarmed: ``keep_base`` asks for more than was reached, and not only for a report; nothing was committed.
+            UnsupportedBaseModel: ``keep_base``, and the base's last MLP is none whose neurons can be replaced.
             RecallError: A saved adapter did not decode what training had certified; nothing was committed.
             OutOfMemory: A batch did not fit into memory; the write waits to be resumed or discarded.
             UnknownChoice: No such goal or conflict rule.
             ArgumentError: A rank above the highest allowed.
         """
-        request = WriteRequest(goal, rank, settings or WriterSettings(), one_adapter, partial)
+        settings = settings or WriterSettings()
+        if keep_base:
+            settings = replace(settings, keep_base=KeepBase() if keep_base is True else keep_base)
+        # An adapter that is active for everything knows no key of another.
+        request = WriteRequest(goal, rank, settings, one_adapter or settings.keep_base is not None, partial)
         request.check()
         check_choice("on_conflict", on_conflict, get_args(OnConflict))
         with self._lock, self._writing():

@@ -25,7 +25,7 @@ from loramem.index.rows import prompt_digest
 from loramem.models.dtypes import Dtype
 from loramem.planning.limits import GoalName
 from loramem.store.manifest import Manifest
-from loramem.training.settings import RETIRED, WriterSettings
+from loramem.training.settings import RETIRED, KeepBase, WriterSettings
 
 FORMAT, NEEDS = 1, "0.1.0"
 NAME, RECORDS, CARD, ADAPTERS = "loramem.json", "records.jsonl", "README.md", "adapters"
@@ -115,6 +115,14 @@ class PublishedRequest(_Strict):
     one_adapter: bool = False
 
 
+def _check_fields(given: dict[str, Any], defaults: WriterSettings | KeepBase) -> None:
+    known = asdict(defaults)
+    for name, value in given.items():
+        kind = type(known.get(name))
+        if name not in known or type(value) not in ((float, int) if kind is float else (kind,)):
+            raise ValueError(f"{name} is not a setting, or not of its type")
+
+
 class PublishedTraining(BaseModel):
     """How an adapter was trained: what rewriting it needs to know; what it came to may stand beside."""
 
@@ -128,12 +136,15 @@ class PublishedTraining(BaseModel):
     @field_validator("settings")
     @classmethod
     def _settings(cls, given: dict[str, Any]) -> dict[str, Any]:
-        defaults, given = asdict(WriterSettings()), {name: given[name] for name in given.keys() - RETIRED}
-        for name, value in given.items():
-            kind = type(defaults.get(name))
-            if name not in defaults or type(value) not in ((float, int) if kind is float else (kind,)):
-                raise ValueError(f"{name} is not a setting, or not of its type")
-        WriterSettings(**given)
+        given = {name: given[name] for name in given.keys() - RETIRED}
+        plain = {name: value for name, value in given.items() if name != "keep_base"}
+        _check_fields(plain, WriterSettings())
+        if (keep := given.get("keep_base")) is not None:
+            if not isinstance(keep, dict):
+                raise ValueError("keep_base is not a group of settings")
+            _check_fields(keep, KeepBase())
+            KeepBase(**keep)
+        WriterSettings(**plain)
         return given
 
 

@@ -79,6 +79,22 @@ class Ending:
         mixed = here["input", self._projection] if self._projection else None
         return self._run(rows, here["entering", None], mixed, forwards).float()
 
+    def hidden(self, rows: slice | Tensor, outputs: Mapping[nn.Module, Tensor] | None = None) -> Tensor:
+        """What enters the head (n, d) at some of the positions, for an end without an adapter.
+
+        Args:
+            outputs: What blocks of the last layer are to give there (n, d), in the place of what they compute.
+        """
+        forwards: dict[nn.Module, Forward] = {block: _giving(values) for block, values in (outputs or {}).items()}
+        forwards[self.model.get_output_embeddings()] = lambda hidden: hidden
+        return self._run(rows, self.features.entering[rows], None, forwards)
+
+    @torch.no_grad()
+    def block_values(self, block: nn.Module) -> tuple[Tensor, Tensor]:
+        """What enters a block of the last layer and what it gives at all positions, (N, d) each."""
+        seen = [self._seen(rows, ()) for rows in self.chunks(LOOK_ROWS)]
+        return tuple(torch.cat([getattr(part, name)[block] for part in seen]) for name in ("inputs", "blocks"))  # type: ignore[return-value]
+
     @torch.no_grad()
     def scores(self) -> tuple[Tensor, Tensor]:
         """Of all positions: cross-entropy (N,) in nats of the target, and whether it is the likeliest token, (N,)."""
@@ -207,7 +223,7 @@ class Ending:
                 hooks.callback(layer.base_layer.register_forward_hook(_keeper(seen.inputs, seen.base, layer)).remove)
                 hooks.callback(layer.register_forward_hook(_keeper({}, seen.outputs, layer)).remove)
             for block in self._last.blocks:
-                hooks.callback(block.register_forward_hook(_keeper({}, seen.blocks, block)).remove)
+                hooks.callback(block.register_forward_hook(_keeper(seen.inputs, seen.blocks, block)).remove)
             handed_on: dict[nn.Module, Forward] = {self.model.get_output_embeddings(): lambda hidden: hidden}
             self._run(rows, self.features.entering[rows], self.features.mixed[rows], handed_on)
         return seen

@@ -173,7 +173,7 @@ class Planner:
             price,
             inputs,
             goal=request.goal,
-            rank=request.rank,
+            rank=request.first_rank,
             limits=limits or request.limits,
             one_adapter=request.one_adapter,
         )

@@ -1,7 +1,7 @@
 """How a write is asked for: said once by the caller, kept by the journal, and by adapters to be rewritten alike."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
 from loramem.index.rows import Ended
@@ -28,6 +28,12 @@ class WriteRequest:
     """Records that end with it, beside those that it replaces."""
 
     @property
+    def first_rank(self) -> int | None:
+        """What every adapter begins with, where that is no matter of the plan."""
+        keep = self.settings.keep_base
+        return self.rank if keep is None or self.rank is not None else min(keep.neurons, self.settings.max_rank)
+
+    @property
     def limits(self) -> RankLimits:
         """Ranks that its adapters may have."""
         return RankLimits(self.settings.max_rank)
@@ -51,7 +57,7 @@ class WriteRequest:
         return {
             **self.kept,
             "partial": self.partial,
-            "settings": asdict(self.settings),
+            "settings": self.settings.to_json(),
             "ended": [list(each) for each in self.ended],
         }
 

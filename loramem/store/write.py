@@ -227,7 +227,11 @@ class Transaction:
 
     def _note_time(self, written: Sequence[Written]) -> None:
         """For plans: a visit takes another time where a shard climbs to, or begins because it must hold all."""
-        usual = [one for one in written if not one.shard.climbed and one.job.placement == self.placement]
+        usual = [
+            one
+            for one in written
+            if not one.shard.climbed and one.job.placement == self.placement and one.job.settings.keep_base is None
+        ]
         base = self.adapted.base
         if not usual:
             return

@@ -74,7 +74,12 @@ class Trained:
                 for shard in result.shards
             ],
             [encoded[one.first + index] for _, one, result in planned for index in result.failed],
-            [outcome for _, one, result in planned for outcome in outcomes(one, placement, result, plan.kind)],
+            [
+                outcome
+                for job, one, result in planned
+                if job.settings.keep_base is None  # else neurons decide, and the boundary is of another placement
+                for outcome in outcomes(one, placement, result, plan.kind)
+            ],
         )
 
 
@@ -165,6 +170,7 @@ def report_of(trained: Trained, skipped: int, elapsed_s: float) -> WriteReport:
         served={
             dtype: min(one.shard.served[dtype].min_prob for one in shards) for dtype in sorted(shards[0].shard.served)
         },
+        kept={one.shard.adapter: one.shard.kept for one in shards if one.shard.kept is not None},
         needs_ids=sum(entry.prompt is not None and not entry.prompt["chat"] for one in shards for entry in one.records),
     )
 

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
@@ -78,7 +79,7 @@ def train_on_features(
     """
     started = time.monotonic()
     adapted.create(name, rank, placement, settings.seed)
-    run = _Run(adapted, name, features, records, rank, settings, progress, started, adapter_dtypes, caution)
+    run = FeatureRun(adapted, name, features, records, rank, settings, progress, started, adapter_dtypes, caution)
     for next_rank in [*rank_choices(rank, settings.max_rank)[1:], None]:
         if run.until_certified_or_stalled() or next_rank is None:
             break
@@ -104,7 +105,7 @@ class _Best:
     step: int = 0
 
 
-class _Run:
+class FeatureRun:
     """State of one training."""
 
     def __init__(
@@ -149,23 +150,34 @@ class _Run:
         self.endings = [Ending(self.adapted.model, features, layers) for features in self.features]
         self.ending = self.endings[0]
         self.ending.deviate(self.endings[1:], self.caution)
+        self.sites = self.begin(layers, grown_from)
+        self.restart()
+
+    def begin(self, layers: Sequence[LoraLayer], grown_from: int) -> list[Site]:
+        """What is trained; the rows of A that are new are random."""
         sites = []
         for layer in layers:
             a, b = layer.lora_A[self.name].weight, layer.lora_B[self.name].weight
-            moments = self.ending.moments(layer)
-            if not bool(torch.isfinite(moments).all()):  # which has no factor
-                raise TrainingDiverged(
-                    f"The hidden states of {type(self.adapted.model).__name__} are not finite in "
-                    f"{self.adapted.base.dtype}. Nothing was committed. Check it for NaN weights, or use float32.",
-                    step=self.step,
-                    learning_rate=self.rate,
-                )
-            factor = whitening_factor(moments)
+            factor = whitening_factor(self.finite(self.ending.moments(layer)))
             with torch.no_grad():
-                a[grown_from:] = random_rows(rank - grown_from, factor, self.settings.seed + rank)
+                a[grown_from:] = random_rows(self.rank - grown_from, factor, self.settings.seed + self.rank)
             sites.append(Site(a, b, factor, self.ending.scale(layer) / layer.scaling[self.name]))
-        self.sites = sites
-        self.restart()
+        return sites
+
+    def finite(self, moments: Tensor) -> Tensor:
+        """Second moments as they are.
+
+        Raises:
+            TrainingDiverged: They hold NaN or Inf, and have no factor.
+        """
+        if not bool(torch.isfinite(moments).all()):
+            raise TrainingDiverged(
+                f"The hidden states of {type(self.adapted.model).__name__} are not finite in "
+                f"{self.adapted.base.dtype}. Nothing was committed. Check it for NaN weights, or use float32.",
+                step=self.step,
+                learning_rate=self.rate,
+            )
+        return moments
 
     def restart(self) -> None:
         """A fresh optimiser on the matrices as they are; gradients of a loss that was not finite are dropped."""
@@ -228,13 +240,23 @@ class _Run:
             open_of.index_add_(0, self.features[0].owners[rows], is_open.to(open_of.dtype))
         told = torch.cat([sums, (open_of > 0).sum()[None]])
         total_weight, open_tokens, open_loss, loss, self.open_records = told.tolist()  # one wait for the device
-        share = open_tokens / len(self.targets)
-        if math.isfinite(loss) and self.optimizer.step(
-            min(1.0, max(LEAST_SHARE, share / FEW)) * self.decay, 1 / max(total_weight, objectives.MIN_WEIGHT)
-        ):
+        weight = self.whole_weight(total_weight)
+        self.pull_elsewhere(weight)
+        if math.isfinite(loss) and self.optimizer.step(self.rate_factor(open_tokens / len(self.targets)), 1 / weight):
             self.step += 1
             return int(open_tokens), open_loss, loss / len(self.targets)
         return int(open_tokens), open_loss, math.nan
+
+    def whole_weight(self, total: float) -> float:
+        """What the sum of weighted losses is divided by."""
+        return max(total, objectives.MIN_WEIGHT)
+
+    def pull_elsewhere(self, weight: float) -> None:
+        """Add gradients of what else is to hold, each times ``weight``, by which all are divided; here of nothing."""
+
+    def rate_factor(self, open_share: float) -> float:
+        """On the rate of a step, by the share of tokens that are open."""
+        return min(1.0, max(LEAST_SHARE, open_share / FEW)) * self.decay
 
     def weighted_losses(self, rows: slice) -> tuple[Tensor, Tensor]:
         """Cross-entropy (n,) over the competing tokens and the rest, and the objective's weights (n,)."""

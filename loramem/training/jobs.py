@@ -17,6 +17,7 @@ from loramem.models.dtypes import Dtype
 from loramem.models.fingerprint import Fingerprint
 from loramem.models.placement import Placement
 from loramem.records.prompts import EncodedRecord
+from loramem.results import Kept
 from loramem.training.progress import Training
 from loramem.training.settings import WriterSettings
 
@@ -118,6 +119,8 @@ class TrainedShard:
     """Proofs in the other dtypes that were asked for."""
     caution: int
     """Place in `CAUTION` of what it was trained with."""
+    kept: Kept | None = None
+    """What it leaves of the base, where that was asked for."""
 
     def proof_in(self, dtype: str) -> Proof:
         """The proof on a base model of this dtype."""
@@ -148,6 +151,7 @@ class ShardResult:
                 _proof(shard["proof"]),
                 {dtype: _proof(proof) for dtype, proof in shard["served"].items()},
                 shard["caution"],
+                None if shard["kept"] is None else Kept.of(shard["kept"]),
             )
             for shard in fields["shards"]
         )

@@ -1,7 +1,7 @@
 """How an adapter is trained: every choice of a write, with its measured default."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
 from loramem._util.choices import check_choice
@@ -17,6 +17,54 @@ RETIRED = frozenset(
     "restarts".split()
 )
 """Settings that once tuned training through the network, and that stores and journals may still name."""
+
+OnMiss = Literal["report", "fail", "grow"]
+"""What becomes of a write that leaves less of the base than is wanted: it is committed and says so, it is refused, or
+it is trained again with more until the highest rank, and then refused."""
+
+
+@dataclass(frozen=True)
+class KeepBase:
+    """How much of a base is to be left as it is, and what is done for it. Measured defaults: docs/keeping.md.
+
+    Raises:
+        ArgumentError: A number that makes no sense.
+        UnknownChoice: No such way.
+    """
+
+    neurons: int = 128
+    """Of the last MLP, which the records take: the adapter's first rank, where none is asked for."""
+    steps: int = 300
+    """Of training; the rate falls over them."""
+    rate: float = 0.1
+    """As `WriterSettings.feature_rate`."""
+    weight: float = 4.0
+    """Of the divergence at neutral positions, beside the loss at the records'."""
+    text_tokens: int = 20_000
+    questions: int = 300
+    """Answered by the base, to train with; of three times as many, where an answer begins."""
+    unknown_keys: int = 1_000
+    """Of the records' own form, to train with."""
+    text_sha256: str = ""
+    """Of a text of the user's own, which `loramem.training.neutral_text.remember_text` put into the cache: it is read
+    first, as text that is to stay what it is, and the standard library's after it."""
+    text_kl: float = 0.1
+    """Target: mean KL(base ‖ adapted) in nats on text."""
+    text_changed: float = 0.08
+    """Target: share of positions of text with another likeliest token."""
+    questions_changed: float = 0.1
+    """Target: share of questions whose answer begins with another token."""
+    unknown_changed: float = 0.05
+    """Target: share of unknown keys whose answer begins with another token."""
+    on_miss: OnMiss = "report"
+
+    def __post_init__(self) -> None:
+        check_choice("on_miss", self.on_miss, get_args(OnMiss))
+        for name in ("neurons", "steps", "text_tokens", "questions", "unknown_keys"):
+            if getattr(self, name) < 1:
+                raise ArgumentError(
+                    f"{name} must be at least 1, not {getattr(self, name)}", argument=name, value=getattr(self, name)
+                )
 
 
 @dataclass(frozen=True)
@@ -43,6 +91,8 @@ class WriterSettings:
     """Highest rank: of the first one asked for, of plans, and of what training grows to."""
     seed: int = 0
     """Of random directions in new rows of A; through the network also of the order of batches."""
+    keep_base: KeepBase | None = None
+    """What is left of the base where an adapter is active for everything; None for adapters that are routed to."""
 
     def __post_init__(self) -> None:
         check_choice("objective", self.objective, OBJECTIVES)
@@ -58,6 +108,12 @@ class WriterSettings:
                 value=self.certify_threshold,
             )
 
+    def to_json(self) -> dict[str, Any]:
+        """As a journal or an adapter's row has them; ``keep_base`` is named only where it was asked for, so that older
+        versions read all that they can rewrite."""
+        fields = asdict(self)
+        return fields if self.keep_base is not None else {name: fields[name] for name in fields if name != "keep_base"}
+
     @classmethod
     def saved(cls, settings: Mapping[str, Any]) -> "WriterSettings":
         """Settings as a journal, an adapter's row or a manifest holds them, without those that were `RETIRED` since.
@@ -71,4 +127,10 @@ class WriterSettings:
                 f"The store was written with the setting {min(unknown)!r}, which this version of loramem does not "
                 "know. Upgrade loramem."
             )
-        return cls(**kept)
+        keep = kept.get("keep_base")
+        if keep is not None and (unknown := keep.keys() - KeepBase.__dataclass_fields__):
+            raise StoreFormatError(
+                f"The store was written with the setting keep_base.{min(unknown)}, which this version of loramem does "
+                "not know. Upgrade loramem."
+            )
+        return cls(**{**kept, "keep_base": None if keep is None else KeepBase(**keep)})

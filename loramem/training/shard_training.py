@@ -18,11 +18,15 @@ from loramem.models.adapters import AdaptedModel
 from loramem.models.batches import Batches, answer_logits, make_batch
 from loramem.models.ending import Ending
 from loramem.models.features import Features, collect, collect_decoding
+from loramem.models.layers import linear_paths
+from loramem.models.neurons import LastMlp
 from loramem.models.placement import Placement
 from loramem.models.rounded_inputs import rounded_inputs
 from loramem.models.trunk import SPLIT_TOLERANCE
 from loramem.records.prompts import EncodedRecord
 from loramem.training.feature_writer import train_on_features
+from loramem.training.keeping import train_keeping
+from loramem.training.neutral import Neutral
 from loramem.training.progress import ProgressCallback, Training
 from loramem.training.settings import WriterSettings
 from loramem.training.trainer import train_adapter
@@ -66,6 +70,7 @@ def train_shard(
     adapter_dtypes: Sequence[torch.dtype] = (),
     caution: float = 1.0,
     one_adapter: bool = False,
+    neutral: Neutral | None = None,
 ) -> ShardTraining:
     """Train a new adapter ``name`` until every token of every record is certified, or no placement holds them.
 
@@ -77,11 +82,15 @@ def train_shard(
         adapter_dtypes: See `train_on_features`.
         caution: Factor on how much features deviate in training from one dtype to another.
         one_adapter: A shard climbs as long as any record is stubborn, as none may get an adapter of its own.
+        neutral: To train with where the base is to be kept; only one placement can, and no shard climbs.
 
     Raises:
+        UnsupportedBaseModel: The base is to be kept, and cannot be.
         TrainingDiverged: NaN or Inf, again after several restarts at lower learning rates.
     """
     ladder = adapted.ladder
+    if neutral is not None:
+        return _keeping(adapted, name, records, rank, settings, progress, features, adapter_dtypes, caution, neutral)
     behind = ladder[:-1]
     if features is None:  # where layers are run anyway, the placement that holds most costs no more
         placement = ladder[-1] if placement in behind else placement
@@ -119,6 +128,50 @@ def train_shard(
         adapted.remove(name)
     training = train_adapter(adapted, name, records, rank, ladder[-1], settings, progress)
     return ShardTraining(training.after(spent), ladder[-1], climbed=True, on_features=False)
+
+
+def _keeping(
+    adapted: AdaptedModel,
+    name: str,
+    records: Sequence[EncodedRecord],
+    rank: int,
+    settings: WriterSettings,
+    progress: ProgressCallback | None,
+    features: Sequence[Features] | None,
+    adapter_dtypes: Sequence[torch.dtype],
+    caution: float,
+    neutral: Neutral,
+) -> ShardTraining:
+    """`train_shard` where the base is to be kept."""
+    if features is None:
+        raise UnsupportedBaseModel(
+            f"{type(adapted.model).__name__} is not run from its last attention on, and only there can an adapter "
+            "spare the base. Write without keep_base, and route by key."
+        )
+    with adapted.disabled():  # one that an earlier proof left attached is no part of the base
+        mlp = LastMlp.of(adapted.model)
+    paths = [module for _, module in linear_paths(mlp.block)]
+    placement = next((rung for rung in adapted.ladder if {*rung.paths(adapted.model).values()} == set(paths)), None)
+    if placement is None:
+        raise UnsupportedBaseModel(
+            f"PEFT cannot attach to all of the last MLP of {type(adapted.model).__name__} and nothing else, and only "
+            "so can an adapter spare the base. Write without keep_base, and route by key."
+        )
+    alike = [each.to(adapted.model.dtype) for each in features]
+    training = train_keeping(
+        adapted,
+        name,
+        alike,
+        len(records),
+        rank,
+        placement,
+        settings,
+        neutral,
+        progress,
+        adapter_dtypes=adapter_dtypes,
+        caution=caution,
+    )
+    return ShardTraining(training, placement)
 
 
 @torch.no_grad()

@@ -16,13 +16,16 @@ import torch
 from loramem._util.files import write_directory
 from loramem.errors import RecallError, StubbornRecords
 from loramem.index.rows import StoredAdapter, now
-from loramem.models.adapters import AdaptedModel, adapter_id, serialize
+from loramem.models.adapters import AdaptedModel, adapter_id, rank_choices, serialize
 from loramem.models.certificate import Proof, free_running, prove
 from loramem.models.dtypes import Dtype
 from loramem.models.ending import Ending
 from loramem.models.features import Features
 from loramem.records.prompts import EncodedRecord
 from loramem.training.jobs import ShardJob, ShardResult, TrainedShard
+from loramem.training.kept import harmed, measure, misses, shown
+from loramem.training.neutral import Material
+from loramem.training.neutral import material as neutral_material
 from loramem.training.progress import ProgressCallback, Training
 from loramem.training.settings import WriterSettings
 from loramem.training.shard_training import ShardTraining, as_decoded, features_of, train_shard, with_other_batches
@@ -57,7 +60,7 @@ def write_shard(
     shards = list[TrainedShard]()
     remaining = list(range(len(job.records)))
     while remaining:
-        shard, stubborn = _write_adapter(job, folder, adapted, served, remaining, progress)
+        shard, stubborn = _keeping_adapter(job, folder, adapted, served, remaining, progress)
         if shard is not None:
             shards.append(shard)
         given_up = job.one_adapter or len(stubborn) == len(remaining)
@@ -69,6 +72,32 @@ def write_shard(
     return ShardResult(tuple(shards), tuple(remaining))
 
 
+def _keeping_adapter(
+    job: ShardJob,
+    folder: Path,
+    adapted: AdaptedModel,
+    served: Mapping[Dtype, AdaptedModel],
+    indices: Sequence[int],
+    progress: ProgressCallback | None,
+) -> tuple[TrainedShard | None, list[int]]:
+    """`_write_adapter`, which leaves as much of the base as the job asks for.
+
+    Raises:
+        BaseHarmed: It does not, at any rank that may be tried.
+    """
+    keep = job.settings.keep_base
+    for rank in rank_choices(job.rank, max(job.rank, job.settings.max_rank)):
+        shard, stubborn = _write_adapter(job, folder, adapted, served, indices, progress, rank)
+        if keep is None or shard is None or shard.kept is None or not (missed := misses(shard.kept, keep)):
+            break
+        log.info("at rank %d more of the base is changed than is allowed: %s", rank, shown(missed))
+        if keep.on_miss == "report":
+            break
+        if keep.on_miss == "fail" or shard.training.rank >= job.settings.max_rank or shard.training.rank < rank:
+            raise harmed(missed, shard.training.rank)
+    return shard, stubborn
+
+
 def _write_adapter(
     job: ShardJob,
     folder: Path,
@@ -76,6 +105,7 @@ def _write_adapter(
     served: Mapping[Dtype, AdaptedModel],
     indices: Sequence[int],
     progress: ProgressCallback | None,
+    rank: int,
 ) -> tuple[TrainedShard | None, list[int]]:
     """A proved adapter of some of the job's records, and which of them it does not hold; None where it holds none.
 
@@ -89,7 +119,9 @@ def _write_adapter(
     compositions, met = [free_running(records)], 0
     if len(records) > 1:
         compositions.append([[number] for number in range(len(records))])
-    rank, placement, spent = job.rank, job.placement, list[Training]()
+    keep = job.settings.keep_base
+    material = None if keep is None else neutral_material(adapted, records, keep, job.settings.seed)
+    placement, spent = job.placement, list[Training]()
     for place in range(job.caution, len(CAUTION)):
         if features is not None:
             for batches in compositions[met:place]:
@@ -107,6 +139,7 @@ def _write_adapter(
             adapter_dtypes=[each.adapter_dtype or torch.float32 for each in models],
             caution=CAUTION[place],
             one_adapter=job.one_adapter,
+            neutral=None if material is None else material.trained,
         )
         trained = replace(
             trained, training=trained.training.after(spent), climbed=trained.climbed or placement != job.placement
@@ -119,7 +152,7 @@ def _write_adapter(
             return None, stubborn
         try:
             whole = features if trained.on_features and not stubborn else None
-            return _save_and_prove(job, folder, adapted, served, certified, trained, whole, place), stubborn
+            return _save_and_prove(job, folder, adapted, served, certified, trained, whole, place, material), stubborn
         except (RecallError, StubbornRecords) as error:
             if place == len(CAUTION) - 1:
                 raise
@@ -151,10 +184,12 @@ def _save_and_prove(
     trained: ShardTraining,
     features: Sequence[Features] | None,
     caution: int,
+    material: Material | None,
 ) -> TrainedShard:
     """
     Args:
         features: Of just these records, first in the dtypes to be proved in; None where the adapter changes them.
+        material: What is measured of the base that it leaves, if that is asked for.
     """
     known = iter(features if features is not None else repeat(None))
     records = [job.records[index] for index in indices]
@@ -164,13 +199,14 @@ def _save_and_prove(
     adapted.load(adapter, folder / adapter)
     adapted.remove(UNSAVED)  # after the load: PEFT is never left without an adapter that it holds for the active one
     proof = _proved(job, adapted, adapter, records, trained.training.rank, next(known))
+    kept = None if material is None else measure(adapted, adapter, material)
     proofs = dict[str, Proof]()
     for dtype, model in served.items():
         model.load(adapter, folder / adapter)
         proofs[dtype] = _proved(job, model, adapter, records, trained.training.rank, next(known))
         model.remove(adapter)
     return TrainedShard(
-        adapter, tuple(indices), trained.training, trained.placement, trained.climbed, proof, proofs, caution
+        adapter, tuple(indices), trained.training, trained.placement, trained.climbed, proof, proofs, caution, kept
     )
 
 
@@ -220,7 +256,7 @@ def stored_adapter(
         size_bytes=sum(map(len, files.values())),
         files={name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
         placement=asdict(shard.placement),
-        training={**training, "settings": asdict(job.settings), "cost_bits": cost_bits, "request": dict(request)},
+        training={**training, "settings": job.settings.to_json(), "cost_bits": cost_bits, "request": dict(request)},
         proof={
             **shard.proof.conditions,
             "min_prob": shard.proof.min_prob,
@@ -228,6 +264,7 @@ def stored_adapter(
             "served": {
                 dtype: {**proof.conditions, "min_prob": proof.min_prob} for dtype, proof in shard.served.items()
             },
+            **({} if shard.kept is None else {"kept": asdict(shard.kept)}),
         },
         created_at=now(),
     )

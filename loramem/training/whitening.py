@@ -34,6 +34,11 @@ class Site:
     """L, (in, in), lower triangular, from `whitening_factor`."""
     scale: float
     """Root mean square of what the product B·A·x is added to."""
+    step_a: float = 1.0
+    """How far a step moves Ã, as a share of how far it would: where A is only a part of what the module computes."""
+    moves_a: bool = True
+    moves_b: bool = True
+    """Whether training changes that matrix."""
 
 
 def whitening_factor(moments: Tensor, damping: float = DAMPING) -> Tensor:
@@ -72,8 +77,10 @@ class WhitenedAdam:
         groups = []
         for white, b, site in zip(self.white, self.b, sites, strict=True):
             rank, inputs = white.shape
-            groups.append({"params": [white], "relative": 1 / math.sqrt(inputs)})
-            groups.append({"params": [b], "relative": site.scale / math.sqrt(rank)})
+            if site.moves_a:
+                groups.append({"params": [white], "relative": site.step_a / math.sqrt(inputs)})
+            if site.moves_b:
+                groups.append({"params": [b], "relative": site.scale / math.sqrt(rank)})
         self._adam = torch.optim.Adam(groups, lr=rate, betas=BETAS)
         for site in sites:
             self._set(site, site.a, site.b)
@@ -90,13 +97,16 @@ class WhitenedAdam:
         finite = torch.ones((), dtype=torch.bool, device=self.white[0].device)
         for white, b, site in zip(self.white, self.b, self.sites, strict=True):
             assert site.a.grad is not None and site.b.grad is not None
-            white.grad = solve_triangular(site.factor, site.a.grad.T * gradient_scale, upper=False).T
-            b.grad = site.b.grad * gradient_scale
-            finite &= torch.isfinite(white.grad).all() & torch.isfinite(b.grad).all()
+            if site.moves_a:
+                white.grad = solve_triangular(site.factor, site.a.grad.T * gradient_scale, upper=False).T
+                finite &= torch.isfinite(white.grad).all()
+            if site.moves_b:
+                b.grad = site.b.grad * gradient_scale
+                finite &= torch.isfinite(b.grad).all()
         if moved := bool(finite):
             self._adam.step()
             for white, b, site in zip(self.white, self.b, self.sites, strict=True):
-                self._set(site, _raw(white, site.factor), b)
+                self._set(site, _raw(white, site.factor) if site.moves_a else site.a, b)
         for site in self.sites:
             site.a.grad = site.b.grad = None
         return moved

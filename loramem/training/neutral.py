@@ -1,0 +1,224 @@
+"""Neutral positions: where a base is to stay what it is, as features of its end.
+
+Text, the base's own answers to ordinary questions, and its own answers where unknown keys are asked for in the trained
+form. All of it is run through the frozen base once; of each position what enters the end is kept, in bfloat16, which
+is 2.3 kB for a width of 576. What does not depend on the records is kept in the user's cache, per base.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from loramem._util.cache import cache_folder
+from loramem.embedded.corpus import standard_library
+from loramem.models.adapters import AdaptedModel
+from loramem.models.base_model import BaseModel
+from loramem.models.decoding import greedy_decode
+from loramem.models.features import Features, collect
+from loramem.records.prompts import EncodedRecord
+from loramem.records.record import Record
+from loramem.training import neutral_text
+from loramem.training.settings import KeepBase
+from loramem.training.trainer import autocast_dtype
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1
+"""Of cached files and of what they hold: another way of making neutral material is another format."""
+WINDOW, WINDOWS = 256, 4
+"""Tokens of text that are read together, and how many windows of one document: many documents rather than long ones."""
+ANSWER_TOKENS, KEY_ANSWER_TOKENS = 24, 16
+"""Of the base's answers to questions and to unknown keys."""
+DECODED, COLLECTED = 128, 1024
+"""Answers that are decoded together, and sequences whose features are held in the base's dtype at a time."""
+HELD_OUT_TEXT, HELD_OUT_KEYS = 5_000, 200
+TEXT, QUESTIONS, UNKNOWN = "text", "questions", "unknown keys"
+NOBODY = Record("neutral", "neutral")
+
+
+@dataclass(frozen=True)
+class Positions:
+    """Neutral positions of one kind."""
+
+    features: Features
+    """Hidden states in bfloat16; ``mixed`` is empty."""
+    first: Tensor
+    """(N,) whether an answer begins there."""
+
+    def __len__(self) -> int:
+        return len(self.first)
+
+
+@dataclass(frozen=True)
+class Neutral:
+    """Neutral positions by kind: `TEXT`, `QUESTIONS`, `UNKNOWN`."""
+
+    kinds: dict[str, Positions]
+
+    def __len__(self) -> int:
+        return sum(map(len, self.kinds.values()))
+
+
+@dataclass(frozen=True)
+class Material:
+    """Neutral positions to train with, and others to measure with."""
+
+    trained: Neutral
+    measured: Neutral
+    questions: tuple[EncodedRecord, ...]
+    """Those that are measured, with the base's own answers."""
+
+
+def material(adapted: AdaptedModel, records: Sequence[EncodedRecord], keep: KeepBase, seed: int) -> Material:
+    """Neutral positions of a base, and such as records' own unknown keys give.
+
+    Args:
+        records: Of one adapter.
+    """
+    base, keys = adapted.base, [record.record.key for record in records]
+    own = neutral_text.remembered_text(keep.text_sha256)
+    with adapted.disabled(), torch.no_grad(), _half(base):
+        answers = _answers(base, neutral_text.held_out_questions(), ANSWER_TOKENS)
+        of_base = {
+            TEXT: _cached(base, keep, seed, TEXT, own),
+            QUESTIONS: _cached(base, keep, seed, QUESTIONS, own),
+        }
+        asked = neutral_text.unknown_keys(keys, keep.unknown_keys, seed, held_out=False)
+        answered = asked[: keep.unknown_keys // 8]
+        unknown = [*_firsts(base, asked[len(answered) :]), *_answers(base, answered, KEY_ANSWER_TOKENS)]
+        others = neutral_text.unknown_keys(keys, HELD_OUT_KEYS, seed, held_out=True)
+        measured = {
+            TEXT: _positions(base, _passages(base, HELD_OUT_TEXT, own, held_out=True)),
+            QUESTIONS: _positions(base, answers),
+            UNKNOWN: _positions(base, _firsts(base, others)),
+        }
+        trained = {**of_base, UNKNOWN: _positions(base, unknown)}
+    log.info("%d neutral positions to train with", sum(map(len, trained.values())))
+    return Material(Neutral(trained), Neutral(measured), tuple(answers))
+
+
+def _half(base: BaseModel) -> torch.autocast:
+    """Products as fast as the device has them: neutral positions need not be those of one dtype to the last bit."""
+    cast = autocast_dtype(base.device)
+    return torch.autocast(base.device.type, cast, enabled=cast is not None)
+
+
+def _cached(base: BaseModel, keep: KeepBase, seed: int, kind: str, own: str) -> Positions:
+    """Positions that depend on the base alone, from the cache if they are there."""
+    what = {
+        "format": FORMAT,
+        "kind": kind,
+        "base": base.fingerprint.weights,
+        "tokenizer": base.fingerprint.tokenizer,
+        "template": [base.template.prefix_ids, base.template.suffix_ids],
+        "library": standard_library().digest(),
+        "size": keep.text_tokens if kind == TEXT else keep.questions,
+        "seed": seed,
+        "torch": torch.__version__,
+        "device": base.device.type,
+        "threads": torch.get_num_threads(),  # by which sums are rounded otherwise
+    }
+    if own and kind == TEXT:
+        what["own"] = keep.text_sha256
+    name = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:32]
+    file = cache_folder() / "neutral" / f"{name}.safetensors"
+    if (known := _load(file)) is not None:
+        return known
+    if kind == TEXT:
+        found = _positions(base, _passages(base, keep.text_tokens, own, held_out=False))
+    else:
+        asked = neutral_text.questions(4 * keep.questions, seed)
+        messages = [*asked[keep.questions :], *neutral_text.excerpts(keep.questions // 2, seed)]
+        found = _positions(base, [*_answers(base, asked[: keep.questions], ANSWER_TOKENS), *_firsts(base, messages)])
+    _save(file, found)
+    return found
+
+
+def _load(file: Path) -> Positions | None:
+    try:
+        columns = load_file(file)
+        return Positions(
+            Features(**{field.name: columns[field.name] for field in fields(Features)}), columns["first"].bool()
+        )
+    except (OSError, SafetensorError, KeyError):
+        return None
+
+
+def _save(file: Path, positions: Positions) -> None:
+    columns = {field.name: getattr(positions.features, field.name) for field in fields(Features)}
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        beside = file.with_suffix(".partial")
+        save_file({**columns, "first": positions.first.to(torch.uint8)}, beside)
+        beside.replace(file)
+    except OSError:
+        log.debug("%s is not writable", file)
+
+
+def _positions(base: BaseModel, sequences: Sequence[EncodedRecord]) -> Positions:
+    """Features at every answer position of sequences, some of these at a time."""
+    parts, first = list[Features](), list[Tensor]()
+    for start in range(0, len(sequences), COLLECTED):
+        some = sequences[start : start + COLLECTED]
+        found = collect(base.model, some)
+        slim = replace(found, mixed=found.attended[:, :0])
+        parts.append(slim.to(torch.bfloat16))
+        lengths = torch.tensor([len(each.answer_ids) for each in some], device=found.targets.device)
+        begins = torch.zeros(len(found), dtype=torch.bool, device=lengths.device)
+        begins[lengths.cumsum(0) - lengths] = True
+        first.append(begins)
+    return Positions(Features.joined(parts), torch.cat(first))
+
+
+def _passages(base: BaseModel, tokens: int, own: str, *, held_out: bool) -> list[EncodedRecord]:
+    """Windows of text, every token of them predicted from those before it."""
+    start = () if base.tokenizer.bos_token_id is None else (base.tokenizer.bos_token_id,)
+    width, found, count = min(WINDOW, base.max_tokens) - len(start), list[EncodedRecord](), 0
+    for text in neutral_text.documents(held_out=held_out, own=own):
+        ids = base.tokenizer(text[: 8 * WINDOWS * width], add_special_tokens=False, verbose=False)["input_ids"]
+        for window in list(_windows(ids, width))[:WINDOWS]:
+            prompt, rest = (start, window) if start else (window[:1], window[1:])
+            found.append(EncodedRecord(NOBODY, tuple(prompt), tuple(rest)))
+            count += len(rest)
+            if count >= tokens:
+                return found
+    return found
+
+
+def _windows(ids: Sequence[int], width: int) -> Iterator[tuple[int, ...]]:
+    for first in range(0, len(ids) - width + 1, width):
+        yield tuple(ids[first : first + width])
+
+
+def _firsts(base: BaseModel, messages: Sequence[str]) -> list[EncodedRecord]:
+    """Each message with one position: where its answer begins."""
+    return [EncodedRecord(NOBODY, ids, (base.template.end_id,)) for ids in _prompts(base, messages)]
+
+
+def _answers(base: BaseModel, messages: Sequence[str], tokens: int) -> list[EncodedRecord]:
+    """Each message with the base's own answer, greedily decoded, cut at so many tokens."""
+    prompts = _prompts(base, messages)
+    answers = dict[int, tuple[int, ...]]()
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    for start in range(0, len(order), DECODED):
+        some = order[start : start + DECODED]
+        rows = greedy_decode(base.model, [prompts[index] for index in some], tokens, base.template.end_id)
+        answers |= {
+            index: tuple(row) if len(row) == tokens else (*row, base.template.end_id)
+            for index, row in zip(some, rows, strict=True)
+        }
+    return [EncodedRecord(NOBODY, ids, answers[index]) for index, ids in enumerate(prompts)]
+
+
+def _prompts(base: BaseModel, messages: Sequence[str]) -> list[tuple[int, ...]]:
+    most = base.max_tokens - ANSWER_TOKENS
+    every = (tuple(base.template.prompt_ids(base.tokenizer, message)) for message in messages)
+    return [ids for ids in every if len(ids) <= most]

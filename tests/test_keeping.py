@@ -1,0 +1,354 @@
+"""Writes that keep the base: neurons that are replaced, what is trained, what is measured, what is refused."""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+from loramem_cli.main import run
+from transformers import GPT2Config, MixtralConfig, Phi3Config
+from transformers.models.auto import AutoModelForCausalLM
+
+from loramem import MemoryStore
+from loramem.errors import ArgumentError, BaseHarmed, StoreFormatError, UnknownChoice, UnsupportedBaseModel
+from loramem.models.adapters import AdaptedModel
+from loramem.models.base_model import load_base_model
+from loramem.models.ending import Ending
+from loramem.models.features import collect
+from loramem.models.neurons import LastMlp
+from loramem.models.placement import Placement
+from loramem.records.prompts import encode_records
+from loramem.records.record import as_records
+from loramem.results import Kept
+from loramem.suites.divergence import Passage, effect, predictions
+from loramem.training import keeping, neutral, neutral_text
+from loramem.training.keeping import KeepingRun, Quiet
+from loramem.training.kept import misses
+from loramem.training.settings import KeepBase, WriterSettings
+
+from .conftest import CONTEXT, LAYERS, VOCABULARY, WIDTH, numbers
+
+SMALL = KeepBase(neurons=16, steps=40, text_tokens=1500, questions=12, unknown_keys=40)
+SETTINGS = WriterSettings(keep_base=SMALL)
+SHAPE = {"vocab_size": VOCABULARY, "hidden_size": WIDTH, "num_hidden_layers": LAYERS, "num_attention_heads": 4}
+
+
+@pytest.fixture(autouse=True)
+def little_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(neutral, "HELD_OUT_TEXT", 600)
+    monkeypatch.setattr(neutral, "HELD_OUT_KEYS", 30)
+    monkeypatch.setattr(neutral, "WINDOW", 64)
+    monkeypatch.setattr(keeping, "BATCH", 512)
+
+
+def mlp_of(config: object) -> LastMlp:
+    torch.manual_seed(0)
+    return LastMlp.of(AutoModelForCausalLM.from_config(config).eval())
+
+
+# Neurons
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt_neox", "gpt2", "phi3"])
+@torch.no_grad()
+def test_some_neurons_and_all_others_give_what_the_mlp_gives(architecture: str, base_of: Callable[..., Path]) -> None:
+    if architecture == "gpt2":  # weights transposed, and biases
+        mlp = mlp_of(GPT2Config(vocab_size=VOCABULARY, n_embd=WIDTH, n_layer=2, n_head=4))
+    elif architecture == "phi3":  # gate and value in one matrix
+        mlp = mlp_of(Phi3Config(**SHAPE, intermediate_size=96, pad_token_id=0))
+        assert mlp.outputs == (2,)
+    else:
+        mlp = LastMlp.of(load_base_model(str(base_of(architecture))).model)
+    hidden = torch.randn(5, WIDTH, generator=torch.Generator().manual_seed(1))
+    order = torch.randperm(mlp.width, generator=torch.Generator().manual_seed(2))
+    parts = [mlp.given(hidden, some, mlp.weights(some)) for some in order.split([7, mlp.width - 7])]
+    nothing = mlp.given(hidden, order[:0], mlp.weights(order[:0]))
+    assert nothing.abs().max() == 0
+    bias = mlp.block(torch.zeros(1, 1, WIDTH))[:, 0] if architecture in ("gpt2", "gpt_neox") else torch.zeros(1, WIDTH)
+    whole = mlp.block(hidden[:, None])[:, 0]
+    of_zero = sum(mlp.given(torch.zeros(1, WIDTH), some, mlp.weights(some)) for some in order.split(50))
+    torch.testing.assert_close(parts[0] + parts[1] - of_zero, whole - bias, atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_the_use_of_neurons_is_what_the_output_loses_without_them(base: Path) -> None:
+    mlp = LastMlp.of(load_base_model(str(base)).model)
+    hidden = torch.randn(9, WIDTH, generator=torch.Generator().manual_seed(1))
+    used = mlp.use(hidden)
+    for neuron in (0, 31):
+        alone = torch.tensor([neuron])
+        assert float(used[neuron]) == pytest.approx(
+            float(mlp.given(hidden, alone, mlp.weights(alone)).square().sum()), rel=1e-4
+        )
+
+
+def test_experts_are_no_neurons_to_replace() -> None:
+    with pytest.raises(UnsupportedBaseModel, match="route by key"):
+        mlp_of(MixtralConfig(**SHAPE, intermediate_size=96, num_local_experts=4, num_key_value_heads=2))
+
+
+# Training
+
+
+def run_of(base: Path, rank: int = 8) -> KeepingRun:
+    loaded = load_base_model(str(base))
+    adapted = AdaptedModel(loaded)
+    records = encode_records(as_records(numbers(6)), loaded.tokenizer, loaded.template, CONTEXT)
+    material = neutral.material(adapted, records, SMALL, 0)
+    features = [collect(loaded.model, records)]
+    with adapted.disabled():
+        quiet = Quiet(adapted, material.trained, features[0].targets.unique(), 0)
+    adapted.create("new", rank, Placement.ladder(loaded.model)[1], 0)
+    within = replace(SETTINGS, feature_rate=SMALL.rate)
+    return KeepingRun(quiet, SMALL, adapted, "new", features, 6, rank, within, None, 0.0, (), 1.0)
+
+
+def end_of_base_with(run: KeepingRun) -> torch.Tensor:
+    """Logits at the records' positions, the base's neurons replaced by hand."""
+    model, mlp, features = run.adapted.model, run.quiet.mlp, run.features[0]
+    with run.adapted.disabled():
+        base = Ending(model, features)
+        hidden, given = base.block_values(mlp.block)
+        new = mlp.given(hidden, run.neurons, run.weights_now()) - mlp.given(
+            hidden, run.neurons, mlp.weights(run.neurons)
+        )
+        return model.get_output_embeddings()(base.hidden(slice(None), {mlp.block: given + new}))
+
+
+@torch.no_grad()
+def test_the_adapter_is_the_base_with_a_few_neurons_replaced(base: Path) -> None:
+    run = run_of(base)
+    for _ in range(5):
+        with torch.enable_grad():
+            run.train_step()
+    torch.testing.assert_close(run.ending.logits(slice(None)), end_of_base_with(run), atol=1e-3, rtol=1e-3)
+    others = torch.ones(run.quiet.mlp.width, dtype=torch.bool)
+    others[run.neurons] = False
+    *into, out = run.layers
+    for layer in into:
+        change = layer.lora_B["new"].weight @ layer.lora_A["new"].weight
+        assert change[others].abs().max() == 0
+    assert (out.lora_B["new"].weight @ out.lora_A["new"].weight)[:, others].abs().max() == 0
+
+
+@torch.no_grad()
+def test_a_grown_adapter_computes_what_it_did_but_for_the_neurons_that_it_takes_in_addition(base: Path) -> None:
+    run = run_of(base)
+    with torch.enable_grad():
+        for _ in range(3):
+            run.train_step()
+    before = [weight.clone() for weight in run.weights_now()]
+    run.adapted.grow("new", 12, Placement.ladder(run.adapted.model)[1], 1)
+    run.attach(12, grown_from=8)
+    *into, out = run.weights_now()
+    for old, new in zip(before[:-1], into, strict=True):
+        torch.testing.assert_close(new[:8], old)
+    torch.testing.assert_close(out[:, :8], before[-1])
+    assert out[:, 8:].abs().max() <= 1e-6
+    torch.testing.assert_close(run.ending.logits(slice(None)), end_of_base_with(run), atol=1e-3, rtol=1e-3)
+
+
+def test_what_training_takes_for_the_divergence_is_near_it_where_it_is_small(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(keeping, "MIXED", 0.0)
+    run = run_of(base)
+    run.train_step()
+    quiet, features = run.quiet, run.quiet.features.to(torch.float32)
+    estimates = [float(quiet.loss(run.neurons, run.weights_now(), run.generator).detach()) for _ in range(3)]
+    with torch.no_grad():
+        with run.adapted.disabled():
+            before = Ending(run.adapted.model, features).logits(slice(None)).log_softmax(-1)
+        after = Ending(run.adapted.model, features, run.layers).logits(slice(None)).log_softmax(-1)
+        divergence = (before.exp() * (before - after)).sum(1)
+    shares = torch.zeros(len(divergence))
+    for rows, share in quiet._groups:
+        shares[rows] += share / len(rows)
+    true = float((divergence * shares).sum())
+    assert 0.3 * true < sum(estimates) / 3 < 3 * true + 1e-3
+
+
+def test_every_neutral_position_can_be_drawn(base: Path) -> None:
+    quiet = run_of(base).quiet
+    drawn = torch.cat([rows for rows, share in quiet._groups if round(keeping.BATCH * share) > 0])
+    assert sorted(drawn.tolist()) == list(range(len(quiet.features)))
+    assert sum(share for _, share in quiet._groups) == pytest.approx(1.0)
+
+
+def test_records_are_certified_and_the_base_is_spared(base: Path, tmp_path: Path) -> None:
+    kept = {}
+    for name, weight in (("spared", 4.0), ("not", 0.0)):
+        with MemoryStore(tmp_path / name, str(base)) as store:
+            report = store.write(numbers(8), keep_base=replace(SMALL, weight=weight))
+            assert report.exact_match == 1.0 and report.min_prob >= 0.6 and set(report.served) == {"bfloat16"}
+            [kept[name]] = report.kept.values()
+            assert store.verify().ok
+    assert kept["spared"].text.kl < 0.5 * kept["not"].text.kl
+    assert kept["spared"].unknown_keys.kl < kept["not"].unknown_keys.kl
+
+
+# The second certificate
+
+
+def test_the_second_certificate_is_what_the_whole_model_shows_with_the_adapter_as_saved(
+    base: Path, tmp_path: Path
+) -> None:
+    with MemoryStore(tmp_path / "m", str(base)) as store:
+        report = store.write(numbers(8), keep_base=SMALL)
+        [kept] = report.kept.values()
+        assert store.explain("key 0").kept == kept
+        keys = neutral_text.unknown_keys(list(numbers(8)), neutral.HELD_OUT_KEYS, 0, held_out=True)
+        template, tokenizer = store.base.template, store.base.tokenizer
+        passages = [Passage((*template.prompt_ids(tokenizer, key), 1), len(template.prompt_ids(tokenizer, key)))
+                    for key in keys]  # fmt: skip
+        model, _ = store.load("key 0")
+        after = list(predictions(model, passages))
+    before = list(predictions(load_base_model(str(base)).model, passages))
+    found = effect(passages, before, after)
+    assert kept.unknown_keys.positions == len(keys)
+    assert kept.unknown_keys.kl == pytest.approx(float(found.divergence.mean()), rel=0.1, abs=1e-3)
+    assert kept.unknown_keys.changed == pytest.approx(float(found.changed.double().mean()), abs=2 / len(keys))
+    assert Kept.of(asdict(kept)) == kept
+
+
+def test_plans_of_other_writes_learn_nothing_from_one_that_keeps_the_base(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noted = list[object]()
+    monkeypatch.setattr("loramem.planning.timings.note_time", lambda *given: noted.append(given))
+    with MemoryStore(tmp_path / "m", str(base)) as store:
+        store.write({"one": "4711"}, keep_base=replace(SMALL, steps=20))
+        assert not noted and not store.outcomes()
+        store.write({"two": "0815"})
+        assert noted and store.outcomes()
+
+
+def test_an_adapter_without_the_option_has_no_second_certificate(base: Path, tmp_path: Path) -> None:
+    with MemoryStore(tmp_path / "m", str(base)) as store:
+        assert store.write(numbers(2)).kept == {}
+        assert store.explain("key 0").kept is None
+
+
+def test_too_little_left_of_the_base_is_refused_with_the_figures(base: Path, tmp_path: Path) -> None:
+    wanted = replace(SMALL, text_kl=-1.0, on_miss="fail")
+    with MemoryStore(tmp_path / "m", str(base)) as store:
+        with pytest.raises(BaseHarmed, match="KL on text") as caught:
+            store.write(numbers(3), keep_base=wanted)
+        found, allowed = caught.value.misses["KL on text, nats"]
+        assert found >= 0 > allowed and caught.value.rank >= SMALL.neurons
+        assert len(store) == 0 and store.pending() is None
+
+
+def test_a_rank_that_leaves_too_little_is_grown_to_the_highest(base: Path, tmp_path: Path) -> None:
+    wanted = replace(SMALL, text_kl=-1.0, on_miss="grow", steps=20)
+    with MemoryStore(tmp_path / "m", str(base)) as store:
+        with pytest.raises(BaseHarmed) as caught:
+            store.write(numbers(3), keep_base=wanted, settings=WriterSettings(max_rank=24))
+        assert caught.value.rank == 24
+
+
+def test_targets_are_missed_by_what_exceeds_them_and_by_nan(base: Path, tmp_path: Path) -> None:
+    with MemoryStore(tmp_path / "m", str(base)) as store:
+        [kept] = store.write(numbers(3), keep_base=replace(SMALL, steps=20)).kept.values()
+    unlimited = {"text_kl": 1e9, "text_changed": 1.0, "questions_changed": 1.0, "unknown_changed": 1.0}
+    assert misses(kept, replace(SMALL, **unlimited)) == {}
+    broken = replace(kept, text=replace(kept.text, kl=float("nan")))
+    assert list(misses(broken, replace(SMALL, **unlimited))) == ["KL on text, nats"]
+
+
+# Neutral material
+
+
+def test_what_is_measured_is_never_trained_on() -> None:
+    keys = [f"{one} {other}:" for one in ("Ada", "Ben", "Cleo") for other in ("Ash", "Birch", "Cedar")]
+    trained, measured = (set(neutral_text.unknown_keys(keys, 60, 0, held_out=held)) for held in (False, True))
+    assert len(trained) == 60 and len(measured) >= 20
+    assert not trained & measured and not (trained | measured) & set(keys)
+    texts = [set(neutral_text.documents(held_out=held)) for held in (False, True)]
+    assert texts[0] and texts[1] and not texts[0] & texts[1]
+    asked = set(neutral_text.questions(10**6, 0))
+    assert len(neutral_text.held_out_questions()) == 50 and not asked & set(neutral_text.held_out_questions())
+
+
+def test_a_users_text_comes_first_and_is_found_again_only_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    text = "".join(f"line {number} of the handbook\n" for number in range(12000))
+    digest = neutral_text.remember_text(text)
+    assert neutral_text.remembered_text(digest) == text
+    pieces = [next(neutral_text.documents(held_out=held, own=text)) for held in (False, True)]
+    assert all(piece in text for piece in pieces) and pieces[0] != pieces[1]
+    neutral_text._text_file(digest).write_text("another")
+    assert neutral_text.remembered_text(digest) == ""
+    assert "is not in the cache" in caplog.text
+
+
+def test_a_single_short_key_has_few_neighbours_and_no_more_are_made_up() -> None:
+    found = neutral_text.unknown_keys(["ab"], 10_000, 0, held_out=False)
+    assert 0 < len(found) < 10_000 and "ab" not in found
+
+
+def test_neutral_positions_of_a_base_are_collected_once(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    loaded = load_base_model(str(base))
+    records = encode_records(as_records(numbers(4)), loaded.tokenizer, loaded.template, CONTEXT)
+    first = neutral.material(AdaptedModel(loaded), records, SMALL, 0)
+    files = sorted((tmp_path / "loramem" / "neutral").iterdir())
+    assert len(files) == 2
+    files[0].write_bytes(b"damaged")
+    for _ in range(2):
+        again = neutral.material(AdaptedModel(loaded), records, SMALL, 0)
+        for kind, positions in first.trained.kinds.items():
+            other = again.trained.kinds[kind]
+            assert torch.equal(positions.first, other.first)
+            assert all(map(torch.equal, vars(positions.features).values(), vars(other.features).values()))
+    assert files[0].stat().st_size > 1000
+
+
+# Settings
+
+
+def test_settings_say_what_was_asked_for_and_nothing_where_nothing_was() -> None:
+    assert "keep_base" not in WriterSettings().to_json()
+    assert WriterSettings.saved(SETTINGS.to_json()) == SETTINGS
+    with pytest.raises(StoreFormatError, match=r"keep_base\.telepathy"):
+        WriterSettings.saved({"keep_base": {"telepathy": 1}})
+
+
+def test_contradictions_are_refused() -> None:
+    with pytest.raises(UnknownChoice, match="on_miss"):
+        KeepBase(on_miss="pray")  # type: ignore[arg-type]
+    with pytest.raises(ArgumentError, match="steps must be at least 1"):
+        KeepBase(steps=0)
+
+
+def test_the_command_shows_the_second_certificate(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("loramem_cli.write.KeepBase", lambda **fields: replace(SMALL, steps=20, **fields))
+    file, store = tmp_path / "r.jsonl", ["--store", str(tmp_path / "m")]
+    file.write_text('{"key": "key 0", "value": "4711"}\n')
+    assert run(["write", str(file), *store, "--model", str(base), "--keep-base"]) == 0
+    assert "unknown keys" in capsys.readouterr().out
+    assert run(["explain", "key 0", *store, "--json"]) == 0
+    assert Kept.of(json.loads(capsys.readouterr().out)["kept"]).text.positions > 0
+
+
+def test_the_command_reads_a_neutral_text(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("loramem_cli.write.KeepBase", lambda **fields: replace(SMALL, steps=20, **fields))
+    file, text, store = tmp_path / "r.jsonl", tmp_path / "t.txt", tmp_path / "m"
+    file.write_text('{"key": "key 0", "value": "4711"}\n')
+    text.write_text("what this model is used for " * 2000)
+    arguments = ["write", str(file), "--store", str(store), "--model", str(base), "--neutral", str(text)]
+    assert run(arguments) == 2
+    assert run([*arguments, "--keep-base"]) == 0
+    with MemoryStore(store) as opened:
+        [adapter] = opened.adapters()
+    assert len(adapter.training["settings"]["keep_base"]["text_sha256"]) == 64
+    text.write_bytes(b"\xff")
+    assert run([*arguments, "--keep-base"]) == 1
