@@ -10,7 +10,7 @@ from loramem._util.explained import MEANINGS, Certainty, certainty, visible
 from loramem._util.printable import printable
 
 from . import options, terminal
-from .output import print_json, print_table, print_text
+from .output import kept_facts, print_facts, print_json, print_table, print_text
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -68,6 +68,8 @@ def _draw(explanation: "Explanation") -> None:
     console.print(Text(printable(explanation.key), style="bold"), values, "", table, "", sep="\n")
     console.print(Text("   ").join(Text.assemble(*parts) for parts in legend))
     print_text(f"lowest p {explanation.min_prob:.4f}, adapter {explanation.adapter}")
+    if explanation.kept is not None:
+        print_facts(kept_facts(explanation.kept))
 
 
 def _bar(prob: float) -> "tuple[Text, Text]":

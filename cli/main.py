@@ -52,6 +52,7 @@ EXIT_CODES: tuple[tuple[type[Exception], int], ...] = (
     (errors.IntegrityError, 4),
     (errors.StubbornRecords, 5),
     (errors.DoesNotFit, 5),
+    (errors.BaseHarmed, 5),
     (errors.TooLong, 5),
     (errors.KeyNotFound, 6),
     (errors.NotServable, 7),

@@ -12,13 +12,16 @@ import os
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, is_dataclass
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import click
 
 from loramem._util.printable import printable
 
 from . import terminal
+
+if TYPE_CHECKING:
+    from loramem.results import Divergence, Kept
 
 
 def prepare_streams() -> None:
@@ -128,6 +131,21 @@ def print_facts(facts: Iterable[tuple[str, object]]) -> None:
 def print_text(text: str) -> None:
     """A sentence on stdout, wrapped where a terminal shows it."""
     click.echo(_wrapped(text, sys.stdout))
+
+
+def kept_facts(kept: "Kept") -> list[tuple[str, str]]:
+    """What an adapter leaves of its base, for `print_facts`."""
+
+    def line(name: str, found: "Divergence", of: str) -> tuple[str, str]:
+        return name, f"{found.changed:.1%} of {found.positions:,} {of} changed, KL {found.kl:.3f} nats"
+
+    return [
+        line("text", kept.text, "likeliest tokens"),
+        line("the base's answers", kept.answers, "likeliest tokens"),
+        line("questions", kept.questions, "first tokens"),
+        line("unknown keys", kept.unknown_keys, "first tokens"),
+        ("same answers", f"{kept.same_answers:.0%} of {kept.questions.positions} questions"),
+    ]
 
 
 def note(message: str) -> None:

@@ -5,8 +5,11 @@ from typing import TYPE_CHECKING, Any, cast
 
 import click
 
+from loramem.errors import InputError
+from loramem.training.settings import KeepBase
+
 from . import options
-from .output import note, note_needs_ids, print_facts, print_json
+from .output import kept_facts, note, note_needs_ids, print_facts, print_json
 from .progress import write_bar
 
 if TYPE_CHECKING:
@@ -14,6 +17,7 @@ if TYPE_CHECKING:
 
     from loramem import OnConflict, WriteReport
     from loramem.models.dtypes import Dtype
+    from loramem.training.settings import OnMiss
 
 
 @click.command("write")
@@ -23,6 +27,25 @@ if TYPE_CHECKING:
 @options.namespace_option
 @options.goal_options
 @options.one_adapter_option
+@click.option(
+    "--keep-base",
+    is_flag=True,
+    help="Leave the base as it is elsewhere, for an adapter that is active for everything, and measure how far that "
+    "went. Takes minutes.",
+)
+@click.option(
+    "--on-miss",
+    type=click.Choice(["report", "fail", "grow"]),
+    default="report",
+    show_default=True,
+    help="With --keep-base, if less of the base is left than is wanted: commit and report it, fail, or grow the rank.",
+)
+@click.option(
+    "--neutral",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    metavar="FILE",
+    help="With --keep-base: a UTF-8 text on which the base is to stay what it is, such as what it is used for.",
+)
 @click.option(
     "--on-conflict",
     type=click.Choice(["error", "skip", "replace"]),
@@ -57,6 +80,9 @@ def command(
     namespace: str,
     ranks: options.RankOptions,
     one_adapter: bool,
+    keep_base: bool,
+    on_miss: "OnMiss",
+    neutral: Path | None,
     on_conflict: "OnConflict",
     no_values: bool,
     serve: str | None,
@@ -74,6 +100,8 @@ def command(
     """
     if (file is not None) + resume + discard != 1:
         raise click.UsageError("Give a FILE (- for stdin), or --resume, or --discard.")
+    if neutral is not None and not keep_base:
+        raise click.UsageError("--neutral says what --keep-base is to keep; give both.")
     settings = ranks.settings(seed)
     if discard:
         with store.open() as opened:
@@ -105,6 +133,7 @@ def command(
             "goal": ranks.goal,
             "rank": ranks.rank,
             "one_adapter": one_adapter,
+            "keep_base": _keep_base(on_miss, neutral) if keep_base else False,
             "partial": partial,
             "settings": settings,
             "progress": progress if batch is None else None,  # each batch is told by a line of its own
@@ -164,9 +193,27 @@ def _tell(report: "WriteReport", on_conflict: "OnConflict", as_json: bool) -> No
             ("seconds", f"{report.elapsed_s:.1f} (training {report.training_s:.1f})"),
         ]
     )
+    for adapter, left in report.kept.items():
+        print_facts([("adapter", adapter), *kept_facts(left)])
     if report.beside:
         note(f"The namespace has {report.beside} adapters from before as well; loramem compact makes one of all.")
     note_needs_ids(report.needs_ids)
     if report.failed:
         note(f"{len(report.failed)} records could not be certified: {', '.join(map(repr, report.failed))}")
         click.get_current_context().exit(5)
+
+
+def _keep_base(on_miss: "OnMiss", neutral: Path | None) -> KeepBase:
+    """
+    Raises:
+        InputError: The file is not UTF-8, or its text cannot be kept.
+    """
+    from loramem.training.neutral_text import remember_text
+
+    if neutral is None:
+        return KeepBase(on_miss=on_miss)
+    try:
+        text = neutral.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{neutral} is not UTF-8: {error}.") from None
+    return KeepBase(on_miss=on_miss, text_sha256=remember_text(text))
