@@ -207,7 +207,10 @@ def test_the_plots_go_over_the_rank_and_show_losses_that_fall() -> None:
     assert low < -0.5 < 0.25 < high
 
 
-def test_there_are_two_seeds_of_every_rank() -> None:
+def test_there_are_two_seeds_of_every_rank_and_of_the_write_that_keeps_the_base() -> None:
     cells = list(locality.cells(SuiteOptions(), lambda _: {}))
-    assert [(one.rank, one.seed) for one in cells] == [(r, s) for r in locality.RANKS for s in range(2)]
+    ranks = [(r, s) for r in (*locality.RANKS, locality.KEPT_RANK) for s in range(2)]
+    assert [(one.rank, one.seed) for one in cells] == ranks
+    assert [one.keep for one in cells] == [False] * 8 + [True] * 2
+    assert "keep" not in cells[0].identity and cells[-1].identity["keep"]
     assert {one.rank for one in locality.cells(SuiteOptions(ranks=(3, 9)), lambda _: {})} == {3, 9}

@@ -27,6 +27,8 @@ OPTIONS = ("records", "ranks", "model", "data")
 KIND = "phonebook"
 RANKS, RECORDS, SEEDS = (1, 4, 16, 64), (100,), 2
 QUICK_RANKS, QUICK_RECORDS = (2, 8), (8,)
+KEPT_RANK = 128
+"""Of the write that keeps the base."""
 TOKENS, QUICK_TOKENS = 8192, 512
 """Of each neutral text."""
 STRANGERS = 100  # keys that were never written
@@ -52,25 +54,35 @@ class Cell:
     """Of the records, the training, and the choice of neutral text."""
     model: str
     device: str
+    keep: bool = False
+    """Written with ``keep_base``."""
 
     @property
     def identity(self) -> Mapping[str, Any]:
         data = None if self.data is None else self.data.name
-        return {**asdict(self), "model": public_name(self.model), "data": data}
+        fields = {**asdict(self), "model": public_name(self.model), "data": data}
+        return fields if self.keep else {name: fields[name] for name in fields if name != "keep"}
 
     @property
     def title(self) -> str:
-        return f"{self.records} {self.kind} records at rank {self.rank}, seed {self.seed}"
+        kept = ", base kept" if self.keep else ""
+        return f"{self.records} {self.kind} records at rank {self.rank}{kept}, seed {self.seed}"
 
 
 def cells(request: SuiteOptions, _: Known) -> Iterator[Cell]:
-    """Every rank for every number of records."""
+    """Every rank for every number of records, and one write that keeps the base."""
     digest = "" if request.data is None else hashlib.sha256(request.data.read_bytes()).hexdigest()[:12]
     tokens = QUICK_TOKENS if request.quick else TOKENS
     for records in request.records or (QUICK_RECORDS if request.quick else RECORDS):
         for rank in request.ranks or (QUICK_RANKS if request.quick else RANKS):
             for seed in range(request.seeds or (1 if request.quick else SEEDS)):
                 yield Cell(KIND, records, rank, tokens, request.data, digest, seed, request.model, request.device)
+        if not request.quick and not request.ranks:
+            for seed in range(request.seeds or SEEDS):
+                yield Cell(
+                    *(KIND, records, KEPT_RANK, tokens, request.data, digest, seed, request.model, request.device),
+                    keep=True,
+                )
 
 
 def run(cell: Cell) -> Result:
@@ -128,7 +140,8 @@ def _write(store: "MemoryStore", records: Sequence["Record"], cell: Cell) -> lis
 
     settings = WriterSettings(seed=cell.seed, max_rank=cell.rank)
     try:
-        return list(store.write(records, rank=cell.rank, partial=True, settings=settings).failed)
+        report = store.write(records, rank=cell.rank, partial=True, settings=settings, keep_base=cell.keep)
+        return list(report.failed)
     except StubbornRecords as error:  # none was certified
         return list(error.keys)
 
@@ -322,6 +335,7 @@ def _groups(lines: Sequence[Mapping[str, Any]]) -> dict[tuple[int, int, str], li
         cell, result = line["cell"], line["result"]
         for name, text in result["texts"].items():
             label = f"{name} ({_setting(cell)})" if several else name
+            label += ", base kept" if cell.get("keep") else ""
             names.setdefault(label)
             groups.setdefault((cell["records"], cell["rank"], label), {})[cell["seed"]] = text, result
     order = list(names)
