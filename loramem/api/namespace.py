@@ -97,7 +97,7 @@ class Namespace:
     def write_batches(self, records: Mapping[str, str] | Iterable[RecordLike], **options: Any) -> Iterator[WriteReport]:
         """Write records of an input of any length here, so many at a time.
 
-        Raises as `write`.
+        Raises what `write` raises.
         """
         return self._store.write_batches(self._own(records), namespace=self.name, **options)
 

@@ -130,7 +130,7 @@ class Publishing(Memory):
         """Write the store to a new directory, or to one file if ``target`` ends in .tar; returns the bytes.
 
         The base model's folder on this machine and unfinished writes are left out. Whoever has it can read the keys,
-        and the values with the base model at hand. Raises as `backup`.
+        and the values with the base model at hand. Raises what `backup` raises.
         """
         with self._turn():
             return copies.export(self.path, self._index, Path(target))

@@ -229,7 +229,7 @@ class Memory:
         of the one committed state at the first of them. Memory does not grow with the number of records: index rows
         wait in a temporary file, without values, and at most 65,536 values, or a million tokens of them, in memory for
         one that comes before them. Keys of many adapters in turn are decoded in as many small batches per 65,536.
-        Raises as `recall`, at the first record that fails.
+        Raises what `recall` raises, at the first record that fails.
 
         Args:
             ordered: False yields each value when it is decoded, in the order of batches, which are as few as can be.
@@ -306,7 +306,7 @@ class Memory:
         """Probability of every answer token and the end token, with the adapter and without it.
 
         The value is decoded from the weights first, then scored under teacher forcing in a batch of one.
-        Raises as `recall`.
+        Raises what `recall` raises.
         """
 
         def explained(found: Located) -> Explanation:
@@ -321,7 +321,7 @@ class Memory:
         """The base model with the adapter of ``key`` active, and the prompt's ids, for your own ``generate``.
 
         It stays active until the next call that decodes or writes; after any other the model is the plain base.
-        Raises as `recall`, except RecallError.
+        Raises what `recall` raises, except RecallError.
         """
 
         def loaded(found: Located) -> tuple[Any, list[int]]:
@@ -333,7 +333,8 @@ class Memory:
     def prompt(self, key: str, namespace: str = "") -> tuple[StoredRecord, list[int]]:
         """A key's index row and the ids that its adapter is asked with, for a server that has it.
 
-        Of the base model only the tokenizer is loaded. Raises as `record`, OtherBaseModel and BaseModelNotFound.
+        Of the base model only the tokenizer is loaded. Raises what `record` raises, OtherBaseModel and
+        BaseModelNotFound.
         """
         with self._turn():
             record = self._find(key, namespace)

@@ -204,7 +204,7 @@ class MemoryStore(Maintained):
             namespace: As of `write`.
             options: Further arguments of `write`.
 
-        Raises as `write`, at the batch that fails.
+        Raises what `write` raises, at the batch that fails.
 
         Example:
             >>> import tempfile

@@ -25,7 +25,7 @@ class Backend(Protocol):
         ...
 
     async def recall(self, question: Question) -> Answer:
-        """A record. Raises as `loramem.MemoryStore.recall`."""
+        """A record. Raises what `loramem.MemoryStore.recall` raises."""
         ...
 
     async def converse(self, turns: Turns | str, max_tokens: int) -> Answer:

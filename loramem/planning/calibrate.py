@@ -153,7 +153,7 @@ def calibrate(
 def price_sample(base: BaseModel, kind: str, length: int, data: Sequence[Record] = ()) -> KindSamples:
     """What about ``length`` answer tokens of a kind are to the base model, by one pass over a sample of them.
 
-    Raises as `calibrate`.
+    Raises what `calibrate` raises.
     """
     records = encode_sample(base, kind, length, 0, data)
     found = dict(answer_probabilities(base.model, records))
@@ -193,7 +193,7 @@ def default_lengths(
 ) -> tuple[int, ...]:
     """Lengths at which runs with this placement say something: see `LAW_BITS` and `WRITE_BITS`.
 
-    Raises as `calibrate`.
+    Raises what `calibrate` raises.
     """
     (probe,) = price_sample(base, kind, PROBE, data).samples
     tokens_per_bit = placement.parameters_per_rank(base.model) * probe.length / max(probe.cost_bits, 1.0)
@@ -206,7 +206,7 @@ def encode_sample(
 ) -> list[EncodedRecord]:
     """About ``length`` answer tokens as token ids: of a kind (see `sample`), or of the first of shuffled data.
 
-    Raises as `calibrate`.
+    Raises what `calibrate` raises.
     """
 
     def encode(records: Sequence[Record]) -> list[EncodedRecord]:
@@ -249,7 +249,7 @@ class Bench:
     Args:
         length: Answer tokens, about; the attribute says how many there are.
 
-    Raises as `calibrate`.
+    Raises what `calibrate` raises.
     """
 
     def __init__(self, adapted: AdaptedModel, grid: CalibrationGrid, length: int) -> None:

@@ -186,7 +186,7 @@ def rewrite(
         groups: Records, how they are to be written, and their values by namespace and key; as the index or the weights
             give them if None.
 
-    Raises as `compact`.
+    Raises what `compact` raises.
     """
     from loramem.store.write import Training
     from loramem.store.written import stubborn
@@ -246,7 +246,7 @@ def erase(
 
     Each step can be done again: a call that was killed is finished by the same call.
 
-    Raises as `compact`; the records are deleted then, but not erased.
+    Raises what `compact` raises; the records are deleted then, but not erased.
 
     Raises:
         StoreLocked: Another process kept reading, so that the write-ahead log could not be emptied.

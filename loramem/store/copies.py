@@ -47,7 +47,7 @@ def backup(store: Path, index: Index, target: Path) -> int:
 def export(store: Path, index: Index, target: Path) -> int:
     """Write a store to a directory, or to one file if ``target`` ends in .tar; returns the bytes.
 
-    Raises as `backup`.
+    Raises what `backup` raises.
     """
     with beside(target, store) as partial:
         folder = partial / "store"

@@ -31,7 +31,7 @@ class Reader:
         self.store, self.index, self.adapted, self.template = store, index, adapted, template
 
     def value(self, found: Located) -> str:
-        """The committed value of a record, decoded in a batch of one. Raises as `decode`."""
+        """The committed value of a record, decoded in a batch of one. Raises what `decode` raises."""
         (recall,) = self.decode([found])
         return recall.value
 
@@ -70,7 +70,7 @@ class Reader:
     def decode_current(self, records: Sequence[StoredRecord]) -> Iterator[Recall]:
         """`decode`; where the adapter is gone, since another process compacted, from the one that holds them now.
 
-        Raises as `decode`.
+        Raises what `decode` raises.
 
         Raises:
             StoreChanged: A record was replaced or deleted in the meantime, and its adapter removed.
@@ -92,7 +92,7 @@ class Reader:
     def values(self, records: Sequence[StoredRecord]) -> dict[tuple[str, str], str]:
         """Values by namespace and key: as the index keeps them where their digest agrees, else from the weights.
 
-        Raises as `decode`.
+        Raises what `decode` raises.
         """
         kept = {(r.namespace, r.key): r.value for r in records if r.value is not None and r.holds(r.value)}
         missing = [record for record in records if (record.namespace, record.key) not in kept]

@@ -76,7 +76,7 @@ class Session:
     def tokenizer(self) -> "PreTrainedTokenizerBase":
         """The base model's, whose files are those of the store; its weights are hashed and not loaded.
 
-        Raises as `base`.
+        Raises what `base` raises.
         """
         from loramem.models.base_model import load_tokenizer
 

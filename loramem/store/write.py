@@ -81,7 +81,7 @@ class Transaction:
     ) -> WriteReport:
         """Write what of the records is new, once it stands in the journal.
 
-        Raises as `Planner.admit` and `Planner.plan`, before anything is changed.
+        Raises what `Planner.admit` and `Planner.plan` raise, before anything is changed.
 
         Raises:
             StubbornRecords, TrainingDiverged, RecallError: Nothing was committed, and the journal entry is closed.
@@ -102,7 +102,7 @@ class Transaction:
     ) -> WriteReport:
         """Go on with a journalled write; shards that were proved before are kept.
 
-        Raises as `write`.
+        Raises what `write` raises.
         """
         started, request = time.monotonic(), WriteRequest.from_json(pending.request)
         encoded = self.planner.encode(pending.records)

@@ -107,7 +107,7 @@ def _grid(request: SuiteOptions) -> tuple[tuple[int, ...], tuple[int, ...], int]
 def file_records(path: Path) -> list[Record]:
     """The records of a file: the paper's JSON lines with query and target, or any that `read_records` takes.
 
-    Raises as `read_records`.
+    Raises what `read_records` raises.
     """
     with path.open("rb") as file:
         published = b'"query"' in file.readline()

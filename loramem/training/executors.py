@@ -89,7 +89,7 @@ def run_jobs(
         executor: Runs `loramem.training.worker.run_job` on each; its processes must find the base model.
         progress: Told of every step in this process, and of every finished shard.
 
-    Raises as `run_job`, at the first job that fails; those that have not begun are cancelled.
+    Raises what `run_job` raises, at the first job that fails; those that have not begun are cancelled.
 
     Raises:
         WorkerLost: A worker process was killed, or ran out of memory.
@@ -129,8 +129,8 @@ def completed(
 ) -> Generator[tuple[int, _Answer]]:
     """What a function gives for each item, with the item's place, as the answers come; few are submitted ahead.
 
-    Raises as the function, at the first item that fails; those that have not begun are cancelled, as they are when the
-    caller asks for no more.
+    Raises what the function raises, at the first item that fails; those that have not begun are cancelled, as they
+    are when the caller asks for no more.
 
     Raises:
         WorkerLost: A worker process ended, and no other could do its work.

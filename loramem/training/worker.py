@@ -28,7 +28,7 @@ _turn = threading.Lock()
 def run_job(job: ShardJob) -> Delivery:
     """Write a shard and hand its files over.
 
-    Raises as `write_shard`, and:
+    Raises what `write_shard` raises, and:
 
     Raises:
         OtherRelease: This process has another release of a library than the one that asks.
@@ -50,7 +50,7 @@ def run_job(job: ShardJob) -> Delivery:
 def price(job: PricingJob) -> list[list[float]]:
     """`base_probabilities` of a job's records.
 
-    Raises as `run_job`, training aside.
+    Raises what `run_job` raises, training aside.
     """
     _check(job.releases)
     with _turn:
