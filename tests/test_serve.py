@@ -108,6 +108,54 @@ def test_what_fails_with_all_caution_is_refused_and_nothing_committed(
         assert store.pending() is None
 
 
+@pytest.mark.parametrize("decoded", [True, False])
+def test_a_record_that_is_refused_among_others_whatever_is_tried_gets_an_adapter_of_its_own(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, decoded: bool
+) -> None:
+    odd = list(RECORDS)[1]
+
+    def proving(
+        model: PreTrainedModel,
+        records: Sequence[EncodedRecord],
+        adapter: str,
+        dtypes: dict[str, str],
+        ending: Ending | None,
+    ) -> Proof:
+        proof = prove(model, records, adapter, dtypes, ending)
+        keys = [record.record.key for record in records]
+        if odd not in keys or len(keys) == 1:
+            return proof
+        if not decoded:
+            raise RecallError("not among others", key=odd, adapter=adapter)
+        return Proof(tuple(0.59 if key == odd else 0.9 for key in keys), proof.conditions)
+
+    monkeypatch.setattr(shards, "prove", proving)
+    with MemoryStore(tmp_path / "m", str(base)) as store:
+        assert store.write(RECORDS).written == len(RECORDS)
+        held = [{record.key for record in store.records(adapter=adapter.id)} for adapter in store.adapters()]
+        assert sorted(held, key=len) == [{odd}, RECORDS.keys() - {odd}]
+        assert {key: store.recall(key) for key in RECORDS} == RECORDS
+
+
+def test_a_record_that_is_refused_on_its_own_too_is_given_up_and_the_others_are_written_if_asked(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    odd = next(iter(RECORDS))
+
+    def proving(model: PreTrainedModel, records: Sequence[EncodedRecord], adapter: str, *arguments: Any) -> Proof:
+        if odd in [record.record.key for record in records]:
+            raise RecallError("never", key=odd, adapter=adapter)
+        return prove(model, records, adapter, *arguments)
+
+    monkeypatch.setattr(shards, "prove", proving)
+    with MemoryStore(tmp_path / "m", str(base)) as store:
+        with pytest.raises(StubbornRecords, match=f"1 records could not be certified.*{odd}"):
+            store.write(RECORDS)
+        assert list(store.keys()) == []
+        report = store.write(RECORDS, partial=True)
+        assert report.failed == (odd,) and set(store.keys()) == RECORDS.keys() - {odd}
+
+
 def test_a_certificate_too_low_in_bfloat16_alone_is_refused(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -35,6 +35,8 @@ log = logging.getLogger(__name__)
 CAUTION = (1.5, 2.0, 2.5)
 """Factors on the deviations between dtypes or batches. What a proof refuses is trained again with the next, and over
 what half precision computes in decoding as well: in the batches of the proof, and at last of every record alone."""
+MOST_REFUSALS = 3
+"""How often a job sets apart what a proof refuses with all caution: beyond that it is no matter of single records."""
 UNSAVED = "unsaved"  # name of the adapter being trained, inside the model only
 
 
@@ -45,8 +47,8 @@ def write_shard(
     progress: ProgressCallback | None = None,
     served: Mapping[Dtype, AdaptedModel] | None = None,
 ) -> ShardResult:
-    """Write records into one adapter; stubborn ones get an adapter of their own before they are given up, unless the
-    job says that they may not.
+    """Write records into one adapter; stubborn ones, and those that a proof refuses whatever was tried, get an adapter
+    of their own before they are given up, unless the job says that they may not.
 
     Args:
         folder: Where adapters are saved, each in a folder that is called by its id, and loaded from for their proof.
@@ -54,22 +56,35 @@ def write_shard(
 
     Raises:
         TrainingDiverged: See `train_adapter`.
-        RecallError, StubbornRecords: The saved adapter does not decode what training certified.
+        RecallError, StubbornRecords: The saved adapter does not decode what training certified, and it is not a matter
+            of single records.
     """
     served = served or {}
-    shards = list[TrainedShard]()
-    remaining = list(range(len(job.records)))
-    while remaining:
-        shard, stubborn = _keeping_adapter(job, folder, adapted, served, remaining, progress)
+    shards, failed, groups, refusals = list[TrainedShard](), list[int](), [list(range(len(job.records)))], 0
+    while groups:
+        indices = groups.pop(0)
+        try:
+            shard, stubborn = _keeping_adapter(job, folder, adapted, served, indices, progress)
+        except (RecallError, StubbornRecords) as error:
+            keys = error.keys if isinstance(error, StubbornRecords) else [error.key]
+            apart = [index for index in indices if job.records[index].record.key in keys]
+            if len(apart) == len(indices) < len(job.records):  # it has been set apart before
+                failed.extend(indices)
+                continue
+            if job.one_adapter or not 0 < len(apart) < len(indices) or refusals == MOST_REFUSALS:
+                raise
+            log.info("%s; %d records get an adapter of their own", error, len(apart))
+            groups[:0] = [[index for index in indices if index not in apart], apart]
+            refusals += 1
+            continue
         if shard is not None:
             shards.append(shard)
-        given_up = job.one_adapter or len(stubborn) == len(remaining)
-        remaining = stubborn
-        if given_up:
-            break
-        if stubborn:
+        if job.one_adapter or len(stubborn) == len(indices):
+            failed.extend(stubborn)
+        elif stubborn:
             log.info("%d stubborn records get an adapter of their own", len(stubborn))
-    return ShardResult(tuple(shards), tuple(remaining))
+            groups.append(stubborn)
+    return ShardResult(tuple(shards), tuple(failed))
 
 
 def _keeping_adapter(
@@ -226,12 +241,13 @@ def _proved(
     ending = None if features is None else Ending(adapted.model, features, adapted.lora_layers(adapter))
     proof = prove(adapted.model, records, adapter, adapted.dtypes, ending)
     proof.conditions["parameters"] = base.fingerprint.parameters
-    if proof.min_prob < job.settings.certify_threshold:
-        least = min(range(len(records)), key=proof.min_probs.__getitem__)
+    low = [number for number, prob in enumerate(proof.min_probs) if prob < job.settings.certify_threshold]
+    if low:
+        keys = [records[number].record.key for number in sorted(low, key=proof.min_probs.__getitem__)]
         raise StubbornRecords(
-            f"As saved, {records[least].record.key!r} has p = {proof.min_prob:.3f} in {base.dtype}, below the "
-            f"certified {job.settings.certify_threshold}. Write again with a higher rank.",
-            keys=[records[least].record.key],
+            f"As saved, {keys[0]!r} has p = {proof.min_prob:.3f} in {base.dtype}, below the certified "
+            f"{job.settings.certify_threshold}. Write again with a higher rank.",
+            keys=keys,
             rank=rank,
         )
     return proof
