@@ -210,8 +210,8 @@ class MemoryStore(Maintained):
             >>> import tempfile
             >>> with MemoryStore(tempfile.mkdtemp() + "/memory") as store:
             ...     facts = ((f"door {number}:", f"{number:04}") for number in range(5))
-            ...     [report.written for report in store.write_batches(facts, batch=3)]
-            [3, 2]
+            ...     tuple(report.written for report in store.write_batches(facts, batch=3))
+            (3, 2)
         """
         if batch < 1:
             raise ArgumentError(f"batch must be at least 1, not {batch}", argument="batch", value=batch)
