@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -183,7 +182,7 @@ def test_a_journal_that_names_retired_settings_is_resumed(base: Path, tmp_path: 
         request = {"goal": "fast", "rank": None, "partial": False, "settings": old}
         store._index.begin_write(as_records(LATER), request)
         assert store.resume().written == 5
-        assert next(store._index.adapters()).training["settings"] == asdict(WriterSettings(max_rank=64))
+        assert next(store._index.adapters()).training["settings"] == WriterSettings(max_rank=64).to_json()
     with pytest.raises(StoreFormatError, match="unknown"):
         WriterSettings.saved({**old, "unknown": 1})
 

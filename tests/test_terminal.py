@@ -83,7 +83,13 @@ def test_every_command_fits_the_terminal_and_breaks_no_word(shown: Shown, width:
         known = {word for text in whole[arguments] for word in plain(text).split()}
         for text in texts:
             assert not [line for line in ANSI.sub("", text).splitlines() if len(line) > width], arguments
-            assert set(plain(text).split()) <= known, arguments
+            assert set(plain(text).split()) <= known | WORKING, arguments
+
+
+WORKING = set(
+    "loading the base model of facts learned, certified, the least certain once more certified s min h left".split()
+)
+"""What bars say, which come and go with the clock."""
 
 
 @pytest.mark.parametrize("command", [(), *((name,) for name in cli.commands), ("suite", "run"), ("suite", "report")])
