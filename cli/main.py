@@ -5,6 +5,7 @@ import logging
 import os
 import sqlite3
 import sys
+import warnings
 from collections.abc import Sequence
 
 import click
@@ -77,6 +78,7 @@ def cli(verbose: bool) -> None:
     level = logging.INFO if verbose else logging.ERROR
     logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s", handlers=[Notes()])
     if not verbose:  # a minute at a first write is said, whatever else is not
+        warnings.simplefilter("ignore", FutureWarning)  # of libraries, to those who write programs
         logging.getLogger("loramem.planning.base_calibration").setLevel(logging.WARNING)
         logging.getLogger("loramem.training.executors").setLevel(logging.WARNING)  # nor that a cluster has no workers
 
