@@ -141,10 +141,10 @@ class Quiet:
     def _look(self, sampler: torch.Generator) -> None:
         """The head's side of it: the Fisher information, the records' tokens, and log Σ exp of every position."""
         head = self.adapted.model.get_output_embeddings()
-        matrix = dict(head.named_parameters())["weight"].detach().float()
-        bias = getattr(head, "bias", None)
+        parameters = {name: values.detach() for name, values in head.named_parameters()}
+        matrix, bias = parameters["weight"].float(), parameters.get("bias")
         self._rows, self._mean_row = matrix[self.tokens], matrix.mean(0)
-        self._bias = bias[self.tokens].float() if isinstance(bias, Tensor) else torch.zeros((), device=matrix.device)
+        self._bias = torch.zeros((), device=matrix.device) if bias is None else bias[self.tokens].float()
         half = matrix.to(torch.bfloat16)
         every = torch.zeros(len(matrix), device=matrix.device)
         outer = torch.zeros(matrix.shape[1], matrix.shape[1], device=matrix.device)
@@ -157,7 +157,7 @@ class Quiet:
                 given = self.outputs[first + rows].to(self._dtype)
                 hidden = self._ending(_at(part.features, rows)).hidden(slice(None), {self.mlp.block: given})
                 logits = (hidden.to(torch.bfloat16) @ half.T).float()
-                if isinstance(bias, Tensor):
+                if bias is not None:
                     logits += bias.float()
                 totals.append(logits.logsumexp(1))
                 if len(picked := chosen[rows].nonzero().flatten()):
