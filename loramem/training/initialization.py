@@ -8,7 +8,7 @@ still begins as the base's function.
 With x the inputs and g the output gradients of a module at the positions that carry a gradient, C = E[x xᵀ] + λI
 and M = E[g xᵀ] its full gradient, a preconditioned gradient step is M C⁻¹. Writing C = L Lᵀ, the best rank-r
 approximation of M L⁻ᵀ = U S Vᵀ gives A = Vᵣᵀ L⁻¹. (Gradient alignment is the idea of LoRA-GA, arXiv 2407.05000; the
-preconditioner is what makes it pay here, docs/engine.md.)
+preconditioner is what makes it pay here, docs/lab/engine.md.)
 """
 
 import math

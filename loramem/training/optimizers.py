@@ -5,7 +5,7 @@ the size of its outputs, which differs a thousandfold between base models and be
 rank, since r columns of B move together. So a rate here is relative: with rate ρ a step changes B·A·x by about ρ
 times the module's own output, and A by a like share of itself.
 
-How the rank enters is fitted to four base models, docs/engine.md; the idea that A and B want rates of their
+How the rank enters is fitted to four base models, docs/lab/engine.md; the idea that A and B want rates of their
 own is LoRA+'s (arXiv 2402.12354).
 """
 

@@ -36,7 +36,7 @@ MAX_GRAD_NORM = 1.0
 # Without progress for as many passes, and at least as many steps, the rate is halved; down to MIN_DECAY of its start.
 DECAY_PASSES, DECAY_STEPS, MIN_DECAY = 3, 12, 1 / 64
 # With fewer than half of the tokens open, progress in this is a loss down by a tenth: less is hovering, which a lower
-# rate ends (docs/engine.md).
+# rate ends (docs/lab/engine.md).
 SETTLING, SETTLING_LOSS = 0.5, 0.9
 # With fewer than a tenth of the tokens open the rate falls with their share, but not below this part of it: at a tenth
 # the last tokens of long records hardly moved.
