@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import DynamicCache, PreTrainedModel
 
+from loramem.models.prefix import cache_argument
 from loramem.records.prompts import EncodedRecord
 
 Batches = list[list[int]]
@@ -90,8 +91,8 @@ def answer_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
             # Without padding the positions are the default ones, and fused attention needs no mask.
             position_ids=None if batch.attention_mask is None else batch.position_ids,
             logits_to_keep=batch.targets.shape[1] + 1,
-            past_key_values=batch.cache,
             use_cache=batch.cache is not None,
+            **cache_argument(batch.cache),
         )
     finally:
         head.remove()

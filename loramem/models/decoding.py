@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from loramem.models.batches import Batch, answer_logits, group_by_length, make_batch, pad_left, token_losses
-from loramem.models.prefix import Prefix, common_prefix
+from loramem.models.prefix import Prefix, cache_argument, common_prefix
 from loramem.records.prompts import EncodedRecord
 
 DECODE_RECORDS, DECODE_TOKENS = 256, 32_768
@@ -48,9 +48,9 @@ def greedy_decode(
         output = model.generate(  # type: ignore[operator]  # a mixin's method, hidden by nn.Module.__getattr__
             input_ids=ids.to(model.device),
             attention_mask=mask.to(model.device),
-            past_key_values=None if common is None else common.rows(len(prompts)),
             generation_config=config,
             logits_processor=None if forced is None else LogitsProcessorList([_Forced(forced, ids.shape[1])]),
+            **cache_argument(None if common is None else common.rows(len(prompts))),
         )
     rows: list[list[int]] = output[:, ids.shape[1] :].tolist()
     return [row[: row.index(end_id)] if end_id in row else row for row in rows]

@@ -2,14 +2,25 @@
 
 from collections.abc import Sequence
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import takewhile
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 SHARED_PREFIX_TOKENS = 16  # a chat template with a system prompt; below this the extra pass costs what it saves
+
+_ARGUMENT = "cache" if "cache" in {field.name for field in fields(CausalLMOutputWithPast)} else "past_key_values"
+
+
+def cache_argument(cache: DynamicCache | None) -> dict[str, DynamicCache | None]:
+    """Keys and values as a keyword argument of ``forward`` and ``generate``.
+
+    Its name in transformers was ``past_key_values`` before 5.24, is ``cache`` since, and has no other from 5.40 on.
+    """
+    return {_ARGUMENT: cache}
 
 
 @dataclass(frozen=True)
@@ -27,7 +38,7 @@ class Prefix:
             return None
         cache = DynamicCache(config=model.config)
         tokens = torch.tensor([list(ids)], device=model.device)
-        model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        model(input_ids=tokens, **cache_argument(cache), use_cache=True, logits_to_keep=1)
         return cls(tuple(ids), cache)
 
     def begins(self, prompts: Sequence[Sequence[int]]) -> bool:
