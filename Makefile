@@ -2,6 +2,7 @@
 # make test   the whole test suite
 # make test-vllm   a store served by vLLM and asked for everything; installs vLLM (3.4 GB) into build/vllm
 # make test-ray   writes on a Ray cluster of this machine, in an environment of its own, .venv-ray
+# make test-oldest, test-newest   the tests on the least versions that pyproject.toml asks for, on the newest (torch as in CI)
 # make lint   what CI checks beside the tests
 # make docs   the documentation as a site, in build/site
 # make wheel-check   wheel and sdist in dist/, the wheel tried in an environment of its own
@@ -14,7 +15,7 @@ BIN := .venv/bin
 DEMO_STORE := build/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-slow test-ray test-vllm lint format docs wheel-check
+.PHONY: help venv demo test test-slow test-oldest test-newest test-ray test-vllm lint format docs wheel-check
 
 help:
 	@sed -n 's/^# \{0,1\}//p;/^$$/q' Makefile
@@ -39,6 +40,24 @@ test: venv
 
 test-slow: venv
 	$(BIN)/python -m pytest --numprocesses auto --runslow
+
+test-oldest: .venv-oldest/installed
+	.venv-oldest/bin/python -m pytest --numprocesses auto
+
+test-newest: .venv-newest/installed
+	.venv-newest/bin/python -m pytest --numprocesses auto
+
+.venv-oldest/installed: pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet --constraint constraints-oldest.txt torch
+	.venv-oldest/bin/python -m pip install --quiet --constraint constraints-oldest.txt --editable '.[dev]'
+	touch $@
+
+.venv-newest/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/python -m pip install --quiet "$$(grep ^torch== constraints.txt)"
+	.venv-newest/bin/python -m pip install --quiet --editable '.[dev]'
+	touch $@
 
 test-vllm: venv
 	tests/vllm.sh

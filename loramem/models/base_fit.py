@@ -15,6 +15,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from peft import PeftConfig, PeftModel
 from peft.utils import get_peft_model_state_dict
+from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
@@ -126,10 +127,6 @@ def _shapes(config: PreTrainedConfig, adapter: AdapterHeader) -> tuple[Shapes, S
 
 def _renamed(peft: PeftModel, config: PeftConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors as this transformers calls them: experts that had a module each may have become one parameter."""
-    try:
-        from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
-    except ImportError:  # PEFT before 0.19
-        return tensors
     renamed: dict[str, Tensor] = convert_peft_adapter_state_dict_for_transformers(peft, config, tensors)
     return renamed
 
