@@ -5,6 +5,7 @@ from pathlib import Path
 
 import click
 
+from loramem.planning.runs import KINDS
 from loramem.training.settings import OBJECTIVES, ObjectiveName
 
 from . import options
@@ -15,8 +16,8 @@ from .output import note
 @click.command("calibrate")
 @click.option(
     "--kind",
-    type=click.Choice(["phonebook", "text", "mixed", "random"]),
-    help="Phone numbers; or one long text, as it is, with 40 % random tokens, or random throughout.",
+    type=click.Choice(KINDS),
+    help="Phone numbers; or one long text, as it is, with 20, 40 (mixed), 60, 80 % or only random tokens.",
 )
 @click.option(
     "--data",

@@ -11,6 +11,8 @@ from pathlib import Path
 import click
 from click.core import ParameterSource
 
+from loramem.models.dtypes import DtypeChoice
+
 from . import options
 from .groups import Commands
 from .output import note, print_facts, print_json, print_markdown, print_text
@@ -45,6 +47,9 @@ def list_() -> None:
 )
 @click.option("--unit", type=click.Choice(["branch", "down_proj"]), help="Where published methods put their matrices.")
 @click.option("--layer", type=click.IntRange(0), help="Decoder layer of that unit; at two thirds of them unless given.")
+@click.option(
+    "--dtype", type=click.Choice(["float32", "bfloat16"]), help="Of the base model; published methods have bfloat16."
+)
 @click.option("--paper", is_flag=True, help="The published grid, for a GPU.")
 @click.option("--threads", type=click.IntRange(1), show_default="all cores, shared out", help="Of each worker.")
 @click.option("--workers", type=click.IntRange(1), default=1, show_default=True, help="Cells measured side by side.")
@@ -66,6 +71,7 @@ def run(
     data: Path | None,
     unit: str | None,
     layer: int | None,
+    dtype: DtypeChoice | None,
     paper: bool,
     threads: int | None,
     workers: int,
@@ -102,6 +108,7 @@ def run(
         seeds=seeds,
         model=model or embedded.NAME,
         device=device,
+        dtype=dtype or "auto",
         threads=threads or max(1, usable_cores() // workers),
         workers=workers,
         quick=quick,

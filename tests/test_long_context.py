@@ -22,7 +22,7 @@ from loramem.suites import figures, long_context, positions
 from loramem.suites.long_context import Cell, documentation
 from loramem.suites.positions import Forced, scores
 from loramem.suites.runner import SuiteOptions
-from loramem.training import trainer
+from loramem.training import shard_training, trainer
 from loramem.training.trainer import NetworkSchedule
 
 from .conftest import SHARED
@@ -335,6 +335,7 @@ def test_a_cut_is_one_of_the_writer_s_patience_too(base: Path, monkeypatch: pyte
         raise SeenError
 
     monkeypatch.setattr(trainer, "train_adapter", watched)
+    monkeypatch.setattr(shard_training, "features_of", lambda *_: None)  # patience is of training through the network
     for cut in (1, 10):
         cell = Cell("topics", "0", 0.0, 12, 16, "loramem", "branch", None, 0, cut, str(base), "cpu", None)
         with pytest.raises(SeenError):

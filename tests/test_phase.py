@@ -12,9 +12,9 @@ from loramem.models.adapters import AdaptedModel
 from loramem.models.base_model import load_base_model
 from loramem.planning import calibrate
 from loramem.planning.samples import generate
-from loramem.records.prompts import EncodedRecord, encode_records
+from loramem.records.prompts import encode_records
 from loramem.suites import phase, phase_report
-from loramem.suites.phase import Cell
+from loramem.suites.phase import Cell, Sample
 from loramem.suites.phase_report import Reading
 from loramem.suites.runner import SuiteOptions
 from loramem.training.progress import WriteProgress
@@ -140,9 +140,9 @@ def adapted(base: Path) -> AdaptedModel:
 
 
 @pytest.fixture(scope="module")
-def records(adapted: AdaptedModel) -> list[EncodedRecord]:
+def sample(adapted: AdaptedModel) -> Sample:
     base = adapted.base
-    return encode_records(generate("phonebook", 6), base.tokenizer, base.template, base.max_tokens)
+    return Sample.of(adapted, encode_records(generate("phonebook", 6), base.tokenizer, base.template, base.max_tokens))
 
 
 def never(_: WriteProgress) -> bool:
@@ -153,22 +153,31 @@ def at(step: int) -> Callable[[WriteProgress], bool]:
     return lambda told: told.step == step
 
 
-def test_a_training_that_was_stopped_is_left_as_a_longer_one_passed_through(adapted, records) -> None:
-    third, sixth = phase.train(adapted, records, 2, 0, 6, at(3))
-    (stopped,) = phase.train(adapted, records, 2, 0, 3, never)
+def test_a_training_that_was_stopped_is_left_as_a_longer_one_passed_through(adapted, sample) -> None:
+    third, sixth = phase.train(adapted, sample, 2, 0, 6, at(3))
+    (stopped,) = phase.train(adapted, sample, 2, 0, 3, never)
     assert (third.step, sixth.step, stopped.step) == (3, 6, 3)
     assert all(bool((stopped.weights[name] == weights).all()) for name, weights in third.weights.items())
     assert any(bool((stopped.weights[name] != weights).any()) for name, weights in sixth.weights.items())
-    as_left = phase.read(adapted, records)
+    as_left = phase.read(adapted, sample)
     phase.take(adapted, sixth)
-    assert phase.read(adapted, records) != as_left
+    assert phase.read(adapted, sample) != as_left
     phase.take(adapted, third)
-    assert phase.read(adapted, records) == as_left
+    assert phase.read(adapted, sample) == as_left
 
 
-def test_a_certified_training_is_read_as_exact(adapted, records) -> None:
-    stages = phase.train(adapted, records, 4, 0, 200, never)
-    found = phase.read(adapted, records)
+def test_what_is_read_of_features_is_read_of_all_layers(adapted, sample) -> None:
+    assert sample.features is not None
+    phase.train(adapted, sample, 2, 0, 4, never)
+    short, whole = phase.read(adapted, sample), phase.read(adapted, Sample(sample.records, None))
+    assert [one.decoded_ids for one in short] == [one.decoded_ids for one in whole]
+    for one, other in zip(short, whole, strict=True):
+        assert one.probs == pytest.approx(other.probs, abs=1e-5)
+
+
+def test_a_certified_training_is_read_as_exact(adapted, sample) -> None:
+    stages = phase.train(adapted, sample, 4, 0, 200, never)
+    found = phase.read(adapted, sample)
     assert all(one.failure is None and min(one.probs) >= 0.6 for one in found), stages[-1].step
 
 
@@ -184,7 +193,7 @@ def lines(base: Path) -> list[dict[str, object]]:
     cells = (
         Cell("long", "text", 30, 2, 2, 0, str(base), "cpu"),
         Cell("long", "text", 12, 1, 1, 4, str(base), "cpu"),
-        Cell("book", "phonebook", 6, 2, 1, 0, str(base), "cpu"),
+        Cell("book", "phonebook", 6, 4, 1, 0, str(base), "cpu"),
     )
     command = "loramem suite run phase"
     return [{"cell": dict(cell.identity), "command": command, "result": phase.run(cell)} for cell in cells]
@@ -282,7 +291,7 @@ def test_a_counter_example_is_told_with_all_there_is_to_know(lines) -> None:
     notes = phase.table([line]).notes
     assert any("Counter-examples to p > 0.5: 1 of" in note and ", 1 of them in records" in note for note in notes)
     assert (
-        "Counter-example (book, phonebook, rank 2, seed 0): 'Ada Baker:' at position 3: p = 0.6123457 for '7', "
+        "Counter-example (book, phonebook, rank 4, seed 0): 'Ada Baker:' at position 3: p = 0.6123457 for '7', "
         "decoded '8'."
     ) in notes
 

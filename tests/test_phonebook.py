@@ -151,13 +151,16 @@ def test_on_the_embedded_base_every_rank_has_an_equal_placement(kind: str, rank:
     assert abs(ours * placement.parameters_per_rank(model) - budget) <= 0.1 * budget
 
 
-def test_candidates_begin_with_the_default_and_exist(loaded: BaseModel) -> None:
-    found = list(candidates(loaded.model))
-    assert found[0] == Placement.default(loaded.model)
+def test_candidates_begin_where_writes_begin_and_exist(loaded: BaseModel) -> None:
+    found = candidates(loaded.model)
+    ladder = Placement.ladder(loaded.model)
+    assert found[: len(ladder)] == ladder
     assert all(Placement.named(loaded.model, one.modules, one.layers) == one for one in found)
-    assert len(set(found)) == len(found) == 3 + 7
-    modules = found[1].modules
-    assert [describe(one, modules) for one in found[:4]] == [
+    assert len(set(found)) == len(found)
+    assert [describe(one, Placement.default(loaded.model).modules) for one in found[:7]] == [
+        "down_proj of layer 2",
+        "down_proj, gate_proj, up_proj of layer 2",
+        "down_proj, gate_proj, o_proj, up_proj of layer 2",
         "all linear modules of layers 1, 2",
         "all linear modules of layer 2",
         "down_proj of layers 1, 2",

@@ -18,7 +18,7 @@ VALUES = {
     "records": ["--records", "4"], "lengths": ["--lengths", "4"], "ranks": ["--ranks", "1"],
     "methods": ["--methods", "sft"], "model": ["--model", "nowhere"], "paper": ["--paper"],
     "data": ["--data", __file__], "unit": ["--unit", "branch"], "layer": ["--layer", "0"],
-    "store": ["--store", "nowhere"], "every_record": ["--all"],
+    "store": ["--store", "nowhere"], "every_record": ["--all"], "dtype": ["--dtype", "bfloat16"],
 }  # fmt: skip
 
 

@@ -47,8 +47,8 @@ from loramem.training.trainer import BATCH_RECORDS, NetworkSchedule, train_adapt
 
 log = logging.getLogger(__name__)
 
-NOISE = {"text": 0.0, "mixed": 0.4, "random": 1.0}
-"""Share of random tokens in one long text; the paper's r0, r40 and r100."""
+NOISE = {"text": 0.0, "r20": 0.2, "mixed": 0.4, "r60": 0.6, "r80": 0.8, "random": 1.0}
+"""Share of random tokens in one long text; the paper's r0 to r100."""
 DIGITS = 10  # of a phone number: its tokens where every digit is one
 RANKS = (1, 2, 3, 4, 6)
 LAW_BITS, WRITE_BITS = (1.5, 2.0, 2.7, 3.5, 4.6, 6.0), (0.4, 0.8, 1.6, 3.2)

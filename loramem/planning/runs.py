@@ -18,12 +18,12 @@ from loramem.planning.law_fit import SATURATED
 from loramem.training.settings import ObjectiveName
 
 LAW_OBJECTIVE: ObjectiveName = "sft"
-KINDS = ("phonebook", "text", "mixed", "random")
+KINDS = ("phonebook", "text", "r20", "mixed", "r60", "r80", "random")
 """Of generated data; runs with data of one's own name the file."""
 RANK_KIND = "random"
 """Whose law ranks are chosen by: see `loramem.planning.rank_law`."""
-MIXTURES = ("text", "mixed", "random")
-"""Long texts with more and more random tokens."""
+MIXTURES = KINDS[1:]
+"""Long texts with more and more random tokens: the paper's r0 to r100."""
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any
 
 from loramem.errors import InputError
+from loramem.models.dtypes import DtypeChoice
 from loramem.records.record import Record
 from loramem.suites.figures import Axis, Plot, Point, Series
 from loramem.suites.methods import OWN, labels, unit_of
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from loramem.models.base_model import BaseModel
     from loramem.records.prompts import EncodedRecord
 
-OPTIONS = ("records", "ranks", "methods", "model", "paper", "unit", "layer")
+OPTIONS = ("records", "ranks", "methods", "model", "paper", "unit", "layer", "dtype")
 RANKS, QUICK_RANKS, SEEDS = (1, 2, 4, 8, 16), (1, 8), 5
 DEFAULT_METHODS = METHODS[:3]
 LIMIT = 100  # x and y are below it
@@ -56,6 +57,7 @@ class Cell:
     """Of the pairs, the initial matrices and the order."""
     model: str
     device: str
+    dtype: DtypeChoice = "auto"
 
     @property
     def identity(self) -> Mapping[str, Any]:
@@ -75,7 +77,10 @@ def cells(request: SuiteOptions, _: Known) -> Iterator[Cell]:
             for method in request.methods or DEFAULT_METHODS:
                 for rank in ranks:
                     where = unit_of(request, method)
-                    yield Cell(method, rank, trained, UNSEEN, *where, seed, request.model, request.device)
+                    yield Cell(
+                        *(method, rank, trained, UNSEEN, *where, seed),
+                        *(request.model, request.device, request.dtype),
+                    )
 
 
 def rule(x: int, y: int) -> int:
@@ -105,7 +110,7 @@ def run(cell: Cell) -> Result:
     from loramem.suites.methods import trained_adapter
     from loramem.suites.timing import conditions, warm_up
 
-    base = load_base_model(cell.model, device=cell.device)
+    base = load_base_model(cell.model, device=cell.device, dtype=cell.dtype)
     memory, others = (
         encode_records(records, base.tokenizer, base.template, base.max_tokens, base.unreachable)
         for records in pairs(cell.trained, cell.unseen, cell.seed)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from loramem.embedded.corpus import is_held_out
 from loramem.errors import InputError
+from loramem.models.dtypes import DtypeChoice
 from loramem.records.input_files import read_records
 from loramem.records.record import Record
 from loramem.suites.figures import Axis, HeatMap, Plot, Point, Series
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from loramem.models.base_model import BaseModel
     from loramem.records.prompts import EncodedRecord
 
-OPTIONS = ("lengths", "ranks", "methods", "model", "paper", "data", "unit", "layer")
+OPTIONS = ("lengths", "ranks", "methods", "model", "paper", "data", "unit", "layer", "dtype")
 LENGTHS, QUICK_LENGTHS = (50, 200), (20, 50)
 PAPER_LENGTHS = (50, 100, 200, 500, *range(1000, 9000, 1000), 10_000)
 RANKS, QUICK_RANKS = (1, 4, 16), (1, 8)
@@ -81,6 +82,7 @@ class Cell:
     device: str
     path: Path | None
     """Of the file."""
+    dtype: DtypeChoice = "auto"
 
     @property
     def identity(self) -> Mapping[str, Any]:
@@ -117,6 +119,7 @@ def cells(request: SuiteOptions, _: Known) -> Iterator[Cell]:
                             model=request.model,
                             device=request.device,
                             path=request.data,
+                            dtype=request.dtype,
                         )
 
 
@@ -201,7 +204,7 @@ def run(cell: Cell) -> Result:
     from loramem.suites.positions import finite, free_running, scores, teacher_forced
     from loramem.suites.timing import conditions, warm_up
 
-    base = load_base_model(cell.model, device=cell.device)
+    base = load_base_model(cell.model, device=cell.device, dtype=cell.dtype)
     record = encoded(cell, base)
     warm_up(base)
     before = teacher_forced(base, record)

@@ -14,11 +14,12 @@ from typing import Any
 
 from loramem.errors import ArgumentError, InputError
 from loramem.planning.law_tables import LAW_COLUMNS, FittedRuns, fit_groups
-from loramem.planning.runs import KINDS, MIXTURES, Run, by_kind, place_name, read_runs, shipped_file
+from loramem.planning.runs import MIXTURES, Run, by_kind, place_name, read_runs, shipped_file
 from loramem.suites.figures import Axis, HeatMap, Plot, Point, Series, point
 from loramem.suites.runner import Known, Result, SuiteOptions, Table, public_name
 
 OPTIONS = ("lengths", "ranks", "model", "paper", "unit", "layer")
+KINDS = ("phonebook", "text", "mixed", "random")
 MODULE = "o_proj"
 """With the embedded base `down_proj`, nearer to the paper's unit, holds the shorter lengths whole: no grid is left."""
 RANKS = (1, 2, 3, 4, 5)
@@ -46,7 +47,7 @@ class Cell:
     """One adapter, trained with plain cross-entropy until it no longer improves."""
 
     kind: str
-    """Of `loramem.planning.runs.KINDS`."""
+    """Of `KINDS`."""
     length: int
     """Answer tokens, about."""
     rank: int

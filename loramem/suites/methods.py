@@ -83,15 +83,18 @@ def trained_adapter(
         schedule: Of the published methods.
         unit: One of `UNITS`.
         layer: Of the unit; None at the paper's depth.
-        cut: The writer's patience is divided by it, as a shortened schedule's epochs are.
+        cut: The writer's patience is divided by it where it trains through the network, as a shortened schedule's
+            epochs are.
     """
     from loramem.models.adapters import AdaptedModel
     from loramem.models.layers import decoder_layers, linear_modules
     from loramem.suites.paper_unit import PaperUnit
     from loramem.suites.placements import describe, equal_placement
     from loramem.suites.published import moments, train_published
+    from loramem.training.feature_writer import train_on_features
     from loramem.training.progress import WriteProgress
     from loramem.training.settings import WriterSettings
+    from loramem.training.shard_training import features_of, with_other_batches
     from loramem.training.trainer import NetworkSchedule, train_adapter
 
     if method != OWN:
@@ -115,11 +118,14 @@ def trained_adapter(
 
     allowed = PaperUnit(base.model, rank, seed, unit, layer).parameter_count
     placement, own_rank = equal_placement(base.model, allowed)
-    patient = NetworkSchedule(patience_passes=max(1, NetworkSchedule.patience_passes // cut))
-    settings = WriterSettings(max_rank=own_rank, seed=seed)
-    training = train_adapter(
-        AdaptedModel(base), "suite", records, own_rank, placement, settings, watch, schedule=patient
-    )
+    adapted, settings = AdaptedModel(base), WriterSettings(max_rank=own_rank, seed=seed)
+    features = with_other_batches([adapted], records, features_of([adapted], records, placement))
+    if features is not None:
+        alike = [each.to(base.model.dtype) for each in features]
+        training = train_on_features(adapted, "suite", alike, len(records), own_rank, placement, settings, watch)
+    else:
+        patient = NetworkSchedule(patience_passes=max(1, NetworkSchedule.patience_passes // cut))
+        training = train_adapter(adapted, "suite", records, own_rank, placement, settings, watch, schedule=patient)
     yield Taken(
         placement=describe(placement, linear_modules(decoder_layers(base.model)[-1])),
         rank=training.rank,

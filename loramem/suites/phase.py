@@ -1,7 +1,8 @@
 """Whether p > 0.5 is recalled: the transition itself, in adapters taken at some stage of their training.
 
 Long records have an adapter each, taken at a random one of its training steps, so that most fail somewhere. Books are
-many short records in one adapter, looked at whenever more of their tokens are learned. Every p is teacher-forced; all
+many short records in one adapter, looked at whenever more of their tokens are learned. They are trained where writes
+begin. Every p is teacher-forced: of features, where these give the model's own logits, otherwise of all layers; all
 decoding is free-running, through every layer.
 """
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from loramem.models.adapters import AdaptedModel
+    from loramem.models.features import Features
     from loramem.records.prompts import EncodedRecord
     from loramem.training.progress import WriteProgress
 
@@ -117,11 +119,12 @@ def long_records(cell: Cell, adapted: "AdaptedModel") -> Result:
         except RecordError as error:  # the tokenizer cannot express this draw
             refused.append({"seed": seed, "error": type(error).__name__})
             continue
-        stages = train(adapted, records, cell.rank, seed, LONG_STEPS, at_random(random.Random(seed)))
-        at_end += read(adapted, records)
+        sample = Sample.of(adapted, records)
+        stages = train(adapted, sample, cell.rank, seed, LONG_STEPS, at_random(random.Random(seed)))
+        at_end += read(adapted, sample)
         stage = stages[-2:][0]  # the end, where training had nothing to do
         take(adapted, stage)
-        at_stage += read(adapted, records)
+        at_stage += read(adapted, sample)
         steps.append({"seed": seed, "step": stage.step, "steps": stages[-1].step})
     runs = [
         {
@@ -149,12 +152,13 @@ def book(cell: Cell, adapted: "AdaptedModel") -> Result:
     base = adapted.base
     generated = generate(cell.kind, cell.size, cell.seed)
     records = encode_records(generated, base.tokenizer, base.template, base.max_tokens, base.unreachable)
-    stages = train(adapted, records, cell.rank, cell.seed, BOOK_STEPS, at_shares(SHARES))
+    sample = Sample.of(adapted, records)
+    stages = train(adapted, sample, cell.rank, cell.seed, BOOK_STEPS, at_shares(SHARES))
     readings: list[Reading] = []
     told: list[Result] = []
     for stage in stages:
         take(adapted, stage)
-        found = read(adapted, records)
+        found = read(adapted, sample)
         readings += found
         told.append(
             {
@@ -168,6 +172,21 @@ def book(cell: Cell, adapted: "AdaptedModel") -> Result:
 
 
 @dataclass(frozen=True)
+class Sample:
+    """Records, with their features where a write would train on these."""
+
+    records: Sequence["EncodedRecord"]
+    features: "Features | None"
+
+    @classmethod
+    def of(cls, adapted: "AdaptedModel", records: Sequence["EncodedRecord"]) -> "Sample":
+        from loramem.training.shard_training import features_of
+
+        found = features_of([adapted], records, adapted.ladder[0])
+        return cls(records, None if found is None else found[0].to(adapted.model.dtype))
+
+
+@dataclass(frozen=True)
 class Stage:
     """The adapter's weights after some step of its training."""
 
@@ -177,7 +196,7 @@ class Stage:
 
 def train(
     adapted: "AdaptedModel",
-    records: Sequence["EncodedRecord"],
+    sample: Sample,
     rank: int,
     seed: int,
     steps: int,
@@ -191,7 +210,7 @@ def train(
     Returns:
         What was kept, in order, and last the end of training, which the adapter is left at.
     """
-    from loramem.models.placement import Placement
+    from loramem.training.feature_writer import train_on_features
     from loramem.training.settings import WriterSettings
     from loramem.training.trainer import NetworkSchedule, train_adapter
 
@@ -210,11 +229,13 @@ def train(
         if step >= steps:
             raise _LongEnough
 
-    # Another rank or start has other weights.
-    settings, schedule = WriterSettings(seed=seed, max_rank=rank), NetworkSchedule(restarts=0)
+    settings, records, place = WriterSettings(seed=seed, max_rank=rank), sample.records, adapted.ladder[0]
     with suppress(_LongEnough):
-        placement = Placement.default(adapted.model)
-        train_adapter(adapted, NAME, records, rank, placement, settings, watch, schedule=schedule)
+        if sample.features is not None:
+            train_on_features(adapted, NAME, [sample.features], len(records), rank, place, settings, watch)
+        else:  # another start would have other weights
+            schedule = NetworkSchedule(restarts=0)
+            train_adapter(adapted, NAME, records, rank, adapted.ladder[-1], settings, watch, schedule=schedule)
     keep()
     return stages
 
@@ -247,12 +268,12 @@ def take(adapted: "AdaptedModel", stage: Stage) -> None:
     load_weights(adapted.weights(NAME), stage.weights)
 
 
-def read(adapted: "AdaptedModel", records: Sequence["EncodedRecord"]) -> list[Reading]:
+def read(adapted: "AdaptedModel", sample: Sample) -> list[Reading]:
     """Every record under teacher forcing and as it is decoded, from the adapter as it is."""
     from loramem.models.batches import group_by_length
-    from loramem.models.decoding import DECODE_RECORDS, DECODE_TOKENS, answer_probabilities, decode_records
+    from loramem.models.decoding import DECODE_RECORDS, DECODE_TOKENS, decode_records
 
-    probs = dict(answer_probabilities(adapted.model, records))
+    records, probs = sample.records, _teacher_forced(adapted, sample)
     batches = group_by_length(records, range(len(records)), DECODE_RECORDS, DECODE_TOKENS)
     decoded = dict(decode_records(adapted.model, records, batches))
     return [
@@ -264,6 +285,17 @@ def read(adapted: "AdaptedModel", records: Sequence["EncodedRecord"]) -> list[Re
         )
         for index, record in enumerate(records)
     ]
+
+
+def _teacher_forced(adapted: "AdaptedModel", sample: Sample) -> "Mapping[int, Tensor]":
+    """Probabilities of every record's answer tokens and end token, by its index."""
+    from loramem.models.decoding import answer_probabilities
+    from loramem.models.ending import Ending
+
+    if sample.features is None:
+        return dict(answer_probabilities(adapted.model, sample.records))
+    losses, _ = Ending(adapted.model, sample.features, adapted.lora_layers(NAME)).scores()
+    return dict(enumerate((-losses).exp().split([len(record.answer_ids) for record in sample.records])))
 
 
 def _transition(adapted: "AdaptedModel", readings: Sequence[Reading]) -> Result:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loramem.errors import InputError
+from loramem.models.dtypes import DtypeChoice
 from loramem.planning.samples import generate
 from loramem.records.input_files import read_records
 from loramem.records.record import Record
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Cell", "cells", "plots", "run", "table"]
 
-OPTIONS = ("lengths", "ranks", "methods", "model", "paper", "data", "unit", "layer")
+OPTIONS = ("lengths", "ranks", "methods", "model", "paper", "data", "unit", "layer", "dtype")
 LENGTHS, RANKS, SEEDS = (1000, 2000), (1, 2, 4, 8, 16, 32), 2
 PAPER_LENGTHS = (1000, 2000, 4000, 8000, 12_000, 16_000, 24_000, 32_000)
 PAPER_RANKS = (1, 2, 4, 8, 16, 32, 64)
@@ -57,6 +58,7 @@ class Cell:
     file: Path | None
     model: str
     device: str
+    dtype: DtypeChoice = "auto"
 
     @property
     def identity(self) -> Mapping[str, Any]:
@@ -94,6 +96,7 @@ def cells(request: SuiteOptions, _: Known) -> Iterator[Cell]:
                         file=request.data,
                         model=request.model,
                         device=request.device,
+                        dtype=request.dtype,
                     )
 
 
@@ -126,7 +129,7 @@ def run(cell: Cell) -> Result:
     from loramem.suites.scoring import mean_loss, score
     from loramem.suites.timing import conditions, warm_up
 
-    base = load_base_model(cell.model, device=cell.device)
+    base = load_base_model(cell.model, device=cell.device, dtype=cell.dtype)
     records = encoded_records(base, cell)
     warm_up(base)
     before = mean_loss(base, records)

@@ -87,7 +87,8 @@ def _setting(cell: Mapping[str, Any]) -> str:
     layer = "" if cell["layer"] is None else f" of layer {cell['layer']}"
     data = "generated" if cell["data"] is None else f"file {cell['data']}"
     cut = "" if cell["cut"] == 1 else f", epochs / {cell['cut']}"
-    return f"{cell['unit']}{layer}, {data}{cut}"
+    dtype = "" if cell.get("dtype", "auto") == "auto" else f", {cell['dtype']}"
+    return f"{cell['unit']}{layer}, {data}{cut}{dtype}"
 
 
 def table(lines: Sequence[Mapping[str, Any]]) -> Table:

@@ -21,7 +21,7 @@ def equal_placement(model: PreTrainedModel, parameters: int) -> tuple[Placement,
     Raises:
         UnsupportedBaseModel: None has.
     """
-    places = list(candidates(model))
+    places = candidates(model)
     found = first_within([place.parameters_per_rank(model) for place in places], parameters)
     if found is None:
         raise UnsupportedBaseModel(
@@ -44,11 +44,15 @@ def first_within(per_rank: Sequence[int], parameters: int, tolerance: float = TO
     return None
 
 
-def candidates(model: PreTrainedModel) -> Iterator[Placement]:
-    """Placements, the writer's default first, those of single modules at the paper's depth last."""
+def candidates(model: PreTrainedModel) -> list[Placement]:
+    """Placements, those where writes begin and climb to first, those of single modules at the paper's depth last."""
+    return list(dict.fromkeys(_candidates(model)))
+
+
+def _candidates(model: PreTrainedModel) -> Iterator[Placement]:
     layers = decoder_layers(model)
     last, deep, modules = len(layers) - 1, paper_layer(len(layers)), linear_modules(layers[-1])
-    yield Placement.default(model)
+    yield from Placement.ladder(model)
     yield Placement(modules, (last,))
     if "down_proj" in modules:
         yield Placement(("down_proj",), tuple(range(max(0, last - 1), last + 1)))

@@ -25,6 +25,7 @@ from typing import Any, Protocol, cast
 
 from loramem import embedded
 from loramem._util.hardware import processor
+from loramem.models.dtypes import DtypeChoice
 from loramem.suites.figures import HeatMap, Plot
 from loramem.training.processes import end_with_parent, usable_cores
 
@@ -65,6 +66,8 @@ class SuiteOptions:
     seeds: int | None = None
     model: str = embedded.NAME
     device: str = "auto"
+    dtype: DtypeChoice = "auto"
+    """Of the base model: float32 on a processor unless told otherwise."""
     threads: int = 1
     workers: int = 1
     """Cells measured at the same time, each with ``threads`` threads."""
@@ -89,6 +92,7 @@ class SuiteOptions:
         options += [] if self.workers == 1 else ["--workers", str(self.workers)]
         options += [] if self.model == embedded.NAME else ["--model", public_name(self.model)]
         options += [] if self.device == "auto" else ["--device", self.device]
+        options += [] if self.dtype == "auto" else ["--dtype", self.dtype]
         for name, values in vars(self).items():
             if isinstance(values, tuple):
                 options += [f"--{name}", ",".join(map(str, values))]
