@@ -205,6 +205,16 @@ def test_a_job_is_trained_at_one_rank_after_the_other_until_one_fails(base: Path
     assert "| small: law | tiny-qwen3 |" not in table  # nothing is known of it
 
 
+def test_losses_are_crossed_with_schedules(base: Path, tmp_path: Path) -> None:
+    lines, table = lines_of("tests.benchmarks.memft_schedules", base, tmp_path / "schedules.jsonl")
+    assert [(line["cell"]["method"], line["result"]["steps"]) for line in lines] == [
+        ("memft-ot", 3 * 2),  # 3 epochs of two batches of 10
+        ("memft-sw", 1 + 5),  # 4 records once, all of them once
+        ("sft", 3 * 2),
+    ]
+    assert "| tiny-qwen3 | 20 | 16 | memft-sw | curriculum, 200 passes, batches of 4 | 1 | 6 |" in table
+
+
 def job(shards: tuple[float, ...] = (100.0,)) -> dict:
     """A job that takes rank 4, in shards of these vocabularies."""
     trials = [{"rank": rank, "certified": rank >= 4, "cpu_s": 10.0 / rank, "stopped": False} for rank in (8, 4, 2)]
