@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from click.testing import CliRunner
 from loramem import MemoryStore, Record, WriterSettings
 from loramem.models import shard_sizes
 from loramem.models.placement import Placement
+from loramem.planning.runs import append_run, read_runs, shipped_file
 from loramem.suites import runner
 
 from .benchmarks import (
@@ -19,6 +21,7 @@ from .benchmarks import (
     endpoint_load,
     first_rank,
     first_rank_rules,
+    last_layer_laws,
     llama_cpp,
     parent_model,
     rounding,
@@ -213,6 +216,24 @@ def test_losses_are_crossed_with_schedules(base: Path, tmp_path: Path) -> None:
         ("sft", 3 * 2),
     ]
     assert "| tiny-qwen3 | 20 | 16 | memft-sw | curriculum, 200 passes, batches of 4 | 1 | 6 |" in table
+
+
+def test_two_bases_whose_law_is_one_of_parameters_are_on_one_law(tmp_path: Path) -> None:
+    run, *_ = (one for one in read_runs(shipped_file()) if one.over_features)
+    runs = tmp_path / "runs.jsonl"
+    for base, per_rank in (("small", 1000), ("wide", 2000)):
+        for rank in (1, 2, 4, 8):
+            for length in (100, 200, 400):
+                fields = {"kind": "random", "rank": rank, "length": length, "parameters": rank * per_rank}
+                law = 3 * (rank * per_rank / 1000) ** 0.5 * (length / 100) ** -0.3
+                losses = {"base_loss": 20.0, "final_loss": 20.0 - law}
+                append_run(runs, replace(run, **fields, **losses, conditions={**run.conditions, "base_model": base}))
+    out = CliRunner().invoke(last_layer_laws.main, ["--runs", str(runs)], catch_exceptions=False).stdout
+    assert out.count("| 1.0000 | 0.0 | 0.0 | 0.0 | 12 | 0 |") == 2
+    *_, row = out.splitlines()
+    _, kind, by_rank, by_parameters, *_ = (cell.strip() for cell in row.split("|"))
+    assert (kind, by_parameters) == ("random", "1.000, 0.0")
+    assert by_rank < by_parameters
 
 
 def job(shards: tuple[float, ...] = (100.0,)) -> dict:
