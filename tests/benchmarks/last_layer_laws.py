@@ -17,7 +17,7 @@ from scipy.optimize import least_squares
 from loramem.errors import LawError
 from loramem.planning.law import Point
 from loramem.planning.law_fit import fit, held_out, means_agreement, unsaturated
-from loramem.planning.runs import KINDS, Run, read_runs
+from loramem.planning.runs import KINDS, MIXTURES, Run, read_runs
 from loramem.suites.figures import Axis, Plot, Series, draw, point
 from loramem.suites.memory_law import PUBLISHED
 
@@ -75,6 +75,17 @@ def joint_rows(found: Group) -> list[tuple[str, ...]]:
             continue
         numbers = [_joint(list(bases.values()), size, own) for own in (False, True) for size in (_rank, _parameters)]
         rows.append((kind, *numbers))
+    return rows
+
+
+def combined_rows(found: Group) -> list[tuple[str, ...]]:
+    """What one law makes of all long texts of a base model, with one b and with b by kind."""
+    rows = []
+    for base in dict.fromkeys(base for _, base in found):
+        mixtures = [unsaturated_runs(runs) for (kind, one), runs in found.items() if one == base and kind in MIXTURES]
+        if len(mixtures) > 1:
+            numbers = [_joint(mixtures, _rank, own) for own in (False, True)]
+            rows.append((base, str(sum(map(len, mixtures))), *numbers))
     return rows
 
 
@@ -144,6 +155,8 @@ def main(runs: Path, drawn: Path | None) -> None:
     click.echo("\nR² and MAPE % of one law for all base models\n")
     columns = ("kind", "one b: r", "one b: parameters", "b by base: r", "b by base: parameters")
     print_markdown(columns, joint_rows(found))
+    click.echo("\nR² and MAPE % of one law for all long texts of a base model\n")
+    print_markdown(("base", "points", "one b", "b by kind"), combined_rows(found))
     if drawn is not None:
         bases = ", ".join(dict.fromkeys(base for _, base in found))
         drawn.write_bytes(draw(figure(found), bases, "png"))

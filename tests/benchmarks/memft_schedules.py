@@ -20,14 +20,18 @@ RATE = 1e-2
 CURRICULUM = (20, 40, 60, 80)
 SCHEDULES = {
     "300 passes, batches of 10": Schedule(RATE, 300, 10),
+    "300 passes, batches of 10, idle ones skipped": Schedule(RATE, 300, 10, (0, 0, 0, 0, 300)),
     "curriculum, 200 passes, batches of 4": Schedule(RATE, 240, 4, (*CURRICULUM, 240)),
 }
 ROWS = (
     ("memft-ot", "300 passes, batches of 10"),
     ("memft-sw", "curriculum, 200 passes, batches of 4"),
     ("sft", "300 passes, batches of 10"),
+    ("memft-sw", "300 passes, batches of 10, idle ones skipped"),
 )
-"""MemFT-SW without its curriculum, with the steps and passes of SFT, and SFT with its batches."""
+"""MemFT-OT with the batches of MemFT-SW; that with the steps and passes of the others; SFT with its batches; and
+MemFT-SW without its curriculum. What is left between the last and the first: a batch without a stubborn token is no
+step of MemFT-SW, and one of plain SFT for MemFT-OT."""
 
 
 @dataclass(frozen=True)
