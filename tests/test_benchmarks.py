@@ -231,9 +231,9 @@ def test_two_bases_whose_law_is_one_of_parameters_are_on_one_law(tmp_path: Path)
                 append_run(runs, replace(run, **fields, **losses, conditions={**run.conditions, "base_model": base}))
     out = CliRunner().invoke(last_layer_laws.main, ["--runs", str(runs)], catch_exceptions=False).stdout
     assert out.count("| 1.0000 | 0.0 | 0.0 | 0.0 | 12 | 0 |") == 2
-    row = next(line for line in out.splitlines() if line.startswith("| random | ") and line.count("|") == 6)
-    _, kind, by_rank, by_parameters, *_ = (cell.strip() for cell in row.split("|"))
-    assert (kind, by_parameters) == ("random", "1.000, 0.0")
+    row = next(line for line in out.splitlines() if line.startswith("| random | ") and line.count("|") == 7)
+    _, kind, by_rank, by_parameters, *_, worth, _ = (cell.strip() for cell in row.split("|"))
+    assert (kind, by_parameters, worth) == ("random", "1.000, 0.0", "2.0 (2.0–2.0), 1.000")
     assert by_rank < by_parameters
 
 

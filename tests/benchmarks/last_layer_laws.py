@@ -70,11 +70,11 @@ def joint_rows(found: Group) -> list[tuple[str, ...]]:
     rows = []
     for kind in KINDS:
         bases = {base: unsaturated_runs(runs) for (one, base), runs in found.items() if one == kind}
-        bases = {base: runs for base, runs in bases.items() if len(runs) > 4}
+        bases = {base: runs for base, runs in bases.items() if len(runs) > 4 and len({run.rank for run in runs}) > 1}
         if len(bases) < 2:
             continue
         numbers = [_joint(list(bases.values()), size, own) for own in (False, True) for size in (_rank, _parameters)]
-        rows.append((kind, *numbers))
+        rows.append((kind, *numbers, _worth(*list(bases.values())[:2])))
     return rows
 
 
@@ -121,6 +121,31 @@ def _joint(groups: Sequence[Sequence[Run]], size: Callable[[Run], float], own: b
     return f"{r_squared:.3f}, {100 * numpy.abs(left / measured).mean():.1f}"
 
 
+def _worth(one: Sequence[Run], other: Sequence[Run]) -> str:
+    """How many ranks of one base model a rank of the other is worth, left free in a law with the same C, α and β for
+    both and b by base: with its 90 % interval, and R²."""
+    runs = [*one, *other]
+    second = numpy.array([False] * len(one) + [True] * len(other))
+    r, n, measured = (
+        numpy.array([of(run) for run in runs], float)
+        for of in (_rank, lambda run: run.length, lambda run: run.point.loss_reduction)
+    )
+
+    def left(at: numpy.ndarray) -> numpy.ndarray:
+        size = r * numpy.where(second, numpy.exp(at[5]), 1.0)
+        return numpy.exp(at[0]) * size ** at[1] * n ** -at[2] + numpy.where(second, at[4], at[3]) - measured
+
+    most = measured.max()
+    bounds = ([-20, 0, 0, -most, -most, -3], [20, 3, 3, most, most, 3])
+    starts = ([numpy.log(most), 0.4, 0.2, 0.0, 0.0, numpy.log(worth)] for worth in (0.5, 1, 2, 4))
+    best = min((least_squares(left, start, bounds=bounds, max_nfev=5000) for start in starts), key=lambda fit: fit.cost)
+    variance = 2 * best.cost / (len(runs) - len(best.x))
+    half = 1.645 * numpy.sqrt(variance * numpy.linalg.pinv(best.jac.T @ best.jac)[5, 5])
+    low, middle, high = numpy.exp(best.x[5] + numpy.array([-half, 0.0, half]))
+    r_squared = 1 - 2 * best.cost / ((measured - measured.mean()) ** 2).sum()
+    return f"{middle:.1f} ({low:.1f}–{high:.1f}), {r_squared:.3f}"
+
+
 def figure(found: Group) -> Plot:
     """Predicted against measured, a colour per kind, all base models."""
     points: dict[str, list[tuple[float, float]]] = {}
@@ -153,7 +178,7 @@ def main(runs: Path, drawn: Path | None) -> None:
     )
     print_markdown(columns, [law_row(kind, base, each) for (kind, base), each in found.items()])
     click.echo("\nR² and MAPE % of one law for all base models\n")
-    columns = ("kind", "one b: r", "one b: parameters", "b by base: r", "b by base: parameters")
+    columns = ("kind", "one b: r", "one b: parameters", "b by base: r", "b by base: parameters", "a rank is worth")
     print_markdown(columns, joint_rows(found))
     click.echo("\nR² and MAPE % of one law for all long texts of a base model\n")
     print_markdown(("base", "points", "one b", "b by kind"), combined_rows(found))
