@@ -1,7 +1,7 @@
 # make demo   the main job on the embedded base model: a hundred facts written, then recalled by another process
 # make test   the whole test suite
 # make test-vllm   a store served by vLLM and asked for everything; installs vLLM (3.4 GB) into build/vllm
-# make test-ray   writes on a Ray cluster of this machine, in an environment of its own, .venv-ray
+# make test-ray   writes on a Ray cluster of this machine, in an environment of its own, .venv-ray (RAY_VENV=… names one)
 # make test-oldest, test-newest   the tests on the least versions that pyproject.toml asks for, on the newest (torch as in CI)
 # make lint   what CI checks beside the tests
 # make docs   the documentation as a site, in build/site
@@ -13,6 +13,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO_STORE := build/demo
+RAY_VENV ?= .venv-ray
 
 .DEFAULT_GOAL := help
 .PHONY: help venv demo test test-slow test-oldest test-newest test-ray test-vllm lint format docs wheel-check
@@ -62,13 +63,13 @@ test-newest: .venv-newest/installed
 test-vllm: venv
 	tests/vllm.sh
 
-test-ray: .venv-ray/installed
-	.venv-ray/bin/python -m pytest --override-ini=python_files=ray_cluster.py tests/ray_cluster.py
+test-ray: $(RAY_VENV)/installed
+	$(RAY_VENV)/bin/python -m pytest --override-ini=python_files=ray_cluster.py tests/ray_cluster.py
 
-.venv-ray/installed: pyproject.toml constraints.txt
-	$(PYTHON) -m venv .venv-ray
-	.venv-ray/bin/python -m pip install --quiet --constraint constraints.txt torch
-	.venv-ray/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,ray]'
+$(RAY_VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(RAY_VENV)
+	$(RAY_VENV)/bin/python -m pip install --quiet --constraint constraints.txt torch
+	$(RAY_VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,ray]'
 	touch $@
 
 lint: venv

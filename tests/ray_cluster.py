@@ -19,8 +19,9 @@ import ray
 
 from loramem import MemoryStore, WriteProgress, ray_executor
 from loramem.errors import NoWorkers, OtherRelease
+from loramem.planning.pricing import run_pricing
 from loramem.training.executors import ClusterExecutor
-from loramem.training.worker import price, run_job
+from loramem.training.worker import run_job
 
 from .conftest import numbers
 from .test_dask import forbid, left, pretend
@@ -94,7 +95,7 @@ def test_a_cluster_writes_the_same_adapters_as_this_process_and_keeps_nothing(
 ) -> None:
     report = store.write(RECORDS, executor=pool)
     assert contents(store.path) == contents(here)
-    assert pool.given.count(run_job) == pool.given.count(price) == len(report.adapters) > 7
+    assert pool.given.count(run_job) == pool.given.count(run_pricing) == len(report.adapters) > 7
     assert left(worker_folder) == []
     assert len(set(pool.everywhere(os.getpid))) == 2  # a process of its own for each slot
 

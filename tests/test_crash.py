@@ -135,7 +135,8 @@ def test_files_then_their_folder_then_its_name_then_the_row(base: Path, tmp_path
     synced = [path for what, path in order[:renamed] if what == "sync"]
     for file in published.iterdir():
         assert synced.index(staged / file.name) < synced.index(staged)
-    assert synced.index(staged.parent) > synced.index(staged.parent.parent)  # the staged folder's own name
+    staging = staged.parent.parent  # which has the job's own name
+    assert synced.index(staged) < synced.index(staged.parent) < synced.index(staging)
     row = next(
         place for place, (what, text) in enumerate(order) if what == "sql" and str(text) == 'insert into "records"'
     )
@@ -149,7 +150,7 @@ def test_a_name_that_was_given_before_is_synced_all_the_same(tmp_path: Path, mon
     for folder in ("staged", "adapters/one"):
         files.write_directory(tmp_path / folder, {"file": b"content"})
     monkeypatch.setattr(files, "sync_directory", synced.append)
-    files.rename_directory(tmp_path / "staged", tmp_path / "adapters" / "one")
+    files.rename_directories({tmp_path / "staged": tmp_path / "adapters" / "one"})
     assert synced == [tmp_path / "adapters"]
 
 

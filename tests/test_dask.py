@@ -16,9 +16,10 @@ import pytest
 
 from loramem import MemoryStore, WriteProgress, dask_executor
 from loramem.errors import ArgumentError, NoWorkers, OtherRelease
+from loramem.planning.pricing import run_pricing
 from loramem.training.clusters import NOWHERE
 from loramem.training.executors import ClusterExecutor
-from loramem.training.worker import price, run_job
+from loramem.training.worker import run_job
 
 from .conftest import numbers
 from .test_jobs import contents
@@ -116,7 +117,7 @@ def test_a_cluster_writes_the_same_adapters_as_this_process_and_keeps_nothing(
     report = store.write(RECORDS, executor=pool, progress=told.append)
     assert (report.written, len(told)) == (len(RECORDS), len(report.adapters))
     assert contents(store.path) == contents(here)
-    assert pool.given.count(run_job) == pool.given.count(price) == len(report.adapters) > 7
+    assert pool.given.count(run_job) == pool.given.count(run_pricing) == len(report.adapters) > 7
     assert left(worker_folder) == []
     adapters = store.adapters()
     assert {adapter.proof["device"] for adapter in adapters} == {"cpu"}

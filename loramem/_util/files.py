@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -23,33 +23,34 @@ def write_synced(path: Path, content: bytes, mode: int = PRIVATE_FILE) -> None:
 
 
 def write_directory(path: Path, files: dict[str, bytes]) -> None:
-    """Create a directory of synced files; after a crash it may hold a part of them."""
-    make_directory(path)
+    """Create a private directory of files, which are on disk once `sync_tree` was there."""
+    make_directory(path, sync=False)
     for name, content in files.items():
-        _write(path / name, content)
-    sync_directory(path)
+        _write(path / name, content, sync=False)
 
 
-def make_directory(path: Path) -> None:
-    """Create a private directory, and whatever of its parents is missing, durably."""
+def make_directory(path: Path, *, sync: bool = True) -> None:
+    """Create a private directory, and whatever of its parents is missing, durably unless told otherwise."""
     if not path.exists():
-        make_directory(path.parent)
+        make_directory(path.parent, sync=sync)
         path.mkdir(mode=PRIVATE_FOLDER, exist_ok=True)
-        sync_directory(path.parent)
+        if sync:
+            sync_directory(path.parent)
 
 
-def rename_directory(source: Path, target: Path) -> None:
-    """Rename a directory of synced files durably.
+def rename_directories(targets: Mapping[Path, Path]) -> None:
+    """Rename directories of synced files durably, each to its target.
 
     A target of the same content is left alone; another one was damaged, and goes where the source came from.
     """
-    if target.exists():
-        if _contents(source) == _contents(target):
-            sync_directory(target.parent)  # whoever renamed it may have been killed before this
-            return
-        target.rename(source.with_name(source.name + ".damaged"))
-    source.rename(target)
-    sync_directory(target.parent)
+    for source, target in targets.items():
+        if target.exists():
+            if _contents(source) == _contents(target):
+                continue
+            target.rename(source.with_name(source.name + ".damaged"))
+        source.rename(target)
+    for parent in dict.fromkeys(target.parent for target in targets.values()):
+        sync_directory(parent)  # also of what has its name already: whoever gave it may have been killed before this
 
 
 def outside_stores(target: Path, *, new: bool = False) -> Path:
@@ -138,8 +139,8 @@ def size_bytes(folder: Path) -> int:
 
 
 def sync_tree(path: Path) -> None:
-    """Flush a file, or a directory with all that is in it."""
-    for below in path.rglob("*"):
+    """Flush a file, or a directory with all that is in it, the innermost first."""
+    for below in sorted(path.rglob("*"), reverse=True):
         sync_directory(below)
     sync_directory(path)
 
@@ -153,12 +154,13 @@ def sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
-def _write(path: Path, content: bytes, mode: int = PRIVATE_FILE) -> None:
+def _write(path: Path, content: bytes, mode: int = PRIVATE_FILE, *, sync: bool = True) -> None:
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
     with os.fdopen(descriptor, "wb") as file:
         file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+        if sync:
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def _contents(folder: Path) -> dict[str, bytes]:

@@ -61,8 +61,7 @@ def commit_write(
     with index.change() as change:
         added = _add_adapters(change, adapters)
         left = _end(index, change, {**replaced, **others})
-        for record in records:
-            change.put("records", record_row(record))
+        change.put_all("records", map(record_row, records))
         _end_write(index, change, write_id, COMMITTED)
         _note_outcomes(index, learnt)
         _retire(change, added | left)
@@ -166,13 +165,13 @@ def _put_records(change: Change, records: Iterable[StoredRecord]) -> set[str]:
 def _end(index: Index, change: Change, records: Mapping[Identity, tuple[str, str | None]]) -> set[str]:
     """Returns the adapters that they were in."""
     number, left = index.next_id("versions"), set[str]()
-    for (namespace, key), (how, successor) in records.items():
-        record = index.find(namespace, key)
-        if record is not None:
-            change.put("versions", version_row(number, record, how, successor))
-            change.remove_key("records", namespace, key)
-            left.add(record.adapter)
-            number += 1
+    there = index.find_many(records)
+    for identity in [identity for identity in records if identity in there]:
+        record, (how, successor) = there[identity], records[identity]
+        change.put("versions", version_row(number, record, how, successor))
+        change.remove_key("records", *identity)
+        left.add(record.adapter)
+        number += 1
     return left
 
 

@@ -29,9 +29,9 @@ from loramem.index.rows import (
     version_of,
 )
 from loramem.index.sealed_database import SealedDatabase
-from loramem.index.seals import is_sealed
+from loramem.index.seals import is_sealed, select_keys
 from loramem.records.outcome import Outcome
-from loramem.records.record import Record, journalled
+from loramem.records.record import Record, journal_fields, journalled
 
 NAME = "index.db"
 CLOSE_KEYS = 20_000
@@ -72,6 +72,22 @@ class Index(SealedDatabase):
         row = self._row("records", *names)
         return None if row is None else replace(record_of(row), namespace=namespace, key=key)
 
+    def find_many(self, identities: Iterable[tuple[str, str]]) -> dict[tuple[str, str], StoredRecord]:
+        """Those of these live records that there are, by namespace and key.
+
+        Raises:
+            IntegrityError: The row of one is not what was committed.
+        """
+        if self.key_salt is None:
+            names = {identity: identity for identity in identities}
+        else:
+            names = {hidden_names(self.key_salt, *identity): identity for identity in identities}
+        found = {}
+        for row in self._some("records", names):
+            namespace, key = names[row["namespace"], row["key"]]
+            found[namespace, key] = replace(record_of(row), namespace=namespace, key=key)
+        return found
+
     def locate(self, namespace: str, key: str) -> Located | None:
         """A live record and its adapter, of one state.
 
@@ -94,11 +110,12 @@ class Index(SealedDatabase):
             raise IntegrityError(f"The index has no adapter {id!r}.", what=id)
         return [Located(record, adapter) for record in records]
 
-    def find_prompt(self, namespace: str, prompt_sha256: str) -> str | None:
-        """The key that has these prompt token ids, if any."""
-        query = "select key from records where namespace = ? and prompt_sha256 = ?"
-        rows = self.db.conn.execute(query, [namespace, prompt_sha256])  # asked of every record that is admitted
-        return next((key for (key,) in rows), None)
+    def find_prompts(self, prompts: Iterable[tuple[str, str]]) -> dict[tuple[str, str], str]:
+        """Keys that have one of these prompts already, by namespace and sha256 of the token ids."""
+        rows = select_keys(
+            self.db, "records", "namespace, prompt_sha256, key", ("namespace", "prompt_sha256"), dict.fromkeys(prompts)
+        )
+        return {(namespace, prompt_sha256): key for namespace, prompt_sha256, key in rows}
 
     def records(
         self,
@@ -273,12 +290,14 @@ class Index(SealedDatabase):
     def begin_write(self, records: Iterable[Record], request: Mapping[str, Any]) -> int:
         """Journal a write durably before training starts; returns its id."""
         with self.change() as change:
-            write, count = self.next_id("writes"), 0
-            for record in records:
-                kept = {name: vars(record)[name] for name in ("key", "value", "namespace")}
-                text = json.dumps({**kept, "metadata": dict(record.metadata)})
-                change.put("journal", {"write": write, "number": count, "record": text})
-                count += 1
+            write = self.next_id("writes")
+            count = change.put_all(
+                "journal",
+                (
+                    {"write": write, "number": number, "record": json.dumps(journal_fields(record))}
+                    for number, record in enumerate(records)
+                ),
+            )
             row = {"id": write, "state": PENDING, "started_at": now(), "ended_at": None, "count": count}
             change.put("writes", {**row, "request": json.dumps(request)})
         return write

@@ -1,7 +1,7 @@
 """The database file of an index: its transactions, its rows against their seals, what is left in it of the erased."""
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Self
@@ -23,6 +23,7 @@ from loramem.index.seals import (
     is_sealed,
     kept_sum,
     seal_number,
+    select_keys,
     sum_text,
 )
 
@@ -146,6 +147,13 @@ class SealedDatabase:
             names = [name for name, *_ in found.description]
             row = found.fetchone()
             return None if row is None else self._checked(table, dict(zip(names, row, strict=True)))
+
+    def _some(self, table: str, keys: Iterable[Sequence[Any]]) -> Iterator[dict[str, Any]]:
+        """The rows that have these keys, not in order."""
+        names = [name for name, *_ in self.db.conn.execute(f'select * from "{table}" limit 0').description]
+        with sqlite_errors(self.path):
+            for row in select_keys(self.db, table, "*", SEALED[table].key, keys):
+                yield self._checked(table, dict(zip(names, row, strict=True)))
 
     def _rows(
         self, table: str, where: str | None = None, values: Mapping[str, Any] | None = None, *, order_by: str

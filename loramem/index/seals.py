@@ -6,8 +6,10 @@ that a table can get more columns and rows that were sealed before can still be 
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from sqlite_utils import Database
@@ -17,6 +19,8 @@ from loramem.errors import IntegrityError
 SEAL = "row_sha256"
 ROWS_SUM = "rows_sum"
 """In meta: the sum over all seals, as 64 hex digits."""
+TOGETHER = 1000
+"""Rows that are looked for or put by one statement."""
 
 
 @dataclass(frozen=True)
@@ -137,19 +141,31 @@ class Change:
             row: Every column that the seal covers.
             version: Of the list of columns; the newest if None.
         """
-        kind = SEALED[table]
+        self.put_all(table, [row], version)
+
+    def put_all(self, table: str, rows: Iterable[Mapping[str, Any]], version: int | None = None) -> int:
+        """`put` of rows with different keys, a thousand at a time; returns how many there were."""
+        kind, count = SEALED[table], 0
         names = kind.versions[-1 if version is None else version - 1]
-        assert row.keys() - {SEAL} == set(names), f"{table} has the columns {names}"
-        seal = seal_of(table, row, version)
-        self._leave(table, equal(kind.key), [row[name] for name in kind.key])
         columns = ", ".join(f'"{name}"' for name in (*names, SEAL))
         others = ", ".join(f'"{name}" = excluded."{name}"' for name in (*names, SEAL) if name not in kind.key)
-        self.db.conn.execute(
+        insert = (
             f'insert into "{table}" ({columns}) values ({", ".join("?" * (len(names) + 1))}) '
-            f"on conflict ({', '.join(kind.key)}) do update set {others}",  # keeps its place in the order of rows
-            [*(row[name] for name in names), seal],
+            f"on conflict ({', '.join(kind.key)}) do update set {others}"  # keeps its place in the order of rows
         )
-        self.moved += seal_number(table, seal)
+        rest = iter(rows)
+        while part := list(islice(rest, TOGETHER)):
+            sealed = []
+            for row in part:
+                assert row.keys() - {SEAL} == set(names), f"{table} has the columns {names}"
+                seal = seal_of(table, row, version)
+                self.moved += seal_number(table, seal)
+                sealed.append([*(row[name] for name in names), seal])
+            for (left,) in select_keys(self.db, table, SEAL, kind.key, ([row[n] for n in kind.key] for row in part)):
+                self.moved -= seal_number(table, left)
+            self.db.conn.executemany(insert, sealed)
+            count += len(part)
+        return count
 
     def remove(self, table: str, where: str = "true", values: Sequence[Any] = ()) -> None:
         """Delete rows."""
@@ -190,6 +206,25 @@ class Change:
     def _leave(self, table: str, where: str, values: Sequence[Any]) -> None:
         for (seal,) in self.db.conn.execute(f'select {SEAL} from "{table}" where {where}', values):
             self.moved -= seal_number(table, seal)
+
+
+def select_keys(
+    db: Database, table: str, columns: str, key: Sequence[str], wanted: Iterable[Sequence[Any]]
+) -> Iterator[tuple[Any, ...]]:
+    """Columns of the rows that have these keys, found by the index of the key a thousand at a time; not in order.
+
+    SQLite looks through the whole table for a list of pairs: so a list of the last column's values for each beginning.
+    """
+    lasts: defaultdict[tuple[Any, ...], list[Any]] = defaultdict(list)
+    for values in wanted:
+        *first, last = values
+        lasts[tuple(first)].append(last)
+    beginning = "".join(f'"{name}" = ? and ' for name in key[:-1])
+    for start, rest in lasts.items():
+        for number in range(0, len(rest), TOGETHER):
+            some = rest[number : number + TOGETHER]
+            where = f'{beginning}"{key[-1]}" in ({", ".join("?" * len(some))})'
+            yield from db.conn.execute(f'select {columns} from "{table}" where {where}', [*start, *some])
 
 
 def equal(key: Sequence[str]) -> str:

@@ -17,6 +17,7 @@ Fitting is `loramem.planning.law_fit`, which needs numpy and scipy (0.6 s to imp
 import json
 import math
 from dataclasses import asdict, dataclass
+from functools import cache
 
 from loramem.errors import LawError, OutOfReach
 
@@ -219,6 +220,7 @@ def _check_positive(**numbers: float) -> None:
             raise LawError(f"The {name} must be a positive number, not {number}.")
 
 
+@cache
 def _student_t(confidence: float, freedom: int) -> float:
     """The t with P(|T| < t) = confidence: Abramowitz & Stegun 26.7.3 and 26.7.4 by bisection over atan(t/√ν)."""
     odd, low, high = freedom % 2, 0.0, math.pi / 2

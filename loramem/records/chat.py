@@ -47,6 +47,9 @@ class Chat:
         return {"chat": True} if self.ids is None else {"chat": True, "ids": list(self.ids)}
 
 
+SAME = Chat()
+
+
 def render(tokenizer: Any, turns: Sequence[tuple[str, str]], *, generate: bool, **variables: Any) -> str:
     """The chat template as text; raises whatever the template does."""
     messages = [{"role": role, "content": content} for role, content in turns]
@@ -83,7 +86,7 @@ def compare(
         if text is None:
             found.append(Chat(why=REFUSED))
         elif (theirs := next(ids)) == list(ours):
-            found.append(Chat())
+            found.append(SAME)
         # Ids that show each key to the letter are different ids for different keys.
         elif _decode(tokenizer, theirs) == shown.replace(placeholder, key):
             found.append(Chat(tuple(theirs)))

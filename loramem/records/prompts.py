@@ -7,8 +7,8 @@ trim what it is given. Where the template as a chat server tokenizes it gives a 
 """
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from loramem.errors import (
     NotRoundTrip,
@@ -172,8 +172,7 @@ class EncodedRecord:
 
     def bare(self) -> "EncodedRecord":
         """What training reads of it: no metadata, nothing that the index keeps of the prompt."""
-        record = self.record
-        return replace(self, record=Record(record.key, record.value, record.namespace), prompt=None)
+        return EncodedRecord(self.record.bare(), self.prompt_ids, self.answer_ids)
 
     @property
     def length(self) -> int:
@@ -202,14 +201,49 @@ def encode_records(
     kept: Mapping[tuple[str, str], Mapping[str, Any]] | None = None,
     taken: Callable[[Record, Sequence[int]], bool] = lambda record, ids: False,
 ) -> list[EncodedRecord]:
-    """Encode records, refusing whatever could not come back exactly.
+    """`tokenize`, then `settle`: records that could come back exactly, and can be told from one another.
+
+    Raises what these raise.
+    """
+    records = list(records)
+    return settle(
+        records,
+        tokenize(records, tokenizer, template, max_tokens, unreachable, vocabulary, kept=kept),
+        max_tokens,
+        taken,
+    )
+
+
+Known = Mapping[str, Any] | chat.Chat | None
+"""What is known of a record's prompt: kept from before, compared now, or nothing since it is plain."""
+
+
+class Tokenized(NamedTuple):
+    """What a tokenizer makes of a record, whatever other records there are."""
+
+    prompt_ids: tuple[int, ...]
+    """Joined, or as kept."""
+    answer_ids: tuple[int, ...]
+    known: Known
+
+
+def tokenize(
+    records: Sequence[Record],
+    tokenizer: Any,
+    template: PromptTemplate,
+    max_tokens: int,
+    unreachable: Collection[int] = (),
+    vocabulary: int | None = None,
+    *,
+    kept: Mapping[tuple[str, str], Mapping[str, Any]] | None = None,
+) -> list[Tokenized]:
+    """Ids of records, refusing whatever could not come back exactly.
 
     Args:
         max_tokens: Context length of the base model.
         unreachable: Ids that the base model cannot give p > 0.5.
         vocabulary: Ids that the base model has an embedding for.
         kept: Prompts of records that were written before, by namespace and key; they stay as they are.
-        taken: Whether ids are the prompt of another key already.
 
     Raises:
         SpecialTokenInText: Key or value contains the text of a special token.
@@ -217,19 +251,18 @@ def encode_records(
         UnreachableToken: The value needs a token that can never be decoded, or key or value one that the base model
             does not have.
         TooLong: Prompt, answer and end token exceed ``max_tokens``.
-        PromptCollision: Two keys of one namespace have the same prompt ids.
     """
-    records, specials = list(records), special_texts(tokenizer)
+    specials = special_texts(tokenizer)
     prompts = _prompts(records, tokenizer, template, kept or {})
     answers = _many_ids(tokenizer, [record.value for record in records])
-    encoded = []
-    for record, (ids, _), answer_ids in zip(records, prompts, answers, strict=True):
+    found = []
+    for record, (ids, known), answer_ids in zip(records, prompts, answers, strict=True):
         for text, name in ((record.key, "key"), (record.value, "value")):
-            if found := next((special for special in specials if special in text), None):
+            if special := next((special for special in specials if special in text), None):
                 raise SpecialTokenInText(
-                    f"The {name} of {record.key!r} contains {found!r}, a special token of this base model. "
+                    f"The {name} of {record.key!r} contains {special!r}, a special token of this base model. "
                     "Write it differently, or use another base model.",
-                    token=found,
+                    token=special,
                     key=record.key,
                     line=record.line,
                 )
@@ -261,12 +294,8 @@ def encode_records(
                 key=record.key,
                 line=record.line,
             )
-        encoded.append(entry)
-    return _distinct(_settled(encoded, [prompt for _, prompt in prompts], max_tokens, taken))
-
-
-Kept = Mapping[str, Any] | chat.Chat | None
-"""What is known of a record's prompt: kept from before, compared now, or nothing since it is plain."""
+        found.append(Tokenized(entry.prompt_ids, entry.answer_ids, known))
+    return found
 
 
 def _prompts(
@@ -274,13 +303,13 @@ def _prompts(
     tokenizer: Any,
     template: PromptTemplate,
     kept: Mapping[tuple[str, str], Mapping[str, Any]],
-) -> list[tuple[list[int], Kept]]:
+) -> list[tuple[list[int], Known]]:
     """Ids of the prompts, joined or as kept, and what is known of each."""
     keys = [record.key for record in records]
     joined = [[*template.prefix_ids, *ids, *template.suffix_ids] for ids in chat.token_ids(tokenizer, keys)]
     before = [kept.get((record.namespace, record.key)) for record in records]
     fresh = [index for index, prompt in enumerate(before) if prompt is None]
-    prompts: list[tuple[list[int], Kept]] = [
+    prompts: list[tuple[list[int], Known]] = [
         (list(prompt.get("ids", ids)) if prompt else ids, prompt) for ids, prompt in zip(joined, before, strict=True)
     ]
     if template.kind == "chat":
@@ -290,33 +319,39 @@ def _prompts(
     return prompts
 
 
-def _settled(
-    encoded: Sequence[EncodedRecord],
-    known: Sequence[Kept],
+def settle(
+    records: Sequence[Record],
+    tokenized: Sequence[Tokenized],
     max_tokens: int,
-    taken: Callable[[Record, Sequence[int]], bool],
+    taken: Callable[[Record, Sequence[int]], bool] = lambda record, ids: False,
 ) -> list[EncodedRecord]:
-    """Each record with the prompt it is written with: the template's own ids where nothing speaks against them."""
+    """Each record with the prompt it is written with: the template's own ids where nothing speaks against them.
+
+    Args:
+        taken: Whether ids are the prompt of another key already.
+
+    Raises:
+        PromptCollision: Two keys of one namespace have the same prompt ids.
+    """
     used = {
-        (entry.record.namespace, entry.prompt_ids)
-        for entry, found in zip(encoded, known, strict=True)
-        if not isinstance(found, chat.Chat) or found.ids is None
+        (record.namespace, ids.prompt_ids)
+        for record, ids in zip(records, tokenized, strict=True)
+        if not isinstance(ids.known, chat.Chat) or ids.known.ids is None
     }
     settled = []
-    for entry, found in zip(encoded, known, strict=True):
-        if not isinstance(found, chat.Chat):
-            settled.append(replace(entry, prompt=found))
-            continue
-        own = found.ids
-        if own is not None and len(own) + len(entry.answer_ids) > max_tokens:
-            found = chat.Chat(why=chat.LONG)
-        elif own is not None and ((entry.record.namespace, own) in used or taken(entry.record, own)):
-            found = chat.Chat(why=chat.TAKEN)
-        elif own is not None:
-            entry = replace(entry, prompt_ids=own)
-        used.add((entry.record.namespace, entry.prompt_ids))
-        settled.append(replace(entry, prompt=found.kept()))
-    return settled
+    for record, (prompt_ids, answer_ids, known) in zip(records, tokenized, strict=True):
+        if isinstance(known, chat.Chat):
+            own = known.ids
+            if own is not None and len(own) + len(answer_ids) > max_tokens:
+                known = chat.Chat(why=chat.LONG)
+            elif own is not None and ((record.namespace, own) in used or taken(record, own)):
+                known = chat.Chat(why=chat.TAKEN)
+            elif own is not None:
+                prompt_ids = own
+            used.add((record.namespace, prompt_ids))
+        kept = known.kept() if isinstance(known, chat.Chat) else known
+        settled.append(EncodedRecord(record, prompt_ids, answer_ids, kept))
+    return _distinct(settled)
 
 
 def _distinct(encoded: list[EncodedRecord]) -> list[EncodedRecord]:

@@ -67,6 +67,10 @@ class Record:
         if not self.value:
             raise EmptyField(f"The value of key {self.key!r} is empty.", key=self.key, line=self.line)
 
+    def bare(self) -> "Record":
+        """Without metadata."""
+        return replace(self, metadata={}) if self.metadata else self
+
 
 def lone_surrogate(text: str) -> int | None:
     """Where the text holds half of a surrogate pair, which no UTF-8 text can; None if nowhere."""
@@ -100,6 +104,16 @@ def _metadata_fault(metadata: Mapping[Any, Any]) -> str | None:
 def has_lone_surrogate(metadata: Mapping[str, Any]) -> bool:
     """Whether metadata hold one anywhere, as stores of older versions may."""
     return lone_surrogate(json.dumps(metadata, ensure_ascii=False)) is not None
+
+
+def journal_fields(record: Record) -> dict[str, Any]:
+    """What a journal keeps of a record, in the order in which it always did."""
+    return {
+        "key": record.key,
+        "value": record.value,
+        "namespace": record.namespace,
+        "metadata": dict(record.metadata),
+    }
 
 
 def journalled(fields: Mapping[str, Any]) -> Record:

@@ -4,7 +4,6 @@ Nothing is changed here, and nothing trained.
 """
 
 import logging
-import math
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
 from itertools import groupby
@@ -18,21 +17,24 @@ from loramem.models.placement import Placement
 from loramem.models.shard_sizes import cut_groups
 from loramem.planning import calibration, timings
 from loramem.planning.base_calibration import known_of
-from loramem.planning.cost import costs_bits
 from loramem.planning.limits import RankLimits
 from loramem.planning.plan import Plan, PlanInputs, Price, plan_groups
-from loramem.planning.variety import effective_vocabulary
+from loramem.planning.pricing import Priced, price_of, priced, run_pricing
 from loramem.records.outcome import Outcome
-from loramem.records.prompts import EncodedRecord, encode_records
+from loramem.records.prompts import EncodedRecord, Tokenized, settle, tokenize
 from loramem.records.record import Record, deduplicate
 from loramem.store.manifest import Manifest
 from loramem.store.request import OnConflict, WriteRequest
 from loramem.training.executors import completed
-from loramem.training.jobs import JobBase, PricingJob, releases
-from loramem.training.pricing import base_probabilities
-from loramem.training.worker import price as price_in_worker
+from loramem.training.jobs import JobBase, PricingJob, TokenizingJob, releases
+from loramem.training.worker import run_tokenizing
 
 log = logging.getLogger(__name__)
+
+TOGETHER = 512
+"""Records of a job that tokenizes; so few are tokenized here."""
+SAMPLE = 2_000
+"""Records, the first of a write, by whose price the kind of all is told."""
 
 
 class Planner:
@@ -56,19 +58,22 @@ class Planner:
         self.index, self.adapted, self.calibrate, self.device = index, adapted, calibrate, device
         self.template, self.placement = manifest.template(), manifest.placed()
 
-    def admit(self, records: Sequence[Record], on_conflict: OnConflict = "error") -> tuple[list[EncodedRecord], int]:
+    def admit(
+        self, records: Sequence[Record], on_conflict: OnConflict = "error", executor: Executor | None = None
+    ) -> tuple[list[EncodedRecord], int]:
         """Records to write as token ids, and how many are not written.
 
         Args:
             on_conflict: What becomes of a record whose key is there with another value.
+            executor: See `encode`.
 
         Raises:
             RecordError: A record cannot be written, or its key has another value; see the subclasses.
         """
         fresh, repeated = deduplicate(records)
-        new = []
+        there, new = self.index.find_many((record.namespace, record.key) for record in fresh), []
         for record in fresh:
-            known = self.index.find(record.namespace, record.key)
+            known = there.get((record.namespace, record.key))
             if known is None:
                 new.append(record)
             elif known.holds(record.value) or on_conflict == "skip":
@@ -84,34 +89,38 @@ class Planner:
                 )
         if repeated:
             log.info("%d records are in the store already and were skipped", len(repeated))
-        return self.encode(new), len(repeated)
+        return self.encode(new, executor=executor), len(repeated)
 
     def encode(
-        self, records: Sequence[Record], kept: Mapping[tuple[str, str], Mapping[str, Any]] | None = None
+        self,
+        records: Sequence[Record],
+        kept: Mapping[tuple[str, str], Mapping[str, Any]] | None = None,
+        executor: Executor | None = None,
     ) -> list[EncodedRecord]:
         """Records as token ids, grouped by namespace: a shard never mixes them, as equal keys are equal prompts.
 
         Args:
             kept: Prompts of records that are written anew, by namespace and key.
+            executor: Its processes have the tokenizer as well.
         """
 
-        def holder(record: Record, prompt_ids: Sequence[int]) -> str | None:
-            other = self.index.find_prompt(record.namespace, prompt_digest(prompt_ids))
-            return None if other == record.key else other
+        def taken(record: Record, prompt_ids: Sequence[int]) -> bool:
+            prompt = record.namespace, prompt_digest(prompt_ids)
+            return self.index.find_prompts([prompt]).get(prompt, record.key) != record.key
 
-        encoded = encode_records(
-            records,
-            (base := self.adapted.base).tokenizer,
-            self.template,
-            base.max_tokens,
-            base.unreachable,
-            base.vocabulary,
-            kept=kept,
-            taken=lambda record, prompt_ids: holder(record, prompt_ids) is not None,
-        )
-        for entry in encoded:
+        base = self.adapted.base
+        if executor is None or len(records) <= TOGETHER:
+            limits = base.max_tokens, base.unreachable, base.vocabulary
+            tokenized = tokenize(records, base.tokenizer, self.template, *limits, kept=kept)
+        else:
+            assert kept is None
+            tokenized = self._tokenized(records, executor)
+        encoded = settle(records, tokenized, base.max_tokens, taken)
+        prompts = [(entry.record.namespace, prompt_digest(entry.prompt_ids)) for entry in encoded]
+        holders = self.index.find_prompts(prompts)
+        for entry, prompt in zip(encoded, prompts, strict=True):
             record = entry.record
-            if (other := holder(record, entry.prompt_ids)) is not None:
+            if (other := holders.get(prompt, record.key)) != record.key:
                 raise PromptCollision(
                     f"Key {record.key!r} gives the same prompt token ids as the stored key {other!r}. Rename it.",
                     other=other,
@@ -119,6 +128,18 @@ class Planner:
                     line=record.line,
                 )
         return sorted(encoded, key=lambda entry: entry.record.namespace)
+
+    def _tokenized(self, records: Sequence[Record], executor: Executor) -> list[Tokenized]:
+        """`tokenize`, by an executor's processes."""
+        base, here = JobBase.of(self.adapted.base, self.device), releases()
+        jobs = (
+            TokenizingJob(
+                base, tuple(record.bare() for record in records[start : start + TOGETHER]), self.template, here
+            )
+            for start in range(0, len(records), TOGETHER)
+        )
+        found = dict(completed(executor, run_tokenizing, jobs))
+        return [ids for number in sorted(found) for ids in found[number]]
 
     def plan(
         self,
@@ -137,7 +158,7 @@ class Planner:
             limits: Ranks that adapters may have; those of the request unless given.
             kind: Of data; the calibrated one that costs most nearly as much if None.
             as_new: Plan as a new store would, with nothing learnt from the writes to this one.
-            keep_features: For a training in this process, which follows: see `base_probabilities`.
+            keep_features: For a training in this process, which follows: see `priced`.
             executor: Asks the base model about the values; this process does if None.
 
         Raises:
@@ -145,28 +166,25 @@ class Planner:
         """
         groups = groupby(encoded, key=lambda entry: entry.record.namespace)
         sizes = [len(list(group)) for _, group in groups]
-        values = [entry.answer_ids[:-1] for entry in encoded]
+        lengths = [entry.length for entry in encoded]
         most = None if request.one_adapter else self.placement.size(self.adapted.model).shard_tokens()
-        ranges = cut_groups(sizes, [len(entry.answer_ids) for entry in encoded], most)
+        ranges = cut_groups(sizes, [length + 1 for length in lengths], most)
         if executor is None:
             parts = [
-                base_probabilities(self.adapted, encoded[first:last], self.placement, keep_features=keep_features)
+                priced(self.adapted, encoded[first:last], self.placement, keep_features=keep_features)
                 for first, last in ranges
             ]
         else:
-            parts = self._asked(encoded, ranges, executor)
-        probs = [prob for part in parts for prob in part]
+            parts = self._priced(encoded, ranges, executor)
+        probs = [prob for part in parts for prob in part.probs]
+        known = {each: part.price for each, part in zip(ranges, parts, strict=True)}
 
-        def price(first: int, last: int) -> Price:
-            tokens = [prob for each in probs[first:last] for prob in each]
-            loss = -sum(math.log(max(prob, 1e-30)) for prob in tokens) / len(tokens)
-            vocabulary = effective_vocabulary(token for entry in encoded[first:last] for token in entry.answer_ids)
-            return Price(sum(costs_bits(values[first:last], probs[first:last])), loss, vocabulary)
+        def price(first: int, last: int) -> Price:  # shards of another size are asked for where ranks are limited
+            return known.get((first, last)) or price_of(encoded[first:last], probs[first:last])
 
         learnt = [] if as_new else self.index.outcomes()
-        whole = price(0, len(encoded)) if encoded else None
-        inputs = self.plan_inputs(whole, sum(map(len, values)), kind, learnt)
-        lengths = [len(value) for value in values]
+        sample = price(0, len(lengths[:SAMPLE])) if encoded else None
+        inputs = self.plan_inputs(sample, sum(lengths[:SAMPLE]), kind, learnt)
         return plan_groups(
             sizes,
             lengths,
@@ -178,16 +196,16 @@ class Planner:
             one_adapter=request.one_adapter,
         )
 
-    def _asked(
+    def _priced(
         self, encoded: Sequence[EncodedRecord], ranges: Sequence[tuple[int, int]], executor: Executor
-    ) -> list[list[list[float]]]:
-        """`base_probabilities` of each range of records, by an executor's processes."""
+    ) -> list[Priced]:
+        """`priced`, of each range of records, by an executor's processes."""
         base, here = JobBase.of(self.adapted.base, self.device), releases()
         jobs = (
             PricingJob(base, tuple(entry.bare() for entry in encoded[first:last]), self.placement, here)
             for first, last in ranges
         )
-        found = dict(completed(executor, price_in_worker, jobs))
+        found = dict(completed(executor, run_pricing, jobs))
         return [found[number] for number in range(len(ranges))]
 
     def plan_inputs(self, price: Price | None, length: int, kind: str | None, learnt: Sequence[Outcome]) -> PlanInputs:

@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import mean
 
 from loramem._util.events import log_event
-from loramem._util.files import make_directory, rename_directory
+from loramem._util.files import make_directory, rename_directories
 from loramem._util.layout import ADAPTERS, STAGING
 from loramem.errors import RecallError, WriteError
 from loramem.index.commits import commit_write, end_write
@@ -86,7 +86,7 @@ class Transaction:
         Raises:
             StubbornRecords, TrainingDiverged, RecallError: Nothing was committed, and the journal entry is closed.
         """
-        encoded, skipped = self.planner.admit(records, on_conflict)
+        encoded, skipped = self.planner.admit(records, on_conflict, executor)
         if not encoded:
             return WriteReport.nothing(skipped)
         started = time.monotonic()
@@ -105,7 +105,7 @@ class Transaction:
         Raises what `write` raises.
         """
         started, request = time.monotonic(), WriteRequest.from_json(pending.request)
-        encoded = self.planner.encode(pending.records)
+        encoded = self.planner.encode(pending.records, executor=executor)
         if "plan" in pending.request:  # what a plan would come to now may differ, and nothing that was finished fit it
             plan = Plan.of(pending.request["plan"])
         else:  # an older journal
@@ -196,8 +196,7 @@ class Transaction:
         target = self.store / ADAPTERS
         make_directory(target)
         rows = [stored_adapter(one.job, one.shard, one.folder, one.cost_bits, request.kept) for one in written]
-        for one in written:
-            rename_directory(one.folder, target / one.shard.adapter)
+        rename_directories({one.folder: target / one.shard.adapter for one in written})
         log_event("installed", adapters=len(rows))
         return rows
 

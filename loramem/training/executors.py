@@ -6,7 +6,7 @@ import queue
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import BrokenExecutor, CancelledError, Executor, Future, ProcessPoolExecutor
+from concurrent.futures import BrokenExecutor, CancelledError, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from itertools import islice
@@ -32,6 +32,8 @@ IN_FLIGHT = 256
 """Jobs that somebody else's executor holds at a time: enough for its workers, and no whole write in its queues."""
 QUEUED = 2
 """Jobs per slot of a cluster: one that is run, and one that waits beside it."""
+SYNCING = 8
+"""Threads that wait for the disk, each for a shard: it takes in several as fast as one."""
 POLL_S = 5.0
 """How often a cluster is looked at while nothing comes back from it."""
 GONE_S = 60.0
@@ -82,6 +84,8 @@ def run_jobs(
 ) -> list[ShardResult]:
     """Results of the jobs, in their order; each is staged as soon as it is there, and one that was is taken as it is.
 
+    All of them are on disk at the end.
+
     Args:
         staging: Folder of the write.
         adapted: The model that runs them in this process, if there is no executor.
@@ -114,13 +118,21 @@ def run_jobs(
             numbered = _numbered(progress, number + 1, len(jobs), total)
             results[number] = write_shard(job, staged.folder_of(staging, job), adapted, numbered, served)
             staged.finish(staging, job, results[number])
+            staged.sync(staging, job)
             tell(number)
         return [results[number] for number in range(len(jobs))]
-    with closing(completed(executor, run_job, (jobs[number] for number in left))) as deliveries:
+    with (
+        ThreadPoolExecutor(SYNCING) as disk,
+        closing(completed(executor, run_job, (jobs[number] for number in left))) as deliveries,
+    ):
+        syncs = list[Future[None]]()
         for place, delivery in deliveries:
             number = left[place]
             results[number] = staged.keep(staging, jobs[number], delivery)
+            syncs.append(disk.submit(staged.sync, staging, jobs[number]))
             tell(number)
+        for sync in syncs:
+            sync.result()
     return [results[number] for number in range(len(jobs))]
 
 

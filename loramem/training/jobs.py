@@ -16,7 +16,8 @@ from loramem.models.certificate import Proof
 from loramem.models.dtypes import Dtype
 from loramem.models.fingerprint import Fingerprint
 from loramem.models.placement import Placement
-from loramem.records.prompts import EncodedRecord
+from loramem.records.prompts import EncodedRecord, PromptTemplate
+from loramem.records.record import Record
 from loramem.results import Kept
 from loramem.training.progress import Training
 from loramem.training.settings import WriterSettings
@@ -46,6 +47,16 @@ class JobBase:
     @classmethod
     def of(cls, base: BaseModel, device: str = "auto") -> "JobBase":
         return cls(base.location, base.id, base.revision, device, base.dtype, base.fingerprint)
+
+
+@dataclass(frozen=True)
+class TokenizingJob:
+    """Records whose token ids are asked for, as the base model's tokenizer and the store's template give them."""
+
+    base: JobBase
+    records: tuple[Record, ...] = field(repr=False)  # values are not for the logs of a cluster
+    template: PromptTemplate
+    releases: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -136,7 +147,7 @@ class ShardResult:
     """Indices of records that could not be certified, not even on their own."""
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self))
+        return json.dumps(self, default=vars)  # several times faster than `asdict`, which copies all that is in it
 
     @classmethod
     def from_json(cls, content: str) -> "ShardResult":

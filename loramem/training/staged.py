@@ -8,7 +8,7 @@ import logging
 from collections.abc import Mapping
 from pathlib import Path
 
-from loramem._util.files import make_directory, write_directory, write_synced
+from loramem._util.files import sync_directory, sync_tree, write_directory
 from loramem._util.layout import RESULT
 from loramem.errors import RefusedResult
 from loramem.models.adapter_header import CONFIG, WEIGHTS
@@ -39,14 +39,19 @@ def find(staging: Path, job: ShardJob) -> ShardResult | None:
 
 
 def finish(staging: Path, job: ShardJob, result: ShardResult) -> None:
-    """Note the result of a job whose adapters are in its folder."""
+    """Note the result of a job whose adapters are in its folder; it is on disk once `sync` was there."""
     folder = folder_of(staging, job)
-    make_directory(folder)
-    write_synced(folder / RESULT, result.to_json().encode())  # last: a job with a result is whole
+    write_directory(folder, {RESULT: result.to_json().encode()})  # last; a torn one is no JSON
+
+
+def sync(staging: Path, job: ShardJob) -> None:
+    """Put a finished job on disk: what a power cut tears before is found not to be what was proved."""
+    sync_tree(folder_of(staging, job))
+    sync_directory(staging)
 
 
 def keep(staging: Path, job: ShardJob, delivery: Delivery) -> ShardResult:
-    """Stage what a worker made of a job.
+    """Stage what a worker made of a job, but for `sync`.
 
     Raises:
         RefusedResult: It is not what the job asked for, or the files are not those that it says were proved.

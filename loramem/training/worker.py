@@ -6,7 +6,8 @@ One job at a time: which adapter is active is state of the model, so that thread
 import os
 import socket
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import lru_cache
 
@@ -14,9 +15,9 @@ from loramem.errors import OtherRelease
 from loramem.models.adapters import AdaptedModel
 from loramem.models.base_model import load_base_model
 from loramem.models.dtypes import Dtype
+from loramem.records.prompts import Tokenized, tokenize
 from loramem.training.job_folder import job_folder
-from loramem.training.jobs import Delivery, JobBase, PricingJob, ShardJob, releases
-from loramem.training.pricing import base_probabilities
+from loramem.training.jobs import Delivery, JobBase, ShardJob, TokenizingJob, releases
 from loramem.training.shards import write_shard
 
 DEVICE, MODEL = "LORAMEM_WORKER_DEVICE", "LORAMEM_WORKER_MODEL"
@@ -28,16 +29,9 @@ _turn = threading.Lock()
 def run_job(job: ShardJob) -> Delivery:
     """Write a shard and hand its files over.
 
-    Raises what `write_shard` raises, and:
-
-    Raises:
-        OtherRelease: This process has another release of a library than the one that asks.
-        OtherBaseModel: It finds or loads another base model.
-        BaseModelNotFound: It finds none.
+    Raises what `write_shard` and `base_model` raise.
     """
-    _check(job.releases)
-    with _turn, job_folder() as folder:
-        adapted = _loaded(job.base, job.base.dtype)
+    with base_model(job.base, job.releases) as adapted, job_folder() as folder:
         served = {dtype: _loaded(job.base, dtype, dtype) for dtype in job.serve}
         result = write_shard(job, folder, adapted, served=served)
         files = dict[str, Mapping[str, bytes]]()
@@ -47,14 +41,31 @@ def run_job(job: ShardJob) -> Delivery:
     return Delivery(result, files)
 
 
-def price(job: PricingJob) -> list[list[float]]:
-    """`base_probabilities` of a job's records.
+def run_tokenizing(job: TokenizingJob) -> list[Tokenized]:
+    """`loramem.records.prompts.tokenize` of a job's records.
 
-    Raises what `run_job` raises, training aside.
+    Raises what that and `base_model` raise.
     """
-    _check(job.releases)
+    with base_model(job.base, job.releases) as adapted:
+        base = adapted.base
+        return tokenize(job.records, base.tokenizer, job.template, base.max_tokens, base.unreachable, base.vocabulary)
+
+
+@contextmanager
+def base_model(base: JobBase, expected: Mapping[str, str] | None) -> Iterator[AdaptedModel]:
+    """The base model of a job, for this thread alone.
+
+    Args:
+        expected: Releases that the process that asks has.
+
+    Raises:
+        OtherRelease: This process has another release of a library.
+        OtherBaseModel: It finds or loads another base model.
+        BaseModelNotFound: It finds none.
+    """
+    _check(expected)
     with _turn:
-        return base_probabilities(_loaded(job.base, job.base.dtype), job.records, job.placement)
+        yield _loaded(base, base.dtype)
 
 
 def _check(expected: Mapping[str, str] | None) -> None:
