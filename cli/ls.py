@@ -2,12 +2,17 @@
 
 from dataclasses import asdict
 from datetime import datetime
+from typing import TYPE_CHECKING
 
 import click
 
 from . import options
 from .output import moment, print_json, print_table
 
+if TYPE_CHECKING:
+    from loramem.index.rows import StoredRecord
+
+COLUMNS = ("key", "namespace", "tokens", "lowest p", "by chat", "adapter", "written")
 _CHAT = {True: "yes", False: "needs ids", None: "-"}
 """Whether a chat server may be asked for the key; not known of older records, nor without a chat template."""
 
@@ -36,27 +41,20 @@ def command(
         wanted = options.named_values(meta)
         if adapter is not None:
             adapter = _whole(adapter, [stored.id for stored in opened.adapters()])
-        records = list(opened.records(namespace, adapter, since=since, until=until, metadata=wanted))
-    if as_json:
-        for record in records:
-            shown = {**asdict(record), "chat": record.chat}
-            print_json({name: shown[name] for name in shown if name not in ("value", "salt", "digest", "prompt")})
-        return
-    print_table(
-        ("key", "namespace", "tokens", "lowest p", "by chat", "adapter", "written"),
-        [
-            (
-                r.key,
-                r.namespace,
-                r.answer_tokens,
-                f"{r.min_prob:.3f}",
-                _CHAT[r.chat],
-                r.adapter[:12],
-                moment(r.written_at),
-            )
-            for r in records
-        ],
-    )
+        # Read as they are printed: a pipe that takes the first few waits for no others.
+        records = opened.iter_records(namespace, adapter, since=since, until=until, metadata=wanted)
+        if as_json:
+            for record in records:
+                shown = {**asdict(record), "chat": record.chat}
+                print_json({name: shown[name] for name in shown if name not in ("value", "salt", "digest", "prompt")})
+        else:
+            print_table(COLUMNS, map(_row, records))
+
+
+def _row(record: "StoredRecord") -> tuple[object, ...]:
+    chat, adapter = _CHAT[record.chat], record.adapter[:12]
+    tokens, least = record.answer_tokens, f"{record.min_prob:.3f}"
+    return record.key, record.namespace, tokens, least, chat, adapter, moment(record.written_at)
 
 
 def _whole(beginning: str, adapters: list[str]) -> str:

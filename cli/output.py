@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, is_dataclass
+from itertools import chain
 from typing import IO, TYPE_CHECKING, Any
 
 import click
@@ -78,12 +79,12 @@ def _missing(text: str) -> str | None:
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """A table on stdout: fitted to a terminal, otherwise a line per row with tabs between its cells."""
-    texts = [[str(cell) for cell in row] for row in rows]
+    """A table on stdout: fitted to a terminal, otherwise a line per row, as it comes, with tabs between its cells."""
+    texts = ([str(cell) for cell in row] for row in rows)
     if terminal.is_read(sys.stdout):
-        _print_fitted(columns, texts)
+        _print_fitted(columns, list(texts))
         return
-    for row in (columns, *texts):
+    for row in chain([columns], texts):
         click.echo("\t".join(map(printable, row)))
 
 

@@ -2,8 +2,10 @@
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -12,6 +14,8 @@ from loramem_cli.main import cli
 from loramem import MemoryStore, read_records
 from loramem.errors import ArgumentError, ConflictingRecord, InputError, InvalidField, UnfinishedWrite
 from loramem.records.input_files import stream_records
+from loramem.training.jobs import Delivery, ShardJob
+from loramem.training.worker import run_job
 
 from .conftest import numbers
 
@@ -71,6 +75,63 @@ def test_nothing_is_no_batch_and_none_is_refused(store: MemoryStore) -> None:
     assert list(store.write_batches([])) == []
     with pytest.raises(ArgumentError, match="batch"):
         next(store.write_batches(RECORDS, batch=0))
+
+
+class Waiting(Executor):
+    """Finishes no training before another was begun, up to the last; all else at once."""
+
+    def __init__(self, trainings: int) -> None:
+        self.left, self.begun = trainings, list[tuple[ShardJob, Future[Delivery]]]()
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        if fn is not run_job:
+            future.set_result(fn(*args))
+            return future
+        self.begun.append((args[0], future))
+        self.left -= 1
+        for job, earlier in self.begun[:-1] if self.left else self.begun:
+            if not earlier.done():
+                earlier.set_result(run_job(job))
+        return future
+
+
+def contents(store: MemoryStore) -> set[str]:
+    return {adapter.id for adapter in store.adapters()}
+
+
+def test_workers_begin_the_next_batch_before_this_one_is_done(store: MemoryStore, base: Path, tmp_path: Path) -> None:
+    workers, seen = Waiting(trainings=3), []  # a batch is a shard: none would end if it were the only one begun
+    for report in store.write_batches(RECORDS, batch=3, executor=workers):
+        seen.append((report.written, len(store)))
+    assert seen == [(3, 3), (3, 6), (1, 7)]
+    with MemoryStore(tmp_path / "here", str(base)) as here:
+        list(here.write_batches(RECORDS, batch=3))
+        assert contents(store) == contents(here)
+    assert store.verify().ok
+
+
+def test_the_next_batch_knows_this_one(store: MemoryStore) -> None:
+    given = [("a", "1"), ("b", "2"), ("a", "1"), ("c", "3")]
+    # What was begun of the second batch is not what it comes to.
+    reports = list(store.write_batches(given, batch=2, executor=Waiting(trainings=3)))
+    assert [(report.written, report.skipped) for report in reports] == [(2, 0), (1, 1)]
+    given = [("d", "4"), ("e", "5"), ("d", "another"), ("f", "6")]
+    reports = store.write_batches(given, batch=2, executor=Waiting(trainings=2))
+    assert next(reports).written == 2
+    with pytest.raises(ConflictingRecord, match="'d'"):
+        next(reports)
+    assert len(store) == 5 and store.pending() is None
+
+
+def test_batches_that_nobody_asks_for_leave_nothing(store: MemoryStore) -> None:
+    workers = Waiting(trainings=9)
+    reports = store.write_batches(RECORDS, batch=2, executor=workers)
+    assert next(reports).written == 2
+    reports.close()
+    assert all(future.done() for _, future in workers.begun)
+    assert len(store) == 2 and store.pending() is None and not (store.path / "staging").exists()
+    assert sum(report.written for report in store.write_batches(RECORDS, batch=4)) == 5
 
 
 def test_lines_are_read_as_they_are_asked_for(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ Torch is imported only once the base model is needed.
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar, get_args
@@ -136,6 +136,25 @@ class Memory:
         """
         space = namespace if namespace or adapter is None else None
         return self._records(space, adapter, since=since, until=until, metadata=metadata)
+
+    def iter_records(
+        self,
+        namespace: str | None = "",
+        adapter: str | None = None,
+        *,
+        since: datetime | None = None,
+        until: datetime | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> Iterator[StoredRecord]:
+        """`records`, read as they are asked for: the first come at once, and memory does not grow with their number.
+
+        All are of one committed state. As long as the iterator is not exhausted or closed, the index keeps that state
+        beside newer ones, and `erase` cannot clear its log.
+        """
+        space = namespace if namespace or adapter is None else None
+        stored = None if space is None else self._stored_name(space)
+        with closing(Index.open(self._index.path)) as index, index.snapshot():
+            yield from index.records(stored, adapter, since=_utc(since), until=_utc(until), metadata=metadata)
 
     def adapters(self) -> list[StoredAdapter]:
         """Committed adapters that hold live records, oldest first."""

@@ -6,6 +6,7 @@ Torch is imported only once the base model is needed.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -171,12 +172,7 @@ class MemoryStore(Maintained):
             UnknownChoice: No such goal or conflict rule.
             ArgumentError: A rank above the highest allowed.
         """
-        settings = settings or WriterSettings()
-        if keep_base:
-            settings = replace(settings, keep_base=KeepBase() if keep_base is True else keep_base)
-        # An adapter that is active for everything knows no key of another.
-        request = WriteRequest(goal, rank, settings, one_adapter or settings.keep_base is not None, partial)
-        request.check()
+        request = _request(goal, rank, settings, one_adapter, keep_base, partial)
         check_choice("on_conflict", on_conflict, get_args(OnConflict))
         with self._lock, self._writing():
             given = as_records(records, namespace)
@@ -188,21 +184,29 @@ class MemoryStore(Maintained):
         *,
         batch: int = BATCH_RECORDS,
         namespace: str = "",
-        **options: Any,
+        on_conflict: OnConflict = "error",
+        goal: GoalName = "fast",
+        rank: int | None = None,
+        one_adapter: bool = False,
+        keep_base: bool | KeepBase = False,
+        partial: bool = False,
+        settings: WriterSettings | None = None,
+        progress: "ProgressCallback | None" = None,
+        executor: "Executor | None" = None,
     ) -> Iterator[WriteReport]:
         """Write records of an input of any length, so many at a time, each batch as `write` does: atomic, proved and
-        visible when its report comes.
+        visible when its report comes, in their order.
 
-        The input is read as batches are asked for; memory holds one of them. Where it ends early, by an error, an
-        interrupt or a crash, what was committed stays, and the batch that was under way is resumed or discarded as any
-        write; then the same call with the same input writes the rest, as records that are there are skipped.
+        Without an executor the input is read as batches are asked for, and memory holds one of them. With one a thread
+        reads, admits and plans the next batch while this one is trained, and workers begin it as soon as they have
+        nothing else to do. Where it ends early, by an error, an interrupt or a crash, what was committed stays, and the
+        batch that was under way is resumed or discarded as any write; then the same call with the same input writes the
+        rest, as records that are there are skipped.
 
         Args:
             records: As of `write`; a generator does.
-            batch: Records of each, but the last. A cluster is busy while a batch is trained: give it several shards for
-                each worker.
-            namespace: As of `write`.
-            options: Further arguments of `write`.
+            batch: Records of each, but the last: several shards for each worker.
+            namespace: As of `write`, like all others.
 
         Raises what `write` raises, at the batch that fails.
 
@@ -216,8 +220,19 @@ class MemoryStore(Maintained):
         if batch < 1:
             raise ArgumentError(f"batch must be at least 1, not {batch}", argument="batch", value=batch)
         given = iterate_records(records, namespace)
-        while part := list(islice(given, batch)):
-            yield self.write(part, **options)
+        parts = iter(lambda: list(islice(given, batch)), [])
+        request = _request(goal, rank, settings, one_adapter, keep_base, partial)
+        check_choice("on_conflict", on_conflict, get_args(OnConflict))
+        if executor is not None:
+            from loramem.store.batches import write_batches
+
+            transaction, writing = self._session.transaction, self._exclusively
+            yield from write_batches(transaction, writing, parts, request, on_conflict, progress, executor)
+            return
+        for part in parts:
+            with self._exclusively():
+                report = self._session.transaction.write(part, request, on_conflict, progress)
+            yield report
 
     def update(
         self,
@@ -374,8 +389,34 @@ class MemoryStore(Maintained):
         """
         return Namespace(self, name)
 
+    @contextmanager
+    def _exclusively(self) -> Iterator[None]:
+        with self._lock, self._writing():
+            yield
+
     def _require_pending(self) -> PendingWrite:
         pending = self._index.pending_write()
         if pending is None:
             raise WriteError("There is no interrupted write to resume or discard.")
         return pending
+
+
+def _request(
+    goal: GoalName,
+    rank: int | None,
+    settings: WriterSettings | None,
+    one_adapter: bool,
+    keep_base: bool | KeepBase,
+    partial: bool,
+) -> WriteRequest:
+    """
+    Raises:
+        UnknownChoice, ArgumentError: See `WriteRequest.check`.
+    """
+    settings = settings or WriterSettings()
+    if keep_base:
+        settings = replace(settings, keep_base=KeepBase() if keep_base is True else keep_base)
+    # An adapter that is active for everything knows no key of another.
+    request = WriteRequest(goal, rank, settings, one_adapter or settings.keep_base is not None, partial)
+    request.check()
+    return request

@@ -324,9 +324,13 @@ class Index(SealedDatabase):
         query = f"select coalesce(cast(count as integer), 0) as count from writes where {_PENDING} order by id"
         return next((int(row["count"]) for row in self.db.query(query)), 0)
 
-    def outcomes(self) -> list[Outcome]:
-        """Of the writes to this store, oldest first."""
-        rows = self.db.table("outcomes").rows_where(order_by="id")
+    def outcomes(self, most: int = -1) -> list[Outcome]:
+        """Of the writes to this store, oldest first.
+
+        Args:
+            most: Only so many, the newest; all unless given.
+        """
+        rows = reversed(list(self.db.query("select * from outcomes order by id desc limit ?", [most])))
         kept = ({name: value for name, value in row.items() if name not in ("id", "noted_at")} for row in rows)
         return [Outcome(**{**fields, "certified": bool(fields["certified"])}) for fields in kept]
 

@@ -272,7 +272,7 @@ def outcomes_of(run: Run) -> list[Outcome]:
 def trials_of(outcomes: Iterable[Outcome], law: RankLaw) -> list[Trial]:
     """Outcomes as the success boundary sees them; those of which no vocabulary was noted say nothing."""
     return [
-        Trial.of(one.rank, law.rank(one.vocabulary).rank, one.certified)
+        Trial.of(one.rank, law.rank_alone(one.vocabulary), one.certified)
         for one in outcomes
         if one.vocabulary is not None
     ]

@@ -263,7 +263,7 @@ def _needed(price: Price, inputs: PlanInputs, goal: GoalName, rank: int | None) 
     if rank is not None:
         return least
     if inputs.law is not None and inputs.boundary is not None:
-        law_rank = inputs.law.rank(price.vocabulary).rank
+        law_rank = inputs.law.rank_alone(price.vocabulary)
         return max(least, inputs.boundary.rank_for(GOALS[goal].probability, law_rank))
     return math.ceil(price.cost_bits / (GOALS["small"].density * inputs.parameters_per_rank))
 

@@ -85,13 +85,18 @@ class RankLaw:
 
     def rank(self, vocabulary: float) -> LawRank:
         """The rank at which random tokens of which as many are different end at 0.69 nats, with its 90 % interval."""
-        target = self.base_loss - SATURATED
-        try:
-            rank = self.law.rank_for(target, vocabulary)
-        except OutOfReach:  # below b: any rank does
+        if not (rank := self.rank_alone(vocabulary)):
             return LawRank(0.0, None, None, extrapolated=True)
+        target = self.base_loss - SATURATED
         low, high = (_reaches(self.law, target, rank, vocabulary, end, by) for end, by in ((1, 0.5), (0, 2.0)))
         return LawRank(rank, low, high, self.law.extrapolates(rank, vocabulary))
+
+    def rank_alone(self, vocabulary: float) -> float:
+        """The same without the interval, which takes a hundred times longer; 0 where any rank does."""
+        try:
+            return self.law.rank_for(self.base_loss - SATURATED, vocabulary)
+        except OutOfReach:  # below b
+            return 0.0
 
 
 def _reaches(law: MemoryLaw, target: float, rank: float, length: float, end: int, factor: float) -> float | None:

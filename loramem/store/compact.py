@@ -198,8 +198,8 @@ def rewrite(
         kept = {(record.namespace, record.key): record.prompt for record in before if record.prompt is not None}
         records = [Record(r.key, values[r.namespace, r.key], r.namespace) for r in before]
         encoded = session.planner.encode(records, kept)
-        plan = session.planner.plan(encoded, request, as_new=True, executor=executor)
-        wanted.append(Training(encoded, plan, request.settings))
+        plan = session.planner.plan(encoded, request, learnt=(), executor=executor)
+        wanted.append(session.transaction.training(encoded, plan, request.settings))
     made = list[Rewritten]()
     for (before, request, _), trained in zip(
         groups, session.transaction.train(wanted, progress, executor), strict=True

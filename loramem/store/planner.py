@@ -6,6 +6,8 @@ Nothing is changed here, and nothing trained.
 import logging
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
+from copy import copy
+from functools import cached_property
 from itertools import groupby
 from typing import Any
 
@@ -14,7 +16,7 @@ from loramem.index.index import Index
 from loramem.index.rows import prompt_digest
 from loramem.models.adapters import AdaptedModel
 from loramem.models.placement import Placement
-from loramem.models.shard_sizes import cut_groups
+from loramem.models.shard_sizes import Size, cut_groups
 from loramem.planning import calibration, timings
 from loramem.planning.base_calibration import known_of
 from loramem.planning.limits import RankLimits
@@ -35,6 +37,8 @@ TOGETHER = 512
 """Records of a job that tokenizes; so few are tokenized here."""
 SAMPLE = 2_000
 """Records, the first of a write, by whose price the kind of all is told."""
+LEARNT = 1_000
+"""Outcomes, one for each shard."""
 
 
 class Planner:
@@ -58,6 +62,13 @@ class Planner:
         self.index, self.adapted, self.calibrate, self.device = index, adapted, calibrate, device
         self.template, self.placement = manifest.template(), manifest.placed()
 
+    def over(self, index: Index) -> "Planner":
+        """The same over another connection, for another thread; sizes of placements are looked at by this one."""
+        assert self.sizes
+        other = copy(self)
+        other.index = index
+        return other
+
     def admit(
         self, records: Sequence[Record], on_conflict: OnConflict = "error", executor: Executor | None = None
     ) -> tuple[list[EncodedRecord], int]:
@@ -70,6 +81,22 @@ class Planner:
         Raises:
             RecordError: A record cannot be written, or its key has another value; see the subclasses.
         """
+        new, repeated = self._new(records, on_conflict)
+        if repeated:
+            log.info("%d records are in the store already and were skipped", repeated)
+        return self.encode(new, executor=executor), repeated
+
+    def admits(self, records: Sequence[Record], encoded: Sequence[EncodedRecord], on_conflict: OnConflict) -> bool:
+        """Whether what `admit` made of records before is what it would make of them now.
+
+        Raises:
+            ConflictingRecord: The key of one has another value by now.
+        """
+        new, _ = self._new(records, on_conflict)
+        return set(map(id, new)) == {id(entry.record) for entry in encoded} and self._collision(encoded) is None
+
+    def _new(self, records: Sequence[Record], on_conflict: OnConflict) -> tuple[list[Record], int]:
+        """Those that are to be written, and how many are not."""
         fresh, repeated = deduplicate(records)
         there, new = self.index.find_many((record.namespace, record.key) for record in fresh), []
         for record in fresh:
@@ -87,9 +114,7 @@ class Planner:
                     key=record.key,
                     line=record.line,
                 )
-        if repeated:
-            log.info("%d records are in the store already and were skipped", len(repeated))
-        return self.encode(new, executor=executor), len(repeated)
+        return new, len(repeated)
 
     def encode(
         self,
@@ -116,18 +141,24 @@ class Planner:
             assert kept is None
             tokenized = self._tokenized(records, executor)
         encoded = settle(records, tokenized, base.max_tokens, taken)
+        if (collision := self._collision(encoded)) is not None:
+            record, other = collision
+            raise PromptCollision(
+                f"Key {record.key!r} gives the same prompt token ids as the stored key {other!r}. Rename it.",
+                other=other,
+                key=record.key,
+                line=record.line,
+            )
+        return sorted(encoded, key=lambda entry: entry.record.namespace)
+
+    def _collision(self, encoded: Sequence[EncodedRecord]) -> tuple[Record, str] | None:
+        """The first record whose prompt is that of another key in the store, with this key."""
         prompts = [(entry.record.namespace, prompt_digest(entry.prompt_ids)) for entry in encoded]
         holders = self.index.find_prompts(prompts)
-        for entry, prompt in zip(encoded, prompts, strict=True):
-            record = entry.record
-            if (other := holders.get(prompt, record.key)) != record.key:
-                raise PromptCollision(
-                    f"Key {record.key!r} gives the same prompt token ids as the stored key {other!r}. Rename it.",
-                    other=other,
-                    key=record.key,
-                    line=record.line,
-                )
-        return sorted(encoded, key=lambda entry: entry.record.namespace)
+        for entry, prompt in zip(encoded, prompts, strict=True) if holders else ():
+            if (other := holders.get(prompt, entry.record.key)) != entry.record.key:
+                return entry.record, other
+        return None
 
     def _tokenized(self, records: Sequence[Record], executor: Executor) -> list[Tokenized]:
         """`tokenize`, by an executor's processes."""
@@ -148,7 +179,7 @@ class Planner:
         limits: RankLimits | None = None,
         kind: str | None = None,
         *,
-        as_new: bool = False,
+        learnt: Sequence[Outcome] | None = None,
         keep_features: bool = False,
         executor: Executor | None = None,
     ) -> Plan:
@@ -157,7 +188,7 @@ class Planner:
         Args:
             limits: Ranks that adapters may have; those of the request unless given.
             kind: Of data; the calibrated one that costs most nearly as much if None.
-            as_new: Plan as a new store would, with nothing learnt from the writes to this one.
+            learnt: Outcomes of writes to this store; what it has learnt by now if None.
             keep_features: For a training in this process, which follows: see `priced`.
             executor: Asks the base model about the values; this process does if None.
 
@@ -167,7 +198,7 @@ class Planner:
         groups = groupby(encoded, key=lambda entry: entry.record.namespace)
         sizes = [len(list(group)) for _, group in groups]
         lengths = [entry.length for entry in encoded]
-        most = None if request.one_adapter else self.placement.size(self.adapted.model).shard_tokens()
+        most = None if request.one_adapter else self.sizes[0].shard_tokens()
         ranges = cut_groups(sizes, [length + 1 for length in lengths], most)
         if executor is None:
             parts = [
@@ -182,7 +213,7 @@ class Planner:
         def price(first: int, last: int) -> Price:  # shards of another size are asked for where ranks are limited
             return known.get((first, last)) or price_of(encoded[first:last], probs[first:last])
 
-        learnt = [] if as_new else self.index.outcomes()
+        learnt = self.learnt() if learnt is None else learnt
         sample = price(0, len(lengths[:SAMPLE])) if encoded else None
         inputs = self.plan_inputs(sample, sum(lengths[:SAMPLE]), kind, learnt)
         return plan_groups(
@@ -215,7 +246,7 @@ class Planner:
             price: Of ``length`` answer tokens, by which their kind is told unless it is given.
             learnt: Outcomes of the store's writes.
         """
-        base, model, place = self.adapted.base, self.adapted.model, (self.placement.modules, self.placement.layers)
+        base, place = self.adapted.base, (self.placement.modules, self.placement.layers)
         weights = base.fingerprint.weights[:12]
         known = known_of(self.adapted, calibrate=self.calibrate)
         if kind is None and known is not None and price is not None:
@@ -223,12 +254,21 @@ class Planner:
         return calibration.plan_inputs(
             known,
             place,
-            self.placement.parameters_per_rank(model),
+            self.sizes[0].parameters_per_rank,
             kind,
             learnt,
             timings.seconds_per_visit(weights, base.device.type),
-            [each.size(model) for each in self.ladder()[1:]],
+            self.sizes[1:],
         )
+
+    def learnt(self) -> list[Outcome]:
+        """What the newest writes to this store came to, which plans go by: enough of them, however large it is."""
+        return self.index.outcomes(LEARNT)
+
+    @cached_property
+    def sizes(self) -> list[Size]:
+        """Of the placements of `ladder`."""
+        return [each.size(self.adapted.model) for each in self.ladder()]
 
     def ladder(self) -> list[Placement]:
         """The store's placement and those that hold more."""

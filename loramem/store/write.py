@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
@@ -29,8 +29,9 @@ from loramem.store.planner import Planner
 from loramem.store.request import OnConflict, WriteRequest
 from loramem.store.staging import clean, take_back
 from loramem.store.written import Trained, Written, misrecalled_alone, more_careful, report_of, stubborn
+from loramem.training.ahead import Ahead
 from loramem.training.executors import run_jobs
-from loramem.training.jobs import JobBase, ShardJob, releases
+from loramem.training.jobs import Delivery, JobBase, ShardJob, releases
 from loramem.training.progress import ProgressCallback
 from loramem.training.settings import WriterSettings
 from loramem.training.shards import stored_adapter
@@ -40,11 +41,25 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Training:
-    """Records that are to be trained, and how."""
+    """Shards that are to be trained."""
 
     encoded: Sequence[EncodedRecord]
     plan: Plan
-    settings: WriterSettings
+    jobs: Sequence[ShardJob]
+    """Of each shard of the plan."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A write before it is journalled: nothing is changed yet."""
+
+    records: Sequence[Record]
+    """As given."""
+    skipped: int
+    training: Training
+    """Of what is new."""
+    waiting: Iterator[ShardJob]
+    """Its jobs, for whoever begins some of them earlier."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +67,7 @@ class Journalled:
     """A write as the journal has it: all that is settled before its training."""
 
     id: int
-    encoded: Sequence[EncodedRecord]
-    plan: Plan
+    training: Training
     request: WriteRequest
 
 
@@ -81,21 +95,95 @@ class Transaction:
     ) -> WriteReport:
         """Write what of the records is new, once it stands in the journal.
 
-        Raises what `Planner.admit` and `Planner.plan` raise, before anything is changed.
+        Raises what `prepare` raises, before anything is changed.
 
         Raises:
             StubbornRecords, TrainingDiverged, RecallError: Nothing was committed, and the journal entry is closed.
         """
-        encoded, skipped = self.planner.admit(records, on_conflict, executor)
+        return self._write(self.prepare(records, request, on_conflict, executor), request, progress, executor)
+
+    def prepare(
+        self,
+        records: Sequence[Record],
+        request: WriteRequest,
+        on_conflict: OnConflict = "error",
+        executor: Executor | None = None,
+        *,
+        planner: Planner | None = None,
+        learnt: Sequence[Outcome] | None = None,
+    ) -> Prepared:
+        """Admit and plan.
+
+        Args:
+            planner: Over another connection to the index, for another thread; the transaction's own if None.
+            learnt: See `Planner.plan`.
+
+        Raises what `Planner.admit` and `Planner.plan` raise.
+        """
+        planner = planner or self.planner
+        encoded, skipped = planner.admit(records, on_conflict, executor)
         if not encoded:
-            return WriteReport.nothing(skipped)
-        started = time.monotonic()
-        plan = self.planner.plan(encoded, request, keep_features=executor is None, executor=executor)
+            return Prepared(records, skipped, Training((), Plan(request.goal, (), False, None), ()), iter(()))
+        plan = planner.plan(encoded, request, learnt=learnt, keep_features=executor is None, executor=executor)
+        training = self.training(encoded, plan, request.settings)
+        return Prepared(records, skipped, training, iter(training.jobs))
+
+    def write_prepared(
+        self,
+        prepared: Prepared,
+        request: WriteRequest,
+        on_conflict: OnConflict,
+        progress: ProgressCallback | None,
+        executor: Executor,
+        ahead: Ahead[ShardJob, Delivery],
+        learnt: Sequence[Outcome],
+    ) -> WriteReport:
+        """`write` of what was prepared before, also if the store has changed since.
+
+        Args:
+            ahead: Has some of its jobs.
+            learnt: As it was prepared with.
+        """
+        if not self.planner.admits(prepared.records, prepared.training.encoded, on_conflict):
+            ahead.cancel()
+            prepared = self.prepare(prepared.records, request, on_conflict, executor, learnt=learnt)
+        return self._write(prepared, request, progress, executor, ahead)
+
+    def training(self, encoded: Sequence[EncodedRecord], plan: Plan, settings: WriterSettings) -> Training:
+        """What a plan comes to."""
+        base, ladder, here = JobBase.of(self.adapted.base, self.planner.device), self.planner.ladder(), releases()
+        jobs = [
+            ShardJob(
+                base=base,
+                serve=self.serve,
+                records=tuple(entry.bare() for entry in encoded[planned.first : planned.first + planned.records]),
+                rank=planned.rank,
+                placement=ladder[planned.rung],
+                settings=settings,
+                one_adapter=plan.one_adapter,
+                releases=here,
+            )
+            for planned in plan.shards
+        ]
+        return Training(encoded, plan, jobs)
+
+    def _write(
+        self,
+        prepared: Prepared,
+        request: WriteRequest,
+        progress: ProgressCallback | None,
+        executor: Executor | None,
+        ahead: Ahead[ShardJob, Delivery] | None = None,
+    ) -> WriteReport:
+        training, started = prepared.training, time.monotonic()
+        if not training.encoded:
+            return WriteReport.nothing(prepared.skipped)
         write_id = self.index.begin_write(
-            (entry.record for entry in encoded), {**request.to_json(), "plan": asdict(plan)}
+            (entry.record for entry in training.encoded), {**request.to_json(), "plan": asdict(training.plan)}
         )
-        log_event("journalled", records=len(encoded))
-        return self._finish(Journalled(write_id, encoded, plan, request), skipped, started, progress, executor)
+        log_event("journalled", records=len(training.encoded))
+        journalled = Journalled(write_id, training, request)
+        return self._finish(journalled, prepared.skipped, started, progress, executor, ahead)
 
     def resume(
         self, pending: PendingWrite, progress: ProgressCallback | None = None, executor: Executor | None = None
@@ -110,7 +198,8 @@ class Transaction:
             plan = Plan.of(pending.request["plan"])
         else:  # an older journal
             plan = self.planner.plan(encoded, request, keep_features=executor is None, executor=executor)
-        return self._finish(Journalled(pending.id, encoded, plan, request), 0, started, progress, executor)
+        training = self.training(encoded, plan, request.settings)
+        return self._finish(Journalled(pending.id, training, request), 0, started, progress, executor)
 
     def _finish(
         self,
@@ -119,17 +208,18 @@ class Transaction:
         started: float,
         progress: ProgressCallback | None,
         executor: Executor | None,
+        ahead: Ahead[ShardJob, Delivery] | None = None,
     ) -> WriteReport:
         """Train, prove and commit.
 
         A typed error closes the journal entry; anything else (an interrupt, a crash) leaves it to be resumed.
         """
-        request, plan, learnt = write.request, write.plan, list[Outcome]()
+        request, plan, learnt = write.request, write.training.plan, list[Outcome]()
         try:
-            (trained,) = self.train([Training(write.encoded, plan, request.settings)], progress, executor)
+            (trained,) = self.train([write.training], progress, executor, ahead)
             learnt = trained.outcomes
             if trained.given_up and not (request.partial and trained.written):
-                of = len(write.encoded) if plan.one_adapter else None
+                of = len(write.training.encoded) if plan.one_adapter else None
                 raise stubborn(trained.given_up, request.settings.max_rank, of)
         except (WriteError, RecallError):
             end_write(self.index, write.id, FAILED, learnt)
@@ -158,10 +248,17 @@ class Transaction:
         return replace(report, beside=self._beside(report.adapters)) if plan.one_adapter else report
 
     def train(
-        self, wanted: Sequence[Training], progress: ProgressCallback | None, executor: Executor | None
+        self,
+        wanted: Sequence[Training],
+        progress: ProgressCallback | None,
+        executor: Executor | None,
+        ahead: Ahead[ShardJob, Delivery] | None = None,
     ) -> list[Trained]:
         """Train and prove every shard of several plans, side by side; what was staged for the same records before is
         taken as it is.
+
+        Args:
+            ahead: See `run_jobs`.
 
         Raises:
             TrainingDiverged, RecallError: See `write_shard`.
@@ -169,11 +266,13 @@ class Transaction:
         take_back(self.store, self.index)
         staging = self.store / STAGING
         make_directory(staging)
-        jobs = [job for each in wanted for job in self._jobs(each)]
+        jobs = [job for each in wanted for job in each.jobs]
         try:
             served = {dtype: self._served(dtype) for dtype in self.serve}
             while True:
-                results = run_jobs(jobs, staging, self.adapted, served, executor, progress)  # those done are found done
+                results = run_jobs(
+                    jobs, staging, self.adapted, served, executor, progress, ahead
+                )  # those done are found done
                 made, trained = iter(zip(jobs, results, strict=True)), list[Trained]()
                 for each in wanted:
                     mine = list(islice(made, len(each.plan.shards)))
@@ -199,24 +298,6 @@ class Transaction:
         rename_directories({one.folder: target / one.shard.adapter for one in written})
         log_event("installed", adapters=len(rows))
         return rows
-
-    def _jobs(self, wanted: Training) -> list[ShardJob]:
-        base, ladder, here = JobBase.of(self.adapted.base, self.planner.device), self.planner.ladder(), releases()
-        return [
-            ShardJob(
-                base=base,
-                serve=self.serve,
-                records=tuple(
-                    entry.bare() for entry in wanted.encoded[planned.first : planned.first + planned.records]
-                ),
-                rank=planned.rank,
-                placement=ladder[planned.rung],
-                settings=wanted.settings,
-                one_adapter=wanted.plan.one_adapter,
-                releases=here,
-            )
-            for planned in wanted.plan.shards
-        ]
 
     def _beside(self, adapters: Collection[str]) -> int:
         """How many others the namespaces of these adapters have."""

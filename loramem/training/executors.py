@@ -19,8 +19,9 @@ from loramem.errors import ArgumentError, NoWorkers, WorkerLost
 from loramem.models.adapters import AdaptedModel
 from loramem.models.dtypes import Dtype
 from loramem.training import staged
+from loramem.training.ahead import Ahead
 from loramem.training.job_folder import remove_abandoned
-from loramem.training.jobs import ShardJob, ShardResult
+from loramem.training.jobs import Delivery, ShardJob, ShardResult
 from loramem.training.processes import end_with_parent, usable_cores
 from loramem.training.progress import ProgressCallback, WriteProgress
 from loramem.training.shards import write_shard
@@ -31,7 +32,7 @@ log = logging.getLogger(__name__)
 IN_FLIGHT = 256
 """Jobs that somebody else's executor holds at a time: enough for its workers, and no whole write in its queues."""
 QUEUED = 2
-"""Jobs per slot of a cluster: one that is run, and one that waits beside it."""
+"""Jobs per slot of a cluster or a pool: one that is run, and one that waits beside it."""
 SYNCING = 8
 """Threads that wait for the disk, each for a shard: it takes in several as fast as one."""
 POLL_S = 5.0
@@ -81,6 +82,7 @@ def run_jobs(
     served: Mapping[Dtype, AdaptedModel],
     executor: Executor | None = None,
     progress: ProgressCallback | None = None,
+    ahead: Ahead[ShardJob, Delivery] | None = None,
 ) -> list[ShardResult]:
     """Results of the jobs, in their order; each is staged as soon as it is there, and one that was is taken as it is.
 
@@ -92,6 +94,7 @@ def run_jobs(
         served: The same in other dtypes; see `write_shard`.
         executor: Runs `loramem.training.worker.run_job` on each; its processes must find the base model.
         progress: Told of every step in this process, and of every finished shard.
+        ahead: Has some of the jobs already, and is given workers that these leave idle.
 
     Raises what `run_job` raises, at the first job that fails; those that have not begun are cancelled.
 
@@ -123,7 +126,7 @@ def run_jobs(
         return [results[number] for number in range(len(jobs))]
     with (
         ThreadPoolExecutor(SYNCING) as disk,
-        closing(completed(executor, run_job, (jobs[number] for number in left))) as deliveries,
+        closing(completed(executor, run_job, (jobs[number] for number in left), ahead)) as deliveries,
     ):
         syncs = list[Future[None]]()
         for place, delivery in deliveries:
@@ -137,12 +140,18 @@ def run_jobs(
 
 
 def completed(
-    executor: Executor, function: Callable[[_Item], _Answer], items: Iterable[_Item]
+    executor: Executor,
+    function: Callable[[_Item], _Answer],
+    items: Iterable[_Item],
+    ahead: Ahead[_Item, _Answer] | None = None,
 ) -> Generator[tuple[int, _Answer]]:
     """What a function gives for each item, with the item's place, as the answers come; few are submitted ahead.
 
     Raises what the function raises, at the first item that fails; those that have not begun are cancelled, as they
     are when the caller asks for no more.
+
+    Args:
+        ahead: Has some of them already; gets the places that these leave when all are submitted.
 
     Raises:
         WorkerLost: A worker process ended, and no other could do its work.
@@ -152,27 +161,30 @@ def completed(
     lost += () if cluster is None else cluster.lost
     # A queue: `concurrent.futures.wait` would look at every future each time that one is done.
     running, done = dict[Future[_Answer], int](), queue.SimpleQueue[Future[_Answer]]()
-    waiting, most, seen = enumerate(items), _window(cluster), time.monotonic()
+    waiting, most, seen = enumerate(items), _window(executor), time.monotonic()
     try:
         while True:
             for number, item in islice(waiting, max(0, most - len(running))):
-                future = executor.submit(function, item)
+                future = executor.submit(function, item) if ahead is None else ahead.submit(item)
                 running[future] = number
                 future.add_done_callback(done.put)
             if not running:
                 return
+            if ahead is not None:
+                ahead.fill(most - len(running), most, done.put)
             try:
-                future = done.get(timeout=POLL_S if cluster is not None else None)
+                future = done.get(timeout=POLL_S if cluster is not None or ahead is not None else None)
             except queue.Empty:
                 if cluster is not None and cluster.slots() > 0:
-                    most, seen = _window(cluster), time.monotonic()
+                    most, seen = _window(executor), time.monotonic()
                 elif cluster is not None:
                     log.warning("%s has no workers left; %d jobs wait for one", cluster.place, len(running))
                     if time.monotonic() - seen > GONE_S:
                         raise BrokenExecutor(f"{cluster.place} has had no workers for {GONE_S:.0f} s") from None
                 continue
             seen = time.monotonic()
-            yield running.pop(future), future.result()
+            if future in running:  # else it is of the next batch, and leaves its place to another
+                yield running.pop(future), future.result()
     except lost as error:
         raise WorkerLost(
             f"A worker process ended in the middle of its job (killed, or out of memory; {type(error).__name__}). "
@@ -184,8 +196,23 @@ def completed(
             future.cancel()
 
 
-def _window(cluster: ClusterExecutor | None) -> int:
-    return IN_FLIGHT if cluster is None else max(1, QUEUED * cluster.slots())
+def _window(executor: Executor) -> int:
+    if isinstance(executor, ClusterExecutor):
+        return max(1, QUEUED * executor.slots())
+    return QUEUED * executor.workers if isinstance(executor, Processes) else IN_FLIGHT
+
+
+class Processes(ProcessPoolExecutor):
+    """Processes of this machine; see `process_pool`."""
+
+    def __init__(self, workers: int, threads: int) -> None:
+        super().__init__(
+            workers,
+            mp_context=multiprocessing.get_context("spawn"),
+            initializer=_start_worker,
+            initargs=(threads,),
+        )
+        self.workers = workers
 
 
 @contextmanager
@@ -200,12 +227,7 @@ def process_pool(workers: int) -> Iterator[Executor]:
     if workers < 1:
         raise ArgumentError(f"workers must be at least 1, not {workers}", argument="workers", value=workers)
     threads = max(1, min(usable_cores() // workers, torch.get_num_threads()))
-    with ProcessPoolExecutor(
-        workers,
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=_start_worker,
-        initargs=(threads,),
-    ) as pool:
+    with Processes(workers, threads) as pool:
         yield pool
 
 

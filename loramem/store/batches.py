@@ -1,0 +1,88 @@
+"""A long input on somebody else's workers, batch by batch: while one is trained the next is read, admitted and planned.
+
+A thread does that, over a connection to the index of its own. It sees the index before or after the commit of the
+batch that is trained meanwhile, so what it admitted is compared with the index once more when its turn comes, and
+planned again if anything has changed. Plans go by what the store had learnt when the batch before was begun: so they
+are the same however fast the thread is.
+"""
+
+import threading
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Executor, Future
+from contextlib import AbstractContextManager, closing
+from operator import attrgetter
+from typing import TypeVar
+
+from loramem.index.index import Index
+from loramem.records.outcome import Outcome
+from loramem.records.record import Record
+from loramem.results import WriteReport
+from loramem.store.request import OnConflict, WriteRequest
+from loramem.store.write import Prepared, Transaction
+from loramem.training.ahead import Ahead
+from loramem.training.jobs import ShardJob
+from loramem.training.progress import ProgressCallback
+from loramem.training.worker import run_job
+
+_Answer = TypeVar("_Answer")
+
+
+def write_batches(
+    transaction: Transaction,
+    writing: Callable[[], AbstractContextManager[object]],
+    parts: Iterator[list[Record]],
+    request: WriteRequest,
+    on_conflict: OnConflict,
+    progress: ProgressCallback | None,
+    executor: Executor,
+) -> Generator[WriteReport]:
+    """What each batch came to, once it is committed.
+
+    Args:
+        writing: Holds the store's locks, for one batch.
+        parts: The records of each; an empty list ends them. Taken by another thread.
+
+    Raises what `Transaction.write` raises, at the batch that fails.
+    """
+
+    planner = transaction.planner
+    planner.sizes, planner.adapted.base.unreachable  # noqa: B018 - read from the model, which this thread may be using
+
+    def prepare(learnt: Sequence[Outcome]) -> Prepared | None:
+        if not (records := next(parts, [])):
+            return None
+        with closing(Index(transaction.index.path)) as index:
+            mine = planner.over(index)
+            return transaction.prepare(records, request, on_conflict, executor, planner=mine, learnt=learnt)
+
+    def known() -> Iterator[ShardJob]:
+        """Jobs of the batch that is being prepared, as soon as it is."""
+        if not upcoming.done() or upcoming.exception() is not None or (ready := upcoming.result()) is None:
+            return iter(())
+        return ready.waiting
+
+    ahead, learnt = Ahead(executor, run_job, attrgetter("identity"), known), planner.learnt()
+    upcoming = in_background(prepare, learnt)
+    try:
+        while (prepared := upcoming.result()) is not None:
+            before, learnt = learnt, planner.learnt()
+            upcoming = in_background(prepare, learnt)
+            with writing():
+                report = transaction.write_prepared(prepared, request, on_conflict, progress, executor, ahead, before)
+            yield report
+    finally:
+        ahead.cancel()
+
+
+def in_background(work: Callable[[Sequence[Outcome]], _Answer], learnt: Sequence[Outcome]) -> Future[_Answer]:
+    """The work in a thread that nobody waits for when the process ends: it may hang on what it reads."""
+    future: Future[_Answer] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work(learnt))
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
