@@ -19,12 +19,13 @@ from loramem.errors import ArgumentError, NoWorkers, OtherRelease
 from loramem.planning.pricing import run_pricing
 from loramem.training.clusters import NOWHERE
 from loramem.training.executors import ClusterExecutor
-from loramem.training.worker import run_job
+from loramem.training.worker import run_job, run_tokenizing
 
 from .conftest import numbers
 from .test_jobs import contents
 
 RECORDS = numbers(200)  # in shards of two dozen each
+MANY = numbers(1000, digits=1)  # of five dozen: what is trained takes most of this file's time
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +55,14 @@ def here(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("here") / "memory"
     with MemoryStore(path, str(base)) as store:
         store.write(RECORDS)
+    return path
+
+
+@pytest.fixture(scope="module")
+def many_here(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("many") / "memory"
+    with MemoryStore(path, str(base)) as store:
+        store.write(MANY)
     return path
 
 
@@ -111,13 +120,14 @@ def idle(client: Any) -> None:
 
 
 def test_a_cluster_writes_the_same_adapters_as_this_process_and_keeps_nothing(
-    store: MemoryStore, pool: Counting, here: Path, worker_folder: Path
+    store: MemoryStore, pool: Counting, many_here: Path, worker_folder: Path
 ) -> None:
     told: list[WriteProgress] = []
-    report = store.write(RECORDS, executor=pool, progress=told.append)
-    assert (report.written, len(told)) == (len(RECORDS), len(report.adapters))
-    assert contents(store.path) == contents(here)
-    assert pool.given.count(run_job) == pool.given.count(run_pricing) == len(report.adapters) > 7
+    report = store.write(MANY, executor=pool, progress=told.append)
+    assert (report.written, len(told)) == (len(MANY), len(report.adapters))
+    assert contents(store.path) == contents(many_here)
+    assert pool.given.count(run_job) == pool.given.count(run_pricing) == len(report.adapters) > 15
+    assert pool.given.count(run_tokenizing) == 2
     assert left(worker_folder) == []
     adapters = store.adapters()
     assert {adapter.proof["device"] for adapter in adapters} == {"cpu"}

@@ -27,7 +27,7 @@ from concurrent.futures import Executor, Future
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
@@ -35,8 +35,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from loramem import MemoryStore, WriterSettings
 from loramem.index.commits import commit_write
 from loramem.index.rows import stored_record
+from loramem.models.base_model import load_base_model
+from loramem.models.certificate import ALONE, misrecalled
+from loramem.models.dtypes import Dtype
 from loramem.models.placement import Placement
-from loramem.records.prompts import EncodedRecord
+from loramem.records.prompts import EncodedRecord, encode_records
 from loramem.records.record import Record, iterate_records
 from loramem.store.request import WriteRequest
 from loramem.training import staged, worker
@@ -53,6 +56,7 @@ WIDTH, INNER = 576, 1536
 WORKERS = (16, 64, 256, 500, 1_000)
 MANY = 10**8
 KEPT, FEW = 50, 10
+BATCH = 200_000
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,11 @@ class Parent:
     sending: float
     """A record of a job."""
     commit: float
-    """A record, with its row and seals."""
+    """A record: compared with the store once more, its row and seals."""
+    alone_s: float
+    """A batch: seconds for its sixteen least certain records, each decoded alone."""
+    batch: int
+    """Records of a batch."""
     keeping: float
     """A shard: its bytes hashed and written, its row."""
     syncs: int
@@ -89,7 +97,7 @@ class Parent:
     @property
     def computing_s(self) -> float:
         """Seconds of a shard and its records."""
-        return (self.records * self.of_a_record + self.keeping) / 1000
+        return (self.records * self.of_a_record + self.keeping) / 1000 + self.alone_s * self.records / self.batch
 
     @property
     def disk_s(self) -> float:
@@ -195,6 +203,22 @@ def of_a_whole_shard(delivery: Delivery, job: ShardJob) -> Delivery:
     return replace(delivery, result=replace(delivery.result, shards=(shard,)))
 
 
+def alone(folder: Path) -> float:
+    """Seconds on the processor for as many records as a batch decodes alone, on a real base in both dtypes.
+
+    Its own weights give other tokens than the records', and as many of them.
+    """
+    records = list(iterate_records(map(json.loads, lines(ALONE))))
+    took_s = 0.0
+    for dtype in get_args(Dtype)[:2]:
+        base = load_base_model(str(folder), dtype=dtype, device="cpu")
+        encoded = encode_records(records, base.tokenizer, base.template, base.max_tokens)
+        started = time.process_time()
+        list(misrecalled(base.model, encoded, [[number] for number in range(len(encoded))]))
+        took_s += time.process_time() - started
+    return took_s / 2  # of sixteen over both dtypes together
+
+
 def measure(folder: Path, count: int, tokenizer: Path | None) -> Parent:
     given, workers = lines(count), Elsewhere()
 
@@ -253,6 +277,8 @@ def measure(folder: Path, count: int, tokenizer: Path | None) -> Parent:
 
         with counted_syncs() as took:
             keeping, _ = per(KEPT, keep)
+        again, admitted = per(count, lambda: planner.admits(records, entries, "error"))
+        assert admitted
         committed, _ = per(count, commit)
     return Parent(
         reading,
@@ -260,7 +286,9 @@ def measure(folder: Path, count: int, tokenizer: Path | None) -> Parent:
         planning,
         journal,
         sending,
-        committed,
+        again + committed,
+        0.0,
+        BATCH,
         keeping,
         len(took) // KEPT,
         1000 * sorted(took)[len(took) // 2],
@@ -274,19 +302,24 @@ def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--records", type=int, default=20_000)
     parser.add_argument("--tokenizer", type=Path, help="Folder of a base model, in place of a tiny one.")
+    parser.add_argument("--alone", type=Path, help="Folder of a real base, on which sixteen records are decoded alone.")
+    parser.add_argument("--batch", type=int, default=BATCH, help="Records of each.")
     parser.add_argument("--sync-ms", type=float, help="Of each wait for the disk, in place of what was measured.")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
         parent = measure(Path(folder), options.records, options.tokenizer)
     print(f"measured: {parent.sync_ms:.1f} ms a sync")
-    parent = replace(parent, sync_ms=options.sync_ms or parent.sync_ms)
+    alone_s = alone(options.alone) if options.alone else 0.0
+    sync_ms = options.sync_ms or parent.sync_ms
+    parent = replace(parent, sync_ms=sync_ms, alone_s=alone_s, batch=options.batch)
     print(
         f"A record, ms: reading {parent.reading:.3f}, admission {parent.admission:.3f}, "
         f"planning {parent.planning:.3f}, journal {parent.journal:.3f}, sending {parent.sending:.3f}, "
         f"commit {parent.commit:.3f}: {parent.of_a_record:.3f}\n"
         f"A shard of {parent.records:.0f} records: {parent.keeping:.1f} ms, {parent.syncs} syncs of "
         f"{parent.sync_ms:.1f} ms; {parent.job_kb:.0f} KB sent, {parent.delivery_kb:.0f} KB returned\n"
-        f"A shard with its records: {1000 * parent.computing_s:.0f} ms, {1000 * parent.disk_s:.0f} ms of the disk: at "
+        f"A batch of {parent.batch:,} records: {parent.alone_s:.1f} s for the least certain ones alone\n"
+        f"A shard with its records and its share of that: {1000 * parent.computing_s:.0f} ms, {1000 * parent.disk_s:.0f} ms of the disk: at "
         f"most {1 / max(parent.computing_s, parent.disk_s):.0f} shards a second, "
         f"{SHARD_S / max(parent.computing_s, parent.disk_s):.0f} workers\n"
     )
