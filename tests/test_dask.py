@@ -24,7 +24,7 @@ from loramem.training.worker import run_job, run_tokenizing
 from .conftest import numbers
 from .test_jobs import contents
 
-RECORDS = numbers(200)  # in shards of two dozen each
+RECORDS = numbers(120)  # in shards of two dozen each
 MANY = numbers(1000, digits=1)  # of five dozen: what is trained takes most of this file's time
 
 
@@ -165,7 +165,7 @@ finished = []
 
 def progress(told):
     finished.append(told.shard)
-    if len(finished) == 4:
+    if len(finished) == 2:
         os.kill(os.getpid(), signal.SIGKILL)
 
 if __name__ == "__main__":
@@ -183,7 +183,7 @@ def test_a_write_whose_parent_was_killed_goes_on_with_the_shards_that_were_left(
     with MemoryStore(path, create=False) as store:
         assert len(store) == 0
         report = store.resume(executor=pool)
-        assert pool.given == [run_job] * (len(report.adapters) - 4)
+        assert len(report.adapters) > 4 and pool.given == [run_job] * (len(report.adapters) - 2)
     assert contents(path) == contents(here)
     idle(client)
     assert left(worker_folder) == []

@@ -229,9 +229,12 @@ class MemoryStore(Maintained):
             transaction, writing = self._session.transaction, self._exclusively
             yield from write_batches(transaction, writing, parts, request, on_conflict, progress, executor)
             return
+        learnt = None
         for part in parts:
             with self._exclusively():
-                report = self._session.transaction.write(part, request, on_conflict, progress)
+                transaction = self._session.transaction
+                before, learnt = learnt, transaction.planner.learnt()  # as where batches overlap
+                report = transaction.write(part, request, on_conflict, progress, learnt=before)
             yield report
 
     def update(

@@ -46,7 +46,6 @@ def write_batches(
     """
 
     planner = transaction.planner
-    planner.sizes, planner.adapted.base.unreachable  # noqa: B018 - read from the model, which this thread may be using
 
     def prepare(learnt: Sequence[Outcome]) -> Prepared | None:
         if not (records := next(parts, [])):
@@ -61,13 +60,16 @@ def write_batches(
             return iter(())
         return ready.waiting
 
-    ahead, learnt = Ahead(executor, run_job, attrgetter("identity"), known), planner.learnt()
+    ahead = Ahead(executor, run_job, attrgetter("identity"), known)
+    with writing():
+        planner.sizes, planner.adapted.base.unreachable  # noqa: B018 - read from the model, which is in use later
+        learnt = planner.learnt()
     upcoming = in_background(prepare, learnt)
     try:
         while (prepared := upcoming.result()) is not None:
-            before, learnt = learnt, planner.learnt()
-            upcoming = in_background(prepare, learnt)
             with writing():
+                before, learnt = learnt, planner.learnt()
+                upcoming = in_background(prepare, learnt)
                 report = transaction.write_prepared(prepared, request, on_conflict, progress, executor, ahead, before)
             yield report
     finally:

@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 TOGETHER = 512
 """Records of a job that tokenizes; so few are tokenized here."""
-SAMPLE = 2_000
+SAMPLE = 1_000
 """Records, the first of a write, by whose price the kind of all is told."""
 LEARNT = 1_000
 """Outcomes, one for each shard."""

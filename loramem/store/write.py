@@ -92,15 +92,20 @@ class Transaction:
         on_conflict: OnConflict = "error",
         progress: ProgressCallback | None = None,
         executor: Executor | None = None,
+        learnt: Sequence[Outcome] | None = None,
     ) -> WriteReport:
         """Write what of the records is new, once it stands in the journal.
+
+        Args:
+            learnt: See `Planner.plan`.
 
         Raises what `prepare` raises, before anything is changed.
 
         Raises:
             StubbornRecords, TrainingDiverged, RecallError: Nothing was committed, and the journal entry is closed.
         """
-        return self._write(self.prepare(records, request, on_conflict, executor), request, progress, executor)
+        prepared = self.prepare(records, request, on_conflict, executor, learnt=learnt)
+        return self._write(prepared, request, progress, executor)
 
     def prepare(
         self,

@@ -319,9 +319,9 @@ def main(arguments: Sequence[str]) -> None:
         f"A shard of {parent.records:.0f} records: {parent.keeping:.1f} ms, {parent.syncs} syncs of "
         f"{parent.sync_ms:.1f} ms; {parent.job_kb:.0f} KB sent, {parent.delivery_kb:.0f} KB returned\n"
         f"A batch of {parent.batch:,} records: {parent.alone_s:.1f} s for the least certain ones alone\n"
-        f"A shard with its records and its share of that: {1000 * parent.computing_s:.0f} ms, {1000 * parent.disk_s:.0f} ms of the disk: at "
-        f"most {1 / max(parent.computing_s, parent.disk_s):.0f} shards a second, "
-        f"{SHARD_S / max(parent.computing_s, parent.disk_s):.0f} workers\n"
+        f"A shard with its records and its share of that: {1000 * parent.computing_s:.0f} ms, "
+        f"{1000 * parent.disk_s:.0f} ms of the disk: at most {1 / max(parent.computing_s, parent.disk_s):.0f} shards a "
+        f"second, {SHARD_S / max(parent.computing_s, parent.disk_s):.0f} workers\n"
     )
     print(f"| workers | shards a second | of their time they train | hours for {MANY:.0e} records | saturated |")
     print("|---|---|---|---|---|")
