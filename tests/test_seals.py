@@ -15,11 +15,11 @@ from sqlite_utils import Database
 
 from loramem import MemoryStore, Record
 from loramem.errors import IntegrityError, StoreError, StoreFormatError
-from loramem.index.commits import commit_deletion, commit_publication, end_write
+from loramem.index.commits import commit_deletion, commit_publication, commit_write, end_write
 from loramem.index.index import Index
 from loramem.index.migrations import MIGRATIONS, reseal
-from loramem.index.rows import DISCARDED
-from loramem.index.seals import SEALED, Sealed, is_sealed
+from loramem.index.rows import DISCARDED, stored_record
+from loramem.index.seals import SEALED, TOGETHER, Sealed, is_sealed
 
 from .conftest import ROOT
 from .damage import damage_row, reported
@@ -230,6 +230,21 @@ def test_the_journal_of_a_write_may_be_larger_than_a_value_of_sqlite(tmp_path: P
         pending = index.pending_write()
         assert pending is not None and pending.records == records
         assert index.pending_count() == 20
+        assert not list(index.damaged())
+
+
+def test_many_rows_are_put_found_and_replaced_together(tmp_path: Path) -> None:
+    records = [Record(f"key {n}", "1", "ab"[n % 2]) for n in range(2 * TOGETHER + 1)]
+    rows = [stored_record(record, [n], 1, "adapter", 0.9, keep_value=True) for n, record in enumerate(records)]
+    with closing(Index(tmp_path / "index.db")) as index:
+        index.migrate()
+        for some in (rows, rows[::3]):  # the second time in the place of others
+            commit_write(index, index.begin_write([], {}), [], some)
+        known = {(row.namespace, row.key): row for row in rows}
+        assert index.find_many([*known, ("a", "no such key"), ("c", "key 0")]) == known
+        prompts = {(row.namespace, row.prompt_sha256): row.key for row in rows}
+        assert index.find_prompts([*prompts, ("a", "0" * 64)]) == prompts
+        assert index.next_id("versions") == len(rows[::3]) + 1
         assert not list(index.damaged())
 
 

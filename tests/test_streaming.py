@@ -128,3 +128,13 @@ def test_a_full_temporary_folder_is_a_store_error(store: MemoryStore) -> None:
 def test_an_unknown_key_among_many_is_told_before_anything_is_decoded(store: MemoryStore) -> None:
     with pytest.raises(KeyNotFound, match="nobody"):
         next(store.recall_many(["key 0", "nobody"]))
+
+
+def test_rows_are_read_as_they_are_asked_for_and_are_of_one_state(store: MemoryStore, few_objects: None) -> None:
+    fill(store)
+    before, rows = held(), store.iter_records()
+    first = next(rows)
+    assert held() - before < 5
+    store.delete(list(numbers(3)))
+    assert len({first.key, *(record.key for record in rows)}) == ADAPTERS * EACH + 3
+    assert len(list(store.iter_records(adapter=f"{1:032}"))) == EACH
