@@ -1,22 +1,27 @@
 """What a worker hands over is compared with its job before anything of it is staged; its folder goes in any case."""
 
+import os
 import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import pytest
 
 from loramem.errors import OtherBaseModel, OtherRelease, RefusedResult
 from loramem.models.adapter_header import CONFIG, WEIGHTS
+from loramem.models.adapters import AdaptedModel
 from loramem.models.base_model import load_base_model
 from loramem.models.placement import Placement
 from loramem.records.prompts import encode_records
 from loramem.records.record import as_records
 from loramem.training import staged, worker
+from loramem.training.executors import run_jobs
 from loramem.training.job_folder import PREFIX, job_folder, remove_abandoned
 from loramem.training.jobs import Delivery, JobBase, ShardJob, ShardResult, TrainedShard, releases
 from loramem.training.settings import WriterSettings
@@ -72,6 +77,25 @@ def test_a_delivery_is_staged_as_it_was_proved_and_found_again(
     assert result == delivery.result == staged.find(tmp_path, job)
 
 
+def test_what_was_staged_before_is_on_disk_before_it_is_taken(
+    job: ShardJob, delivery: Delivery, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    staged.keep(tmp_path, job, delivery)  # and killed before it was synced
+    synced, fsync = list[Path](), os.fsync
+
+    def note(descriptor: int) -> None:
+        synced.append(Path(f"/proc/self/fd/{descriptor}").readlink())
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", note)
+    with ThreadPoolExecutor(1) as nobody, pytest.MonkeyPatch.context() as patched:
+        patched.setattr(nobody, "submit", None)
+        model = cast("AdaptedModel", None)
+        assert run_jobs([job], tmp_path, model, {}, nobody) == [delivery.result]
+    folder = staged.folder_of(tmp_path, job)
+    assert {folder, *folder.rglob("*"), tmp_path} <= set(synced)
+
+
 CHANGES: dict[str, Callable[[Delivery], Delivery]] = {
     "bytes are not": lambda it: with_files(it, lambda files: {**files, WEIGHTS: flipped(files[WEIGHTS])}),
     "bytes": lambda it: with_files(it, lambda files: {**files, CONFIG: files[CONFIG] + b" "}),
@@ -122,6 +146,7 @@ def test_a_worker_may_have_the_base_model_in_another_place(
 
 KILLED = """
 import os, signal, sys
+from loramem.training.executors import run_jobs
 from loramem.training.job_folder import job_folder
 
 with job_folder() as folder:

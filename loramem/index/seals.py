@@ -19,8 +19,8 @@ from loramem.errors import IntegrityError
 SEAL = "row_sha256"
 ROWS_SUM = "rows_sum"
 """In meta: the sum over all seals, as 64 hex digits."""
-TOGETHER = 1000
-"""Rows that are looked for or put by one statement."""
+TOGETHER = 900
+"""Rows that are looked for or put by one statement: SQLite before 3.32 takes 999 values."""
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ class Change:
         self.put_all(table, [row], version)
 
     def put_all(self, table: str, rows: Iterable[Mapping[str, Any]], version: int | None = None) -> int:
-        """`put` of rows with different keys, a thousand at a time; returns how many there were."""
+        """`put` of rows with different keys, many at a time; returns how many there were."""
         kind, count = SEALED[table], 0
         names = kind.versions[-1 if version is None else version - 1]
         columns = ", ".join(f'"{name}"' for name in (*names, SEAL))
@@ -211,7 +211,7 @@ class Change:
 def select_keys(
     db: Database, table: str, columns: str, key: Sequence[str], wanted: Iterable[Sequence[Any]]
 ) -> Iterator[tuple[Any, ...]]:
-    """Columns of the rows that have these keys, found by the index of the key a thousand at a time; not in order.
+    """Columns of the rows that have these keys, found by the index of the key, many at a time; not in order.
 
     SQLite looks through the whole table for a list of pairs: so a list of the last column's values for each beginning.
     """

@@ -115,27 +115,29 @@ def run_jobs(
 
     for number in sorted(results):
         tell(number)
-    if executor is None:
-        for number in left:
-            job = jobs[number]
-            numbered = _numbered(progress, number + 1, len(jobs), total)
-            results[number] = write_shard(job, staged.folder_of(staging, job), adapted, numbered, served)
-            staged.finish(staging, job, results[number])
-            staged.sync(staging, job)
-            tell(number)
-        return [results[number] for number in range(len(jobs))]
-    with (
-        ThreadPoolExecutor(SYNCING) as disk,
-        closing(completed(executor, run_job, (jobs[number] for number in left), ahead)) as deliveries,
-    ):
-        syncs = list[Future[None]]()
-        for place, delivery in deliveries:
-            number = left[place]
-            results[number] = staged.keep(staging, jobs[number], delivery)
-            syncs.append(disk.submit(staged.sync, staging, jobs[number]))
-            tell(number)
-        for sync in syncs:
-            sync.result()
+    with ThreadPoolExecutor(SYNCING) as disk:
+
+        def sync(number: int) -> Future[None]:
+            return disk.submit(staged.sync, staging, jobs[number])
+
+        syncs = [sync(number) for number in results]  # whoever staged them may have been killed before this
+        if executor is None:
+            for number in left:
+                job = jobs[number]
+                numbered = _numbered(progress, number + 1, len(jobs), total)
+                results[number] = write_shard(job, staged.folder_of(staging, job), adapted, numbered, served)
+                staged.finish(staging, job, results[number])
+                syncs.append(sync(number))
+                tell(number)
+        else:
+            with closing(completed(executor, run_job, (jobs[number] for number in left), ahead)) as deliveries:
+                for place, delivery in deliveries:
+                    number = left[place]
+                    results[number] = staged.keep(staging, jobs[number], delivery)
+                    syncs.append(sync(number))
+                    tell(number)
+        for synced in syncs:
+            synced.result()
     return [results[number] for number in range(len(jobs))]
 
 
