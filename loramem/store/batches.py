@@ -62,8 +62,10 @@ def write_batches(
 
     ahead = Ahead(executor, run_job, attrgetter("identity"), known)
     with writing():
-        planner.sizes, planner.adapted.base.unreachable  # noqa: B018 - read from the model, which is in use later
         learnt = planner.learnt()
+        # What reads the model, or calibrates it, does so now: later it is in use.
+        planner.plan_inputs(None, 0, None, learnt)
+        planner.adapted.base.unreachable  # noqa: B018
     upcoming = in_background(prepare, learnt)
     try:
         while (prepared := upcoming.result()) is not None:

@@ -42,6 +42,8 @@ class Ahead(Generic[_Item, _Answer]):
             most: That are in flight in all.
             done: Called with each as it is done.
         """
+        if room <= 0:
+            return
         under_way = sum(not future.done() for future in self._begun.values())
         jobs = self._upcoming()
         while under_way < room and len(self._begun) < WAITING * most and (item := next(jobs, None)) is not None:
