@@ -13,8 +13,10 @@ from loramem.endpoint.protocol import Question
 from loramem.errors import LoramemError
 from loramem.results import Recall
 
-LINGER, LOOKS = 0.1, 10
-"""A batch waits so much of the time that the one before took, at most, and looks so often whether it is full."""
+LINGER, LOOKS, QUIET_LOOKS = 0.5, 10, 2
+"""A batch waits for more questions as long as they keep coming, for so much of the time that the one before took at
+most: it looks so often, and goes ahead where none came between so many looks. Few rows cost more each than many
+(loramem-tiny on one core: 6.6 ms a record in batches of 32, 5.0 in batches of 64)."""
 Decode = Callable[[Sequence[Question]], Sequence[Recall | LoramemError]]
 _Result = TypeVar("_Result")
 _Asked = tuple[Question, "asyncio.Future[Recall | LoramemError]"]
@@ -69,9 +71,10 @@ class Batcher:
 
     async def _gather(self, answered: int, most_s: float) -> None:
         """Give clients that were just answered a moment to ask again, so that batches do not fall into halves."""
-        wanted = min(self.limits.batch_records, len(self._waiting) + answered)
+        wanted, seen = min(self.limits.batch_records, len(self._waiting) + answered), list[int]()
         for _ in range(LOOKS):
-            if len(self._waiting) >= wanted:
+            seen.append(len(self._waiting))
+            if seen[-1] >= wanted or seen[-1 - QUIET_LOOKS :].count(seen[-1]) > QUIET_LOOKS:
                 break
             await asyncio.sleep(most_s / LOOKS)
 

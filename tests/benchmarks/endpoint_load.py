@@ -3,7 +3,8 @@
     OMP_NUM_THREADS=1 python -m tests.benchmarks.endpoint_load [MODEL] --records 400 --requests 10000 --clients 64
 
 The server is this process, as the command runs it; the clients are another one, each with one request at a time. Every
-answer is compared with what was written. recall_many and the requests are of one run, one after the other.
+answer is compared with what was written. recall_many and the requests are of one run, one after the other. With
+--change a third process writes records and compacts every adapter while the requests are answered.
 """
 
 import argparse
@@ -54,7 +55,18 @@ def ask_all(url: str, keys: Sequence[str], clients: int) -> tuple[list[tuple[str
     return asyncio.run(run())
 
 
-def compare(store: MemoryStore, records: int, requests: int, clients: int) -> None:
+def change(place: Path, model: str | None) -> str:
+    """Write records and rewrite all adapters; runs in a process of its own. What it came to."""
+    torch.set_num_threads(1)
+    with MemoryStore(place, model, create=False) as store:
+        written = store.write({f"written meanwhile {number}": f"{number:04d}" for number in range(20)}).written
+        report = store.compact(which="all")
+    return f"{written} records written, {report.adapters_before} adapters compacted into {report.adapters_after}"
+
+
+def compare(
+    store: MemoryStore, records: int, requests: int, clients: int, *, changing: bool, model: str | None
+) -> None:
     """Print both ways, and how many answers were wrong."""
     written = {record.key: record.value for record in generate("phonebook", records, 0)}
     store.write(written)
@@ -70,11 +82,15 @@ def compare(store: MemoryStore, records: int, requests: int, clients: int) -> No
         f"{1000 * many_cpu / requests:.2f} ms of the processor"
     )
     limits = Limits(answer_s=120)
-    with serving(OwnModel(store, limits), limits) as url, ProcessPoolExecutor(1, get_context("spawn")) as pool:
+    with serving(OwnModel(store, limits), limits) as url, ProcessPoolExecutor(2, get_context("spawn")) as pool:
         pool.submit(ask_all, url, keys[: 2 * clients], clients).result()  # starts the process, loads the adapters
         cpu = time.process_time()
-        done, served_s = pool.submit(ask_all, url, keys, clients).result()
+        asked = pool.submit(ask_all, url, keys, clients)
+        changed = pool.submit(change, store.path, model) if changing else None
+        done, served_s = asked.result()
         served_cpu = time.process_time() - cpu
+        if changed is not None:
+            print(f"meanwhile: {'' if changed.done() else 'not yet at the last answer, '}{changed.result()}")
     wrong = sum(answer not in (None, written[key]) for key, answer, _ in done)
     failed = sum(answer is None for _, answer, _ in done)
     hundredths = quantiles((seconds for *_, seconds in done), n=100)
@@ -92,10 +108,11 @@ def main() -> None:
     parser.add_argument("--records", type=int, default=400)
     parser.add_argument("--requests", type=int, default=10_000)
     parser.add_argument("--clients", type=int, default=64)
+    parser.add_argument("--change", action="store_true")
     asked = parser.parse_args()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
     with tempfile.TemporaryDirectory() as folder, MemoryStore(Path(folder) / "memory", asked.model) as store:
-        compare(store, asked.records, asked.requests, asked.clients)
+        compare(store, asked.records, asked.requests, asked.clients, changing=asked.change, model=asked.model)
 
 
 if __name__ == "__main__":
