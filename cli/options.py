@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from loramem.errors import ArgumentError, InputError
+from loramem.models.dtypes import DTYPES
 from loramem.training.settings import MAX_RANK, WriterSettings
 
 from .progress import waiting
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from loramem import MemoryStore, RankLimits, Record
-    from loramem.models.dtypes import Dtype
+    from loramem.models.dtypes import Dtype, DtypeChoice
     from loramem.models.placement import Placement
     from loramem.planning.limits import GoalName
 
@@ -119,7 +120,12 @@ class StoreOptions:
     """See `loramem.MemoryStore`."""
 
     def open(
-        self, *, create: bool = False, keep_values: bool | None = None, serve: "Sequence[Dtype] | None" = None
+        self,
+        *,
+        create: bool = False,
+        keep_values: bool | None = None,
+        serve: "Sequence[Dtype] | None" = None,
+        dtype: "DtypeChoice" = "auto",
     ) -> "MemoryStore":
         """The store; see `loramem.MemoryStore`."""
         from loramem import MemoryStore
@@ -128,6 +134,7 @@ class StoreOptions:
             self.path,
             self.model,
             device=self.device,
+            dtype=dtype,
             create=create,
             keep_values=keep_values,
             serve=serve,
@@ -147,6 +154,17 @@ class StoreOptions:
                 opened.close()
                 raise
             return opened
+
+
+def dtype_option(command: Command) -> Command:
+    """What a command that only reads computes in."""
+    return click.option(
+        "--dtype",
+        type=click.Choice(DTYPES),
+        default="auto",
+        show_default="the store's",
+        help="Compute in it; bfloat16 is faster where the processor multiplies it. Values are compared all the same.",
+    )(command)
 
 
 @dataclass(frozen=True)

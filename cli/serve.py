@@ -13,6 +13,7 @@ from .output import note, print_json
 if TYPE_CHECKING:
     from loramem import Target
     from loramem.endpoint.app import Unknown
+    from loramem.models.dtypes import DtypeChoice
 
 
 @click.command("serve")
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 )
 @click.option("--target", type=click.Choice(["vllm", "sglang", "llama.cpp"]), help="What it is, if it does not say.")
 @options.store_options
+@options.dtype_option
 def command(
     host: str,
     port: int,
@@ -55,6 +57,7 @@ def command(
     target: "Target | None",
     store: options.StoreOptions,
     as_json: bool,
+    dtype: "DtypeChoice",
 ) -> None:
     """Answer the store's keys as OpenAI-compatible chat and text completions, until interrupted.
 
@@ -71,10 +74,12 @@ def command(
     except ModuleNotFoundError as error:
         raise LoramemError(f"{error.name} is not installed. Run pip install 'loramem[serve]'.") from None
     limits = Limits(body_bytes=max_body, queue=queue, answer_s=timeout, batch_records=batch)
+    if upstream is not None and dtype != "auto":
+        raise click.UsageError("--dtype is of the model in this process; there is none with --upstream.")
     if upstream is not None and unknown == "base":
         raise click.UsageError("--unknown base asks the model of this process; there is none with --upstream.")
     with ExitStack() as stack:
-        opened = stack.enter_context(store.open())
+        opened = stack.enter_context(store.open(dtype=dtype))
         if upstream is None:
             opened.base  # noqa: B018  # loaded and checked before anything is answered
             backend: Backend = OwnModel(opened, limits)

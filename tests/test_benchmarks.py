@@ -165,20 +165,24 @@ def test_a_smaller_shard_makes_more_adapters_in_the_table(base: Path, monkeypatc
 
 
 def test_warm_recall_is_timed_beside_plain_generate(
-    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    base: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(warm_recall, "BATCH", 3)
-    with MemoryStore(tmp_path / "memory", str(base)) as store:
-        warm_recall.compare(store, turns=1)
+    monkeypatch.setattr(warm_recall, "rate", lambda _: 1e9)  # of large matrices
+    warm_recall.main([str(base), "--turns", "1", "--also", "bfloat16"])
     lines = capsys.readouterr().out.splitlines()
-    assert [line.partition(":")[0] for line in lines[1:]] == ["plain generate", "recall", "recall_many of 3"]
-    assert "1.00 and 1.00 times" in lines[1]
+    assert [line.partition(":")[0] for line in lines[2:]] == [
+        *("plain generate", "recall", "recall_many of 3 in float32", "recall_many of 3 in bfloat16"),
+        *("float32", "bfloat16"),
+    ]
+    assert "1.00 and 1.00 times" in lines[2] and "GFLOP a record" in lines[-1]
 
 
 def test_the_endpoint_is_asked_by_many_clients(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with MemoryStore(tmp_path / "memory", str(base)) as store:
-        endpoint_load.compare(store, records=3, requests=12, clients=4)
+        endpoint_load.compare(store, records=3, requests=12, clients=4, changing=True, model=str(base))
     out = capsys.readouterr().out
+    assert "20 records written, 2 adapters compacted" in out
     assert "recall_many: 12 right" in out and "served: 12 answers, 0 wrong, 0 failed" in out
 
 
