@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from loramem.models.dtypes import DTYPES, Dtype
+from loramem.models.dtypes import SERVED, Dtype
 from loramem.serving.targets import TARGETS, Target
 
 from . import options
@@ -28,7 +28,7 @@ RECALL_INCOMPLETE, NOT_SERVABLE = 3, 7
 @click.option("--base-name", help="The model name or path that the server is started with.")
 @click.option(
     "--dtype",
-    type=click.Choice(DTYPES),
+    type=click.Choice(SERVED),
     help="Also decode every record with base model and adapters cast to it, as servers do.",
 )
 @click.option("--server", metavar="URL", help="Ask a server for every key instead, and compare the answers.")

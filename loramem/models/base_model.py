@@ -25,10 +25,16 @@ from loramem.models.pretrained import (
     read_tokenizer,
     vocabulary_size,
 )
+from loramem.models.rounded_inputs import round_inputs, round_weights
 from loramem.models.unreachable import unreachable_tokens
 from loramem.records.prompts import PromptTemplate
 
-DTYPES: Mapping[Dtype, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES: Mapping[Dtype, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "q8_0": torch.float32,
+}
 
 
 @dataclass
@@ -54,7 +60,8 @@ class BaseModel:
     device: torch.device
     dtype: Dtype
     rounds_inputs: bool = False
-    """Whether it was dequantised from a file that llama.cpp computes with inputs of eight bits."""
+    """Whether it was dequantised from a file that llama.cpp computes with inputs of eight bits; here they are rounded
+    in "q8_0" alone."""
 
     def check(self, stored: Mapping[str, str], dtype: str) -> None:
         """Compare with the fingerprint that a store was written with, and in which dtype.
@@ -91,7 +98,8 @@ def load_base_model(
             safetensors only).
         revision: Hub branch, tag or commit; resolved to a commit.
         device: "auto" takes CUDA where there is one; otherwise a torch device.
-        dtype: "float32", "bfloat16", "float16"; "auto" is float32 on CPU, bfloat16 on CUDA.
+        dtype: "float32", "bfloat16", "float16"; "auto" is float32 on CPU, bfloat16 on CUDA; "q8_0" computes as
+            llama.cpp does on a Q8_0 file of it, or on this file if it is a quantised one.
         rehash: Hash the weights again even if the cache knows these files.
 
     Raises:
@@ -121,6 +129,11 @@ def load_base_model(
         template = PromptTemplate.of(tokenizer, unreachable, vocabulary)
         check_computes(model, template, name)
         check_architecture(model)
+        quantised = is_gguf(folder) and read_gguf(folder, name).is_quantised
+        if dtype == "q8_0":
+            if not quantised:
+                round_weights(model)
+            round_inputs(model)
     return BaseModel(
         id=identity,
         revision=commit,
@@ -134,7 +147,7 @@ def load_base_model(
         fingerprint=replace(fingerprint(folder, rehash=rehash), parameters=parameters),
         device=target,
         dtype=dtype,
-        rounds_inputs=is_gguf(folder) and read_gguf(folder, name).is_quantised,
+        rounds_inputs=quantised,
     )
 
 

@@ -5,6 +5,7 @@ given, the last attention hands back what it gave in the frozen pass, and norms,
 are computed as ever.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -55,7 +56,7 @@ class Ending:
         self._scales: dict[LoraLayer, float] = {}
         if adapted:
             self._look_at(adapted)
-        self._deviations: list[_Values] = []
+        self._deviations: list[_Deviations] = []
         self._dealt: list[tuple[Tensor, Tensor]] = []
         """Of each deviation: whose every position gets, (N,), and how much of it, (N, 1)."""
 
@@ -123,18 +124,34 @@ class Ending:
         """
         return self._scales[layer]
 
-    def deviate(self, others: Sequence["Ending"], factor: float = 1.0) -> None:
-        """Train over how the same positions come out in other passes, such as one of another dtype, times a factor."""
+    def deviate(self, others: Sequence["Ending"], factor: float = 1.0, outcomes: Sequence["Ending"] = ()) -> None:
+        """Train over how the same positions come out in other passes, such as one of another dtype, times a factor.
+
+        Args:
+            outcomes: Several passes of one arithmetic whose roundings come out otherwise in each. What they have in
+                common is a position's own, the rest might have come to any position.
+        """
         mine = self._values()
+
+        def deviations(other: Ending) -> _Values:
+            return {name: (theirs - mine[name]) / _sizes(mine[name]) for name, theirs in other._values().items()}
+
         self._deviations = [
-            {name: factor * (theirs - mine[name]) / _sizes(mine[name]) for name, theirs in other._values().items()}
-            for other in others
+            _Deviations({}, {name: factor * own for name, own in deviations(other).items()}) for other in others
+        ]
+        found = [deviations(outcome) for outcome in outcomes]
+        common = {name: torch.stack([each[name] for each in found]).mean(0) for name in (mine if found else ())}
+        # The mean of a few outcomes has taken a part of what each differs from it.
+        whole = factor * math.sqrt(len(found) / max(len(found) - 1, 1))
+        self._deviations += [
+            _Deviations(common, {name: whole * (own - common[name]) for name, own in each.items()}) for each in found
         ]
 
     def shuffle_deviations(self, generator: torch.Generator) -> None:
         """Give a third of the positions none, a third their own deviation, a third that of some position in proportion
-        to their sizes, each from one of the passes; anew for each step. What has none or its own is what will be
-        served, the rest is what else rounding may do."""
+        to their sizes (of outcomes what they have in common, and the rest of some position), each from one of the
+        passes; anew for each step. What has none or its own is what will be served, the rest is what else rounding may
+        do."""
         count, own = len(self._deviations), torch.arange(len(self.features), device=generator.device)
         pass_of = torch.randint(count, own.shape, generator=generator, device=own.device) if count > 1 else 0 * own
         self._dealt = []
@@ -159,7 +176,7 @@ class Ending:
         here = plain
         for deviations, (order, amount) in zip(self._deviations, dealt, strict=False):
             here = {
-                name: values + deviations[name][order[rows]] * (amount[rows] * _sizes(plain[name]))
+                name: values + deviations.at(name, rows, order[rows]) * (amount[rows] * _sizes(plain[name]))
                 for name, values in here.items()
             }
         return here
@@ -237,6 +254,21 @@ class Ending:
 
 _Values = dict[tuple[str, LoraLayer | None], Tensor]
 """Constants of the positions by what they are and, where it is an adapted module's, of which: (N, …)."""
+
+
+@dataclass(frozen=True)
+class _Deviations:
+    """Of all positions in one pass, by their sizes."""
+
+    common: _Values
+    """What a position has in every outcome; nothing where there is one."""
+    own: _Values
+    """What it has beside that."""
+
+    def at(self, name: tuple[str, LoraLayer | None], rows: slice | Tensor, others: Tensor) -> Tensor:
+        """Of one value: the positions' common part and that of others beside it."""
+        found = self.own[name][others]
+        return found + self.common[name][rows] if self.common else found
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from loramem._util.layout import ADAPTERS
 from loramem.errors import IntegrityError
 from loramem.index.rows import StoredRecord
 from loramem.models.adapter_header import AdapterHeader, read_header
-from loramem.models.dtypes import DTYPES, Dtype
+from loramem.models.dtypes import SERVED, Dtype
 from loramem.results import AdapterCheck, ChatKeys, Finding, ServingReport
 from loramem.serving.rules import Server, findings, findings_together
 from loramem.serving.targets import LLAMA_CPP, NAMES, PEFT, Target
@@ -47,7 +47,7 @@ def check_store(
         UnknownChoice: No such target or dtype.
     """
     if dtype is not None:
-        check_choice("dtype", dtype, DTYPES)
+        check_choice("dtype", dtype, SERVED)
     with session.index.snapshot():
         adapters = list(session.index.adapters())
         for adapter in adapters:

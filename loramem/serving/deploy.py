@@ -24,6 +24,7 @@ from loramem.errors import AdapterError, ArgumentError, IntegrityError, NotServa
 from loramem.index.rows import StoredAdapter, StoredRecord, hidden_names
 from loramem.models.adapter_header import CONFIG, WEIGHTS, AdapterHeader, read_header
 from loramem.models.base_model import DTYPES
+from loramem.models.dtypes import DTYPES as FILE_DTYPES
 from loramem.models.dtypes import Dtype
 from loramem.results import DeployReport, Finding
 from loramem.serving.check import chat_keys, check_headers, notes_of, server_of
@@ -58,7 +59,7 @@ class Deployment:
     """Of the base model, where it goes along (the embedded one, to llama.cpp); None goes by ``dtype``."""
 
     def __post_init__(self) -> None:
-        check_choice("dtype", self.dtype, tuple(DTYPES))
+        check_choice("dtype", self.dtype, FILE_DTYPES)
         if self.target == LLAMA_CPP and self.dtype == "bfloat16":
             raise ArgumentError(
                 "llama.cpp's adapters are float32 or float16 here. Use --dtype float16.",

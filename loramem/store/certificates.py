@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Sequence
 
 from loramem.errors import IntegrityError
 from loramem.index.rows import StoredAdapter, StoredRecord
-from loramem.models.adapters import STORED_DTYPE
 from loramem.models.certificate import examine, free_running, least_certain, lowest_probabilities, misrecalled
 from loramem.models.dtypes import Dtype
 from loramem.records.prompts import encode_record
@@ -29,8 +28,9 @@ def check_certificates(
 
     Args:
         adapters: Ids; every adapter with live records if None.
-        dtype: "float32", "bfloat16" or "float16": base model and adapters are cast to it, as servers do. None is what
-            the certificates were made in: the store's dtype for the base model, float32 for the adapters.
+        dtype: "float32", "bfloat16" or "float16": base model and adapters are cast to it, as servers do; "q8_0" is as
+            llama.cpp computes a file in Q8_0. None is what the certificates were made in: the store's dtype for the
+            base model, float32 for the adapters.
         progress: Told how many records of how many were looked at, after every adapter.
 
     Returns:
@@ -51,16 +51,14 @@ def check_certificates(
     done, total = 0, sum(map(len, records.values()))
     checks = []
     for adapter, rows in records.items():
-        checks.append(_check(served, committed[adapter], rows, dtype or STORED_DTYPE))
+        checks.append(_check(served, committed[adapter], rows))
         done += len(rows)
         if progress is not None:
             progress(done, total)
     return checks
 
 
-def _check(
-    session: Session, adapter: StoredAdapter, rows: Sequence[StoredRecord], adapter_dtype: Dtype
-) -> AdapterCheck:
+def _check(session: Session, adapter: StoredAdapter, rows: Sequence[StoredRecord]) -> AdapterCheck:
     reader, base, model = session.reader, session.base, session.adapted.model
     if session.adapted.is_loaded(adapter.id):
         session.adapted.remove(adapter.id)  # what counts is the file, not what an earlier call read of it
@@ -86,7 +84,7 @@ def _check(
         unscored=len(rows) - len(encoded),
         min_prob=min((*found.min_probs, *elsewhere), default=None),
         committed_min_prob=min((row.min_prob for row in rows), default=None),
-        dtypes={"base": base.dtype, "adapter": adapter_dtype},
+        dtypes=dict(session.adapted.dtypes),
         device=base.device.type,
         batches={**found.batch_sizes, "alone": [1] if alone else []},
     )

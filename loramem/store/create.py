@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from loramem import embedded
 from loramem._util.files import PRIVATE_FOLDER, make_directory, outside_stores
-from loramem.errors import StoreFormatError, StoreLocked
+from loramem.errors import StoreFormatError, StoreLocked, UnsupportedBaseModel
 from loramem.index.commits import seal_index
 from loramem.index.index import NAME as INDEX
 from loramem.index.index import Index
@@ -43,6 +43,8 @@ def create_store(
             return None
         raise StoreFormatError(f"{path} exists and is not a loramem store. Give another path.")
     outside_stores(path, new=True)
+    if options.dtype == "q8_0":
+        raise UnsupportedBaseModel("q8_0 is what adapters are served in; a store is written in a dtype: give serve.")
     base = load_base_model(
         options.name or embedded.NAME, revision=options.revision, device=options.device, dtype=options.dtype
     )

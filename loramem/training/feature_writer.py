@@ -65,6 +65,7 @@ def train_on_features(
     *,
     adapter_dtypes: Sequence[torch.dtype] = (),
     caution: float = 1.0,
+    outcomes: Sequence[Features] = (),
 ) -> Training:
     """As `loramem.training.trainer.train_adapter`, for a placement behind the last attention.
 
@@ -73,13 +74,16 @@ def train_on_features(
         records: How many there are.
         adapter_dtypes: What the adapter is cast to where it is served: its entries are values of the coarsest of them.
         caution: Factor on the deviations between dtypes that training adds.
+        outcomes: Features of several passes of one arithmetic, whose roundings come out otherwise in each.
 
     Raises:
         TrainingDiverged: NaN or Inf, in the features or again after several restarts at lower rates.
     """
     started = time.monotonic()
     adapted.create(name, rank, placement, settings.seed)
-    run = FeatureRun(adapted, name, features, records, rank, settings, progress, started, adapter_dtypes, caution)
+    run = FeatureRun(
+        adapted, name, features, records, rank, settings, progress, started, adapter_dtypes, caution, outcomes
+    )
     for next_rank in [*rank_choices(rank, settings.max_rank)[1:], None]:
         if run.until_certified_or_stalled() or next_rank is None:
             break
@@ -120,9 +124,10 @@ class FeatureRun:
         started: float,
         adapter_dtypes: Sequence[torch.dtype],
         caution: float,
+        outcomes: Sequence[Features] = (),
     ) -> None:
         self.rounded_to = max(adapter_dtypes, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float32)
-        self.caution = caution
+        self.caution, self.outcomes = caution, outcomes
         self.adapted, self.name, self.features, self.records = adapted, name, features, records
         self.settings, self.progress, self.started = settings, progress, started
         self.generator = torch.Generator(features[0].targets.device).manual_seed(settings.seed)
@@ -147,9 +152,9 @@ class FeatureRun:
         """Begin with (re)created matrices: A random in whitened coordinates where it is new."""
         self.rank = rank
         layers = self.adapted.lora_layers(self.name)
-        self.endings = [Ending(self.adapted.model, features, layers) for features in self.features]
-        self.ending = self.endings[0]
-        self.ending.deviate(self.endings[1:], self.caution)
+        self.endings = [Ending(self.adapted.model, each, layers) for each in (*self.features, *self.outcomes)]
+        self.ending, others = self.endings[0], len(self.features)
+        self.ending.deviate(self.endings[1:others], self.caution, self.endings[others:])
         self.sites = self.begin(layers, grown_from)
         self.restart()
 

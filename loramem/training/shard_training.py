@@ -7,6 +7,7 @@ that cannot hold is trained again one rung up the ladder of placements, at last 
 import logging
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,7 +22,7 @@ from loramem.models.features import Features, collect, collect_decoding
 from loramem.models.layers import linear_paths
 from loramem.models.neurons import LastMlp
 from loramem.models.placement import Placement
-from loramem.models.rounded_inputs import rounded_inputs
+from loramem.models.rounded_inputs import disturbed, rounded_inputs
 from loramem.models.trunk import SPLIT_TOLERANCE
 from loramem.records.prompts import EncodedRecord
 from loramem.training.feature_writer import train_on_features
@@ -38,6 +39,8 @@ CLIMB_RANK, CLIMB_GROWTH = 32, 2.25
 FEW = 0.1
 """Share of the records that may be stubborn before the whole shard climbs: they get an adapter of their own."""
 OTHER_BATCH_RECORDS = 7
+OUTCOMES = 3
+"""Of rounding to eight bits, that training sees."""
 NOT_UNDERSTOOD = (
     *(UnsupportedBaseModel, RuntimeError, TypeError, ValueError),
     *(AttributeError, KeyError, IndexError),
@@ -69,6 +72,7 @@ def train_shard(
     features: Sequence[Features] | None = None,
     adapter_dtypes: Sequence[torch.dtype] = (),
     caution: float = 1.0,
+    outcomes: Sequence[Features] = (),
     one_adapter: bool = False,
     neutral: Neutral | None = None,
 ) -> ShardTraining:
@@ -81,6 +85,7 @@ def train_shard(
         features: From `features_of`, of the records in every dtype that is to be served; None runs layers.
         adapter_dtypes: See `train_on_features`.
         caution: Factor on how much features deviate in training from one dtype to another.
+        outcomes: See `train_on_features`.
         one_adapter: A shard climbs as long as any record is stubborn, as none may get an adapter of its own.
         neutral: To train with where the base is to be kept; only one placement can, and no shard climbs.
 
@@ -96,7 +101,7 @@ def train_shard(
         placement = ladder[-1] if placement in behind else placement
         training = train_adapter(adapted, name, records, rank, placement, settings, progress)
         return ShardTraining(training, placement, on_features=False)
-    alike = [each.to(adapted.model.dtype) for each in features]
+    alike, rounded = ([each.to(adapted.model.dtype) for each in some] for some in (features, outcomes))
     spent = list[Training]()  # in vain
     for rung in behind[behind.index(placement) :]:
         within = replace(settings, max_rank=min(settings.max_rank, max(CLIMB_RANK, math.ceil(CLIMB_GROWTH * rank))))
@@ -112,6 +117,7 @@ def train_shard(
                 progress,
                 adapter_dtypes=adapter_dtypes,
                 caution=caution,
+                outcomes=rounded,
             )
         except NOT_UNDERSTOOD as error:
             if is_out_of_memory(error):
@@ -210,24 +216,28 @@ def with_other_batches(
     models: Sequence[AdaptedModel], records: Sequence[EncodedRecord], features: list[Features] | None
 ) -> list[Features] | None:
     """Of one model in half precision the features of other batches as well: it rounds otherwise in every company of
-    records, as models of other dtypes do, and of these there are none to train over. Of weights that were dequantised
-    those of rounded inputs, which llama.cpp multiplies them with."""
-    if features is None:
-        return None
+    records, as models of other dtypes do, and of these there are none to train over."""
+    if features is None or len(models) > 1 or models[0].model.dtype == torch.float32:
+        return features
     with models[0].disabled():
-        if len(models) == 1 and models[0].model.dtype != torch.float32:
-            features = [*features, collect(models[0].model, records, OTHER_BATCH_RECORDS)]
-        if models[0].base.rounds_inputs:
-            with rounded_inputs(models[0].model):
-                features = [*features, collect(models[0].model, records)]
-    return features
+        return [*features, collect(models[0].model, records, OTHER_BATCH_RECORDS)]
+
+
+def outcomes_of(adapted: AdaptedModel, records: Sequence[EncodedRecord]) -> list[Features]:
+    """Features of a few outcomes of rounding to eight bits, which a model that is served in "q8_0" does itself."""
+    found = list[Features]()
+    with adapted.disabled(), nullcontext() if adapted.base.dtype == "q8_0" else rounded_inputs(adapted.model):
+        for number in range(OUTCOMES):
+            with disturbed(adapted.model, number) if number else nullcontext():
+                found.append(collect(adapted.model, records))
+    return found
 
 
 @torch.no_grad()
 def as_decoded(
     models: Sequence[AdaptedModel], records: Sequence[EncodedRecord], features: Sequence[Features], batches: Batches
 ) -> list[Features]:
-    """Features that decoding meets in these batches, of every model in half precision.
+    """Features that decoding meets in these batches, of every model that rounds to less than float32.
 
     No adapter behind the last attention changes them: trained over, they are what a proof that decodes so will see.
 
@@ -236,7 +246,7 @@ def as_decoded(
     """
     found = list[Features]()
     for each, known in zip(models, features, strict=False):
-        if each.model.dtype != torch.float32:
+        if each.base.dtype != "float32":
             with each.disabled():
                 found.append(collect_decoding(each.model, records, known, batches))
     return found

@@ -7,7 +7,6 @@ import hashlib
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
-from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,14 @@ from loramem.training.neutral import Material
 from loramem.training.neutral import material as neutral_material
 from loramem.training.progress import ProgressCallback, Training
 from loramem.training.settings import WriterSettings
-from loramem.training.shard_training import ShardTraining, as_decoded, features_of, train_shard, with_other_batches
+from loramem.training.shard_training import (
+    ShardTraining,
+    as_decoded,
+    features_of,
+    outcomes_of,
+    train_shard,
+    with_other_batches,
+)
 
 log = logging.getLogger(__name__)
 
@@ -130,7 +136,12 @@ def _write_adapter(
         RecallError, StubbornRecords: The saved adapter does not decode what training certified, with all caution.
     """
     models, records = [adapted, *served.values()], [job.records[index] for index in indices]
-    features = with_other_batches(models, records, features_of(models, records, job.placement))
+    rounding = [each for each in models if each.base.dtype == "q8_0"]
+    exact = [each for each in models if each not in rounding]
+    features = with_other_batches(exact, records, features_of(exact, records, job.placement))
+    outcomes = list[Features]()
+    if features is not None and (rounding or adapted.base.rounds_inputs):
+        outcomes = outcomes_of((rounding or [adapted])[0], records)
     compositions, met = [free_running(records)], 0
     if len(records) > 1:
         compositions.append([[number] for number in range(len(records))])
@@ -140,7 +151,8 @@ def _write_adapter(
     for place in range(job.caution, len(CAUTION)):
         if features is not None:
             for batches in compositions[met:place]:
-                features = [*features, *as_decoded(models, records, features, batches)]
+                features = [*features, *as_decoded(exact, records, features, batches)]
+                outcomes += as_decoded(rounding, records, outcomes, batches)
             met = place
         trained = train_shard(
             adapted,
@@ -148,11 +160,14 @@ def _write_adapter(
             records,
             rank,
             placement,
-            job.settings if features is not None and len(features) > 1 else _careful(job.settings, place),
+            job.settings
+            if features is not None and len(features) + len(outcomes) > 1
+            else _careful(job.settings, place),
             progress,
             features=features,
             adapter_dtypes=[each.adapter_dtype or torch.float32 for each in models],
             caution=CAUTION[place],
+            outcomes=outcomes,
             one_adapter=job.one_adapter,
             neutral=None if material is None else material.trained,
         )
@@ -166,7 +181,10 @@ def _write_adapter(
             adapted.remove(UNSAVED)
             return None, stubborn
         try:
-            whole = features if trained.on_features and not stubborn else None
+            whole = dict[Dtype, Features]()
+            if features is not None and trained.on_features and not stubborn:
+                whole = {each.base.dtype: known for each, known in zip(exact, features, strict=False)}
+                whole |= {each.base.dtype: outcomes[0] for each in rounding}
             return _save_and_prove(job, folder, adapted, served, certified, trained, whole, place, material), stubborn
         except (RecallError, StubbornRecords) as error:
             if place == len(CAUTION) - 1:
@@ -197,28 +215,27 @@ def _save_and_prove(
     served: Mapping[Dtype, AdaptedModel],
     indices: Sequence[int],
     trained: ShardTraining,
-    features: Sequence[Features] | None,
+    features: Mapping[Dtype, Features],
     caution: int,
     material: Material | None,
 ) -> TrainedShard:
     """
     Args:
-        features: Of just these records, first in the dtypes to be proved in; None where the adapter changes them.
+        features: Of just these records in the dtypes to be proved in; none where the adapter changes them.
         material: What is measured of the base that it leaves, if that is asked for.
     """
-    known = iter(features if features is not None else repeat(None))
     records = [job.records[index] for index in indices]
     files = serialize(adapted.weights(UNSAVED), adapted.base, trained.placement)
     adapter = adapter_id(files, job.namespace)
     write_directory(folder / adapter, files)
     adapted.load(adapter, folder / adapter)
     adapted.remove(UNSAVED)  # after the load: PEFT is never left without an adapter that it holds for the active one
-    proof = _proved(job, adapted, adapter, records, trained.training.rank, next(known))
+    proof = _proved(job, adapted, adapter, records, trained.training.rank, features.get(adapted.base.dtype))
     kept = None if material is None else measure(adapted, adapter, material)
     proofs = dict[str, Proof]()
     for dtype, model in served.items():
         model.load(adapter, folder / adapter)
-        proofs[dtype] = _proved(job, model, adapter, records, trained.training.rank, next(known))
+        proofs[dtype] = _proved(job, model, adapter, records, trained.training.rank, features.get(dtype))
         model.remove(adapter)
     return TrainedShard(
         adapter, tuple(indices), trained.training, trained.placement, trained.climbed, proof, proofs, caution, kept
