@@ -18,6 +18,7 @@ from loramem.suites import runner
 
 from .benchmarks import (
     density,
+    eight_bits,
     endpoint_load,
     first_rank,
     first_rank_rules,
@@ -144,6 +145,16 @@ def test_density_orders_by_density_and_names_what_failed() -> None:
     table = density.table([dense, none, thin])
     assert [row[2] for row in table.rows] == ["rank 1", "rank 8", "rank 4"]
     assert table.notes == ("m, 2 records, rank 1: stopped after 600.0 s.",)
+
+
+def test_eight_bits_are_measured_with_and_without_training_for_them(
+    base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    eight_bits.main([str(base), "--records", "3", "--rank", "8"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("bfloat16: moved by 0.") and lines[1].startswith("eight bits: moved by 0.")
+    assert [line.partition(" outcomes")[0] for line in lines[-2:]] == ["trained over 0", "trained over 3"]
+    assert lines[-1].count("0 wrong") == eight_bits.UNSEEN
 
 
 def test_rounding_is_measured_in_each_way_of_decoding(base: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -223,11 +223,11 @@ def with_other_batches(
         return [*features, collect(models[0].model, records, OTHER_BATCH_RECORDS)]
 
 
-def outcomes_of(adapted: AdaptedModel, records: Sequence[EncodedRecord]) -> list[Features]:
+def outcomes_of(adapted: AdaptedModel, records: Sequence[EncodedRecord], count: int = OUTCOMES) -> list[Features]:
     """Features of a few outcomes of rounding to eight bits, which a model that is served in "q8_0" does itself."""
     found = list[Features]()
     with adapted.disabled(), nullcontext() if adapted.base.dtype == "q8_0" else rounded_inputs(adapted.model):
-        for number in range(OUTCOMES):
+        for number in range(count):
             with disturbed(adapted.model, number) if number else nullcontext():
                 found.append(collect(adapted.model, records))
     return found
