@@ -57,8 +57,8 @@ if TYPE_CHECKING:
 @click.option(
     "--serve",
     metavar="DTYPES",
-    help="Dtypes that a new store's adapters will be served in, such as bfloat16,float16, beside the base model's own; "
-    "each write is proved in all.  [default: bfloat16]",
+    help="Dtypes that a new store's adapters will be served in, such as bfloat16,float16, beside the base model's own, "
+    "and q8_0 for llama.cpp on quantised files; each write is proved in all.  [default: bfloat16]",
 )
 @click.option("--seed", default=0, show_default=True, help="Same seed and input, same bytes on one machine.")
 @options.workers_options

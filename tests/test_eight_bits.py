@@ -17,6 +17,7 @@ from loramem.models.rounded_inputs import rounded
 from loramem.records.prompts import EncodedRecord, encode_records
 from loramem.records.record import as_records
 from loramem.serving.gguf_base import write_base
+from loramem.store.planner import EIGHT_BITS_ROOM
 from loramem.training.shard_training import OUTCOMES, outcomes_of
 
 from .conftest import numbers
@@ -100,6 +101,14 @@ def test_what_is_written_for_eight_bits_comes_back_from_llama_cpp_on_a_q8_0_file
         with serving(tmp_path / "base.gguf", adapters) as url:
             report = store.check_server(url, "llama.cpp", at_once=1)
     assert report.ok and sum(one.exact for one in report.adapters) == len(RECORDS)
+
+
+def test_first_ranks_leave_room_for_eight_bits(written: Path, tmp_path: Path) -> None:
+    records = {f"other {key}": value for key, value in RECORDS.items()}
+    with MemoryStore(written, create=False) as rounded_store, MemoryStore(tmp_path / "m") as plain:
+        (wanted,), (least,) = (store.plan(records).shards for store in (rounded_store, plain))
+        assert least.rank < wanted.rank <= math.ceil(EIGHT_BITS_ROOM * least.rank)
+        assert [shard.rank for shard in rounded_store.plan(records, rank=3).shards] == [3]
 
 
 def test_a_store_is_not_written_in_what_adapters_are_served_in(

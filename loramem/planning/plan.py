@@ -50,6 +50,8 @@ class PlanInputs:
 
     above: tuple[Size, ...] = ()
     """Placements that hold more, upwards: where what one adapter must hold alone may begin."""
+    room: float = 1.0
+    """Factor on first ranks, of what is to be served where rounding moves features more than a dtype does."""
 
     @property
     def size(self) -> Size:
@@ -272,9 +274,9 @@ def _first_rank(price: Price, needed: int, inputs: PlanInputs, goal: GoalName) -
     """The needed one and what a goal spares beside it."""
     aim = GOALS[goal]
     if inputs.law is not None and inputs.boundary is not None:
-        wanted = math.ceil(aim.times * needed)
+        wanted = math.ceil(inputs.room * aim.times * needed)
     else:
-        wanted = math.ceil(price.cost_bits / (aim.density * inputs.parameters_per_rank))
+        wanted = math.ceil(inputs.room * price.cost_bits / (aim.density * inputs.parameters_per_rank))
     return max(needed, min(wanted, int(inputs.size.width / 2)), 1)
 
 
