@@ -126,6 +126,12 @@ def test_recall_many_prints_key_and_value(store: str, capsys) -> None:
     assert capsys.readouterr().out == f"key 0\t{RECORDS['key 0']}\nkey 2\t{RECORDS['key 2']}\n"
 
 
+def test_recall_computes_in_another_dtype_if_asked(store: str, capsys) -> None:
+    assert run(["recall", "key 0", "--store", store, "--dtype", "bfloat16"]) == 0
+    assert capsys.readouterr().out == f"{RECORDS['key 0']}\n"
+    assert run(["recall", "key 0", "--store", store, "--dtype", "q8_0"]) == 2
+
+
 def test_recall_all_as_json_lines(store: str, capsys) -> None:
     assert run(["recall", "--all", "--store", store, "--json"]) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]

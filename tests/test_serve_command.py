@@ -65,3 +65,9 @@ def test_a_library_that_is_not_installed_is_named(
     monkeypatch.setitem(sys.modules, library, None)
     assert run([command, "--store", str(place)]) == 1
     assert f"pip install 'loramem[{command}]'" in capsys.readouterr().err
+
+
+def test_a_dtype_is_of_the_model_in_this_process(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["serve", "--store", str(place), "--upstream", "http://127.0.0.1:1", "--dtype", "bfloat16"]
+    assert run(asked) == 2
+    assert "none with --upstream" in capsys.readouterr().err
