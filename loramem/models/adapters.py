@@ -53,8 +53,8 @@ class AdaptedModel:
         self.base = base
         self.max_loaded = max_loaded
         self.adapter_dtype = None if adapter_dtype is None else DTYPES[adapter_dtype]
-        is_cast = adapter_dtype is not None and adapter_dtype != "q8_0"
-        self.dtypes = {"base": base.dtype, "adapter": adapter_dtype if is_cast else STORED_DTYPE}
+        kept = adapter_dtype is None or adapter_dtype == "q8_0"
+        self.dtypes: dict[str, str] = {"base": base.dtype, "adapter": STORED_DTYPE if kept else str(adapter_dtype)}
         """What certificates name: dtypes of the base model and of adapters that are loaded from disk."""
         self.kept_features = FeatureCache()
         self.ends_alone: bool | None = None

@@ -39,7 +39,8 @@ def rounded(inputs: Tensor) -> Tensor:
 def round_weights(model: nn.Module) -> None:
     """Round the weights of every linear module, and the embedding, for good."""
     modules = [*(module for _, module in linear_paths(model)), *_embeddings(model)]
-    for weight in {id(module.weight): module.weight for module in modules}.values():
+    weights = [module.get_parameter("weight") for module in modules]
+    for weight in {id(weight): weight for weight in weights}.values():  # embedding and unembedding may be one
         weight.copy_(rounded(weight))
 
 
