@@ -160,9 +160,9 @@ def dtype_option(command: Command) -> Command:
     """What a command that only reads computes in."""
     return click.option(
         "--dtype",
-        type=click.Choice(DTYPES),
+        type=click.Choice(["auto", *DTYPES]),
         default="auto",
-        show_default="the store's",
+        show_default="auto: the store's",
         help="Compute in it; bfloat16 is faster where the processor multiplies it. Values are compared all the same.",
     )(command)
 
