@@ -11,7 +11,7 @@ from loramem import MemoryStore, base_path
 from loramem.errors import UnsupportedBaseModel
 from loramem.models.adapters import AdaptedModel
 from loramem.models.base_model import load_base_model
-from loramem.models.ending import Ending, _sizes
+from loramem.models.ending import BEYOND_FEATURES, Ending, _sizes
 from loramem.models.features import collect
 from loramem.models.rounded_inputs import rounded
 from loramem.records.prompts import EncodedRecord, encode_records
@@ -67,7 +67,7 @@ def test_a_position_has_what_its_outcomes_share_and_the_rest_of_some_position(ei
     ending.deviate([], 2.0, [Ending(eight_bits.model, each) for each in others])
     moved = torch.stack([each.entering - mine.entering for each in others]) / _sizes(mine.entering)
     common, rest = moved.mean(0), moved - moved.mean(0)
-    factor = 2.0 * math.sqrt(OUTCOMES / (OUTCOMES - 1))
+    factor = BEYOND_FEATURES * 2.0 * math.sqrt(OUTCOMES / (OUTCOMES - 1))
     for number, each in enumerate(ending._deviations):
         order = torch.randperm(len(mine), generator=torch.Generator().manual_seed(number))
         found = each.at(("entering", None), slice(None), order)

@@ -22,6 +22,8 @@ from loramem.models.layers import LastLayer, decoder_layers
 from loramem.models.trunk import Forward, replaced_forwards
 
 LOOK_ROWS = 4096
+BEYOND_FEATURES = 4 / 3
+"""Factor on what differs from outcome to outcome: the end of the model rounds as well, which features do not show."""
 SCORED_ROWS = 1024
 """Positions whose logits over the whole vocabulary are computed together."""
 
@@ -142,7 +144,7 @@ class Ending:
         found = [deviations(outcome) for outcome in outcomes]
         common = {name: torch.stack([each[name] for each in found]).mean(0) for name in (mine if found else ())}
         # The mean of a few outcomes has taken a part of what each differs from it.
-        whole = factor * math.sqrt(len(found) / max(len(found) - 1, 1))
+        whole = BEYOND_FEATURES * factor * math.sqrt(len(found) / max(len(found) - 1, 1))
         self._deviations += [
             _Deviations(common, {name: whole * (own - common[name]) for name, own in each.items()}) for each in found
         ]
