@@ -210,7 +210,7 @@ def test_a_token_too_unlikely_in_another_dtype_alone_is_stubborn(
     adapted.create("new", 1, Placement.ladder(loaded.model)[0], 0)
     run = feature_writer.FeatureRun(adapted, "new", [mine, mine], 2, 1, WriterSettings(), None, 0.0, (), 1.0)
 
-    def look(ending: Ending, rows: slice, _: int) -> Tensor:
+    def look(ending: Ending, rows: Tensor, _: int, *, every: bool = False) -> Tensor:
         probs = torch.where(mine.owners[rows] == 0, 0.7, 1.0)  # certified, and not enough to end training
         return probs if ending is run.ending else torch.where(mine.owners[rows] == 1, 0.1, probs)
 

@@ -59,6 +59,8 @@ class Ending:
         if adapted:
             self._look_at(adapted)
         self._deviations: list[_Deviations] = []
+        self._own_sizes: _Values = {}
+        """Of the values that deviate, at every position, (N, 1)."""
         self._dealt: list[tuple[Tensor, Tensor]] = []
         """Of each deviation: whose every position gets, (N,), and how much of it, (N, 1)."""
 
@@ -134,9 +136,10 @@ class Ending:
                 common is a position's own, the rest might have come to any position.
         """
         mine = self._values()
+        self._own_sizes = {name: _sizes(values) for name, values in mine.items()}
 
         def deviations(other: Ending) -> _Values:
-            return {name: (theirs - mine[name]) / _sizes(mine[name]) for name, theirs in other._values().items()}
+            return {name: (theirs - mine[name]) / self._own_sizes[name] for name, theirs in other._values().items()}
 
         self._deviations = [
             _Deviations({}, {name: factor * own for name, own in deviations(other).items()}) for other in others
@@ -174,11 +177,11 @@ class Ending:
     def _values_at(self, rows: slice | Tensor, dealt: Sequence[tuple[Tensor, Tensor]]) -> "_Values":
         """The values at some positions, with the deviations dealt out to them; made for these rows alone, as all
         positions at once are the largest tensors there are."""
-        plain = {name: values[rows] for name, values in self._values().items()}
-        here = plain
+        here = {name: values[rows] for name, values in self._values().items()}
         for deviations, (order, amount) in zip(self._deviations, dealt, strict=False):
+            whose, share = order[rows], amount[rows]
             here = {
-                name: values + deviations.at(name, rows, order[rows]) * (amount[rows] * _sizes(plain[name]))
+                name: torch.addcmul(values, deviations.at(name, rows, whose), share * self._own_sizes[name][rows])
                 for name, values in here.items()
             }
         return here

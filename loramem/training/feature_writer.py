@@ -38,12 +38,16 @@ log = logging.getLogger(__name__)
 FIRST_RIVALS, NEW_RIVALS, MANY_RIVALS = 5, 3, 64
 """Likeliest tokens of a position that join the softmax over few: before training, whenever it is too low, and when
 nothing has improved for long, since what the others weigh has no gradient."""
-TRAIN_ROWS, LOOK_ROWS = 4096, 1024
+TRAIN_ROWS = 4096
+LOOK_LOGITS = 2**22
+"""Logits of the whole vocabulary that are computed together: what a processor's cache holds, so that only the product
+takes long."""
+SAMPLE = 512
+"""Positions that are looked at while more are too low: they name the tokens that compete at the others as well."""
 FEW = 0.1
 """Share of all tokens below which some are few."""
-LOOK_STEPS, LOOK_STEPS_LATE, LOOK_STEPS_FEW = 16, 8, 4
-"""Steps between two looks over the whole vocabulary: while many tokens are open, when few are open in the softmax over
-few, and when few were too low at the last look."""
+LOOK_STEPS, LOOK_STEPS_FEW = 16, 4
+"""Steps between two looks over the whole vocabulary: while many tokens are open, and when few are."""
 ROUNDING = 0.07
 """Rounded logits may move a probability of `enough` by so much."""
 LEAST_SHARE = 0.05
@@ -145,8 +149,9 @@ class FeatureRun:
         self.sliding = objectives.SlidingState.start(1, self.targets.device) if single_long else None
         products = autocast_dtype(self.targets.device)
         self.rivals = Rivals(adapted.base.model.get_output_embeddings(), self.targets, products)
+        self.look_rows = max(1, LOOK_LOGITS // self.rivals.vocabulary)
         self.attach(rank)
-        self.check(FIRST_RIVALS)
+        self.look_at(self.everywhere, self.endings[:1], FIRST_RIVALS)
 
     def attach(self, rank: int, grown_from: int = 0) -> None:
         """Begin with (re)created matrices: A random in whitened coordinates where it is new."""
@@ -214,21 +219,17 @@ class FeatureRun:
                 self.recover()
                 continue
             passed = False
-            late = LOOK_STEPS_LATE if open_tokens <= few else LOOK_STEPS
-            if self.step - looked >= (LOOK_STEPS_FEW if len(self.too_low()) <= few else late):
+            if self.step - looked >= (LOOK_STEPS_FEW if open_tokens <= few else LOOK_STEPS):
                 looked = self.step
                 self.remember()
-                passed = self.too_low_pass() and self.check(NEW_RIVALS)
+                likely = self.likely()
+                passed = not self.look_at_low(likely, open_tokens > few) and self.check(NEW_RIVALS, likely.argsort())
             self.report(0 if passed else open_tokens, loss)
             if passed:
                 return True
             self.note_progress(open_tokens, open_loss)
         self.check(NEW_RIVALS, every=True)
         return self.open == 0
-
-    def too_low(self) -> Tensor:
-        """Positions that had too low a probability when last looked at."""
-        return (self.lowest < self.enough).nonzero().flatten()
 
     def train_step(self) -> tuple[int, float, float]:
         """One step over all positions; how many tokens were open before it, their loss, and the mean over all tokens,
@@ -276,41 +277,68 @@ class FeatureRun:
         weights, self.sliding = objective.sliding(losses[None], mask, correct[None], self.sliding, threshold)
         return losses, weights[0]
 
-    def check(self, rivals: int, *, every: bool = False) -> bool:
-        """Probabilities over the whole vocabulary, dtype after dtype until one has too low a one; whether none has.
+    def look_at_low(self, likely: Tensor, many: bool = False) -> bool:
+        """Look over the whole vocabulary at what is too low in the softmax over few, at a sample if that is much;
+        whether it is.
 
         Args:
-            every: Look at all dtypes, to say of every token whether it is certified.
+            likely: From `likely`.
+            many: Most tokens are open: one dtype names what competes.
         """
+        low = (likely < self.enough).nonzero().flatten()
+        if not len(low):
+            return False
+        if len(low) > SAMPLE:
+            low = low[torch.randperm(len(low), generator=self.generator, device=low.device)[:SAMPLE]]
+        rivals = MANY_RIVALS if self.step - self.best.step >= IDLE_DECAY else NEW_RIVALS
+        self.look_at(low, self.endings[:1] if many else self.endings, rivals)
+        return float(self.lowest[low].min()) < self.enough
+
+    @torch.no_grad()
+    def likely(self) -> Tensor:
+        """Probabilities (N,) in the softmax over few and the rest as last seen, the lowest of all dtypes: hardly ever
+        below those over the whole vocabulary, and much cheaper."""
         lowest = torch.ones_like(self.lowest)
         for ending in self.endings:
-            for rows in self.everywhere.split(LOOK_ROWS):
-                lowest[rows] = torch.minimum(lowest[rows], self.look(ending, rows, rivals))
-            if not every and float(lowest.min()) < self.enough:
-                break
-        self.lowest = lowest
-        log.debug("step %d: %d tokens open, lowest p %.3f", self.step, self.open, lowest.min())
-        return float(lowest.min()) >= self.enough
+            for rows in self.everywhere.split(TRAIN_ROWS):
+                logits = self.rivals.with_rest(ending.logits(rows, self.rivals.few, deviating=False), rows)
+                losses = cross_entropy(logits, self.rivals.targets[rows], reduction="none")
+                lowest[rows] = torch.minimum(lowest[rows], torch.exp(-losses).nan_to_num(0.0))
+        return lowest
 
-    def too_low_pass(self) -> bool:
-        """Look again at what was too low: as long as some of it is, all the rest need no look."""
-        rows = self.too_low()
-        rivals = MANY_RIVALS if self.step - self.best.step >= IDLE_DECAY else NEW_RIVALS
-        endings = self.endings if len(rows) <= FEW * len(self.targets) else self.endings[:1]
-        for part in rows.split(LOOK_ROWS):
-            self.lowest[part] = torch.stack([self.look(ending, part, rivals) for ending in endings]).amin(0)
+    def check(self, rivals: int, order: Tensor | None = None, *, every: bool = False) -> bool:
+        """Look at all positions over the whole vocabulary, in every dtype, until some have too low a probability;
+        whether none has.
+
+        Args:
+            order: The positions, those that are likely to fail first.
+            every: Look at all of them whatever is found, to say of every token whether it is certified.
+        """
+        for rows in (self.everywhere if order is None else order).split(self.look_rows):
+            self.look_at(rows, self.endings, rivals, every=every)
+            if not every and float(self.lowest[rows].min()) < self.enough:
+                return False
+        log.debug("step %d: %d tokens open, lowest p %.3f", self.step, self.open, self.lowest.min())
         return float(self.lowest.min()) >= self.enough
 
-    def look(self, ending: Ending, rows: Tensor, rivals: int) -> Tensor:
+    def look_at(self, rows: Tensor, endings: Sequence[Ending], rivals: int, *, every: bool = False) -> None:
+        """Take down the lowest probabilities over the whole vocabulary at some positions."""
+        for part in rows.split(self.look_rows):
+            self.lowest[part] = torch.stack([self.look(each, part, rivals, every=every) for each in endings]).amin(0)
+
+    def look(self, ending: Ending, rows: Tensor, rivals: int, *, every: bool = False) -> Tensor:
         """Probabilities (n,) over the whole vocabulary at some positions.
 
-        Rounded products show which are near the limit; these are computed again if they are few.
+        Rounded products show which are near the limit; these are computed again.
+
+        Args:
+            every: Those below it as well, whichever limit that is.
         """
         if not self.rivals.rounds:
             return self.probabilities(ending, rows, rivals, self.rivals.all)
         probs = self.probabilities(ending, rows, rivals, self.rivals.all_rounded)
-        near = probs < self.enough + ROUNDING
-        if 0 < int(near.sum()) <= FEW * len(self.targets):
+        near = (probs < self.enough + ROUNDING) & (every | (probs > self.enough - ROUNDING))
+        if bool(near.any()):
             probs[near] = self.probabilities(ending, rows[near], rivals, self.rivals.all)
         return probs
 

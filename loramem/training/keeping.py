@@ -269,7 +269,7 @@ class KeepingRun(FeatureRun):
                 continue
             if (self.step - self.begun) % LOOK_STEPS == 0:
                 self.remember()
-                self.too_low_pass()
+                self.look_at_low(self.likely())
             self.report(open_tokens, loss)
             self.note_progress(open_tokens, open_loss)
         if self.check(1, every=True):

@@ -32,13 +32,14 @@ class Rivals:
         dtype = products or self._weight.dtype
         self.rounds = dtype != self._weight.dtype
         self._rounded = self._weight.to(dtype), None if self._bias is None else self._bias.to(dtype)
-        self._place = torch.full((len(self._weight),), -1, device=targets.device)
+        self.vocabulary = len(self._weight)
+        self._place = torch.full((self.vocabulary,), -1, device=targets.device)
         self._ids = targets.new_empty(0)
         self._all_targets = targets
         self._rest = torch.full((len(targets),), -math.inf, device=targets.device)
         self.add(targets)
-        if len(self._weight) <= SMALL_VOCABULARY:
-            self.add(torch.arange(len(self._weight), device=targets.device))
+        if self.vocabulary <= SMALL_VOCABULARY:
+            self.add(torch.arange(self.vocabulary, device=targets.device))
 
     def add(self, tokens: Tensor) -> None:
         """Let more tokens compete."""
