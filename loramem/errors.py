@@ -202,11 +202,12 @@ class KeyNotFound(LoramemError, KeyError):
 
 
 class RecallError(LoramemError):
-    """Decoding did not give the committed value. Attributes ``key``, ``adapter``."""
+    """Decoding did not give the committed value. Attributes ``key``, ``adapter``, ``doubtful`` (keys that the
+    same proof was least certain of)."""
 
-    def __init__(self, message: str, *, key: str, adapter: str) -> None:
+    def __init__(self, message: str, *, key: str, adapter: str, doubtful: Sequence[str] = ()) -> None:
         super().__init__(message)
-        self.key, self.adapter = key, adapter
+        self.key, self.adapter, self.doubtful = key, adapter, tuple(doubtful)
 
 
 class WriteError(LoramemError):
@@ -214,11 +215,12 @@ class WriteError(LoramemError):
 
 
 class StubbornRecords(WriteError):
-    """Some records could not be certified. Attributes ``keys`` (the stubborn ones), ``rank`` (the last tried)."""
+    """Some records could not be certified. Attributes ``keys`` (the stubborn ones), ``rank`` (the last tried),
+    ``doubtful`` (keys that a proof was least certain of)."""
 
-    def __init__(self, message: str, *, keys: Sequence[str], rank: int) -> None:
+    def __init__(self, message: str, *, keys: Sequence[str], rank: int, doubtful: Sequence[str] = ()) -> None:
         super().__init__(message)
-        self.keys, self.rank = tuple(keys), rank
+        self.keys, self.rank, self.doubtful = tuple(keys), rank, tuple(doubtful)
 
 
 class DoesNotFit(WriteError):

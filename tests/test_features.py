@@ -115,6 +115,19 @@ def test_what_decoding_meets_is_bit_for_bit_what_it_meets_with_an_adapter(alone:
     assert torch.equal(torch.cat([decoded[index] for index in range(len(RECORDS))]), met.entering)
 
 
+def test_records_that_are_not_decoded_keep_the_features_that_are_known() -> None:
+    model = build("qwen3").to(torch.bfloat16)
+    features = collect(model, RECORDS)
+    every = collect_decoding(model, RECORDS, features, [[index] for index in range(len(RECORDS))])
+    some = collect_decoding(model, RECORDS, features, [[1]])
+    decoded = features.owners == 1
+    for name in HIDDEN:
+        whole, one = getattr(every, name), getattr(some, name)
+        assert torch.equal(one[decoded], whole[decoded])
+        assert torch.equal(one[~decoded], getattr(features, name)[~decoded])
+    assert not torch.equal(some.entering[decoded], features.entering[decoded])
+
+
 @pytest.mark.parametrize("rung", range(3))
 @torch.no_grad()
 def test_a_change_after_the_constants_were_taken_is_felt(rung: int) -> None:

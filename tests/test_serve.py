@@ -13,6 +13,7 @@ from loramem import MemoryStore
 from loramem.errors import RecallError, StubbornRecords
 from loramem.models.certificate import Proof, prove
 from loramem.models.ending import Ending
+from loramem.models.features import Features
 from loramem.models.placement import Placement
 from loramem.records.prompts import EncodedRecord
 from loramem.store.manifest import SERVE, Manifest
@@ -135,6 +136,33 @@ def test_a_record_that_is_refused_among_others_whatever_is_tried_gets_an_adapter
         held = [{record.key for record in store.records(adapter=adapter.id)} for adapter in store.adapters()]
         assert sorted(held, key=len) == [{odd}, RECORDS.keys() - {odd}]
         assert {key: store.recall(key) for key in RECORDS} == RECORDS
+
+
+def test_the_last_try_is_trained_over_what_the_doubtful_records_compute_alone(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, _, third, _ = order = list(RECORDS)
+    decoded = list[list[list[int]]]()
+
+    def proving(model: PreTrainedModel, records: Sequence[EncodedRecord], adapter: str, *arguments: Any) -> Proof:
+        if len(decoded) < 2:
+            raise RecallError("not yet", key=third, adapter=adapter, doubtful=[] if decoded else [first])
+        return prove(model, records, adapter, *arguments)
+
+    def collecting(
+        models: object, records: Sequence[EncodedRecord], features: Sequence[Features], batches: list[list[int]]
+    ) -> list[Features]:
+        decoded.append(batches)
+        return as_decoded(models, records, features, batches)  # type: ignore[arg-type]
+
+    as_decoded = shards.as_decoded
+    monkeypatch.setattr(shards, "prove", proving)
+    monkeypatch.setattr(shards, "as_decoded", collecting)
+    with MemoryStore(tmp_path / "m", str(base)) as store:
+        store.write(RECORDS)
+    (together,), alone = decoded
+    assert sorted(together) == [0, 1, 2, 3]
+    assert [order[index] for (index,) in alone] == [first, third]
 
 
 def test_a_record_that_is_refused_on_its_own_too_is_given_up_and_the_others_are_written_if_asked(

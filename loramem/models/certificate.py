@@ -26,6 +26,8 @@ from loramem.models.features import PASS_RECORDS, PASS_TOKENS
 from loramem.records.prompts import EncodedRecord
 
 ALONE = 16
+DOUBT = 0.7
+"""Probability below which rounding in other company may yet take a record below what is certified."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,9 @@ def prove(
     """
     found = examine(model, records, ending)
     for index, batches in found.wrong.items():
-        raise _refused(adapter, records[index], f"batches {batches}, lowest p {found.min_probs[index]:.3f}", dtypes)
+        doubtful = {*found.wrong, *in_doubt(found.min_probs)}
+        how = f"batches {batches}, lowest p {found.min_probs[index]:.3f}"
+        raise _refused(adapter, records[index], how, dtypes, [records[other].record.key for other in doubtful])
     return Proof(
         found.min_probs,
         {
@@ -135,6 +139,11 @@ def prove_alone(
 def least_certain(min_probs: Sequence[float], count: int = ALONE) -> list[int]:
     """Indices of the lowest probabilities, lowest first."""
     return sorted(range(len(min_probs)), key=lambda index: min_probs[index])[:count]
+
+
+def in_doubt(min_probs: Sequence[float]) -> list[int]:
+    """Of the least certain those that another composition may refuse."""
+    return [index for index in least_certain(min_probs) if min_probs[index] < DOUBT]
 
 
 @torch.inference_mode()
@@ -166,13 +175,16 @@ def misrecalled(model: PreTrainedModel, records: Sequence[EncodedRecord], batche
             yield index
 
 
-def _refused(adapter: str, record: EncodedRecord, how: str, dtypes: Mapping[str, str]) -> RecallError:
+def _refused(
+    adapter: str, record: EncodedRecord, how: str, dtypes: Mapping[str, str], doubtful: Sequence[str] = ()
+) -> RecallError:
     key = record.record.key
     return RecallError(
         f"Adapter {adapter} does not decode {key!r} exactly in {dtypes['base']} ({how}). Nothing was committed; write "
         "again with a higher rank or another seed, or a store for fewer dtypes (serve).",
         key=key,
         adapter=adapter,
+        doubtful=doubtful,
     )
 
 

@@ -105,12 +105,14 @@ def collect_decoding(
     model: PreTrainedModel, records: Sequence[EncodedRecord], features: Features, batches: Sequence[Sequence[int]]
 ) -> Features:
     """Features of the same positions as decoding meets them, token by token in the given batches of indices: products
-    of another shape round otherwise.
+    of another shape round otherwise. Of records that are in no batch those that are known.
 
     Args:
         features: From `collect`, of these records.
     """
-    rows = dict[int, list[Tensor]]()
+    counts = features.owners.bincount().tolist()
+    known = zip(*(getattr(features, name).split(counts) for name in HIDDEN), strict=True)
+    rows = {index: list(values) for index, values in enumerate(known)}
     for indices in batches:
         prompts, answers = zip(
             *((records[index].prompt_ids, records[index].answer_ids) for index in indices), strict=True

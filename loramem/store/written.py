@@ -8,7 +8,7 @@ from pathlib import Path
 
 from loramem.errors import RecallError, StubbornRecords
 from loramem.models.adapters import AdaptedModel
-from loramem.models.certificate import least_certain, prove_alone
+from loramem.models.certificate import in_doubt, least_certain, prove_alone
 from loramem.models.placement import Placement
 from loramem.planning import calibration
 from loramem.planning.plan import Plan, ShardPlan
@@ -111,15 +111,18 @@ def misrecalled_alone(written: Sequence[Written], models: Sequence[AdaptedModel]
 
 
 def more_careful(written: Written, error: RecallError) -> ShardJob:
-    """The job that writes a shard again over what each record computes when it is decoded alone.
+    """The job that writes a shard again over what its doubtful records compute when each is decoded alone.
 
     Raises:
-        RecallError: ``error``, where that was done.
+        RecallError: ``error``, where that was done with the record that it names.
     """
-    caution = len(CAUTION) - 1
-    if written.shard.caution == caution:
+    shard, job, caution = written.shard, written.job, len(CAUTION) - 1
+    refused = next(index for index, entry in enumerate(job.records) if entry.record.key == error.key)
+    if shard.caution == caution and (refused in job.doubtful or len(shard.indices) == 1):
         raise error
-    return replace(written.job, caution=caution)
+    proofs = zip(shard.proof.min_probs, *(proof.min_probs for proof in shard.served.values()), strict=True)
+    doubtful = (shard.indices[number] for number in in_doubt([min(probs) for probs in proofs]))
+    return replace(job, caution=caution, doubtful=tuple(sorted({*job.doubtful, *doubtful, refused})))
 
 
 def outcomes(planned: ShardPlan, placement: Placement, result: ShardResult, kind: str | None) -> list[Outcome]:

@@ -87,6 +87,9 @@ class ShardJob:
     caution: int = 0
     """Place in `loramem.training.shards.CAUTION` where training begins; later ones follow where a proof refuses what
     came of it."""
+    doubtful: tuple[int, ...] = ()
+    """Records that a proof refused or was least certain of: with all caution, what each of them computes alone is
+    trained over as well."""
     releases: Mapping[str, str] | None = None
     """Of the libraries of the process that asks, which another must have to run it."""
 
@@ -110,6 +113,7 @@ class ShardJob:
             "settings": asdict(self.settings),
             "one_adapter": self.one_adapter,
             "caution": self.caution,
+            "doubtful": self.doubtful,
         }
         return hashlib.sha256(json.dumps(arguments, sort_keys=True).encode()).hexdigest()[:32]
 

@@ -5,7 +5,7 @@ The folder it is saved to is the caller's: in staging for a process that has the
 
 import hashlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,8 @@ from loramem._util.files import write_directory
 from loramem.errors import RecallError, StubbornRecords
 from loramem.index.rows import StoredAdapter, now
 from loramem.models.adapters import AdaptedModel, adapter_id, rank_choices, serialize
-from loramem.models.certificate import Proof, free_running, prove
+from loramem.models.batches import Batches
+from loramem.models.certificate import Proof, free_running, in_doubt, prove
 from loramem.models.dtypes import Dtype
 from loramem.models.ending import Ending
 from loramem.models.features import Features
@@ -40,7 +41,8 @@ log = logging.getLogger(__name__)
 
 CAUTION = (1.5, 2.0, 2.5)
 """Factors on the deviations between dtypes or batches. What a proof refuses is trained again with the next, and over
-what half precision computes in decoding as well: in the batches of the proof, and at last of every record alone."""
+what half precision computes in decoding as well: in the batches of the proof, and at last of every record alone that a
+proof refused or was least certain of."""
 MOST_REFUSALS = 3
 """How often a job sets apart what a proof refuses with all caution: beyond that it is no matter of single records."""
 UNSAVED = "unsaved"  # name of the adapter being trained, inside the model only
@@ -142,15 +144,13 @@ def _write_adapter(
     outcomes = list[Features]()
     if features is not None and (rounding or adapted.base.rounds_inputs):
         outcomes = outcomes_of((rounding or [adapted])[0], records)
-    compositions, met = [free_running(records)], 0
-    if len(records) > 1:
-        compositions.append([[number] for number in range(len(records))])
+    doubtful, met = {number for number, index in enumerate(indices) if index in job.doubtful}, 0
     keep = job.settings.keep_base
     material = None if keep is None else neutral_material(adapted, records, keep, job.settings.seed)
     placement, spent = job.placement, list[Training]()
     for place in range(job.caution, len(CAUTION)):
         if features is not None:
-            for batches in compositions[met:place]:
+            for batches in _decoded_batches(records, doubtful)[met:place]:
                 features = [*features, *as_decoded(exact, records, features, batches)]
                 outcomes += as_decoded(rounding, records, outcomes, batches)
             met = place
@@ -191,11 +191,19 @@ def _write_adapter(
                 raise
             log.info("%s; training again with more caution", error)
             spent = [trained.training]  # with what went before it
+            named = {*error.doubtful, *(error.keys if isinstance(error, StubbornRecords) else [error.key])}
+            doubtful |= {number for number, record in enumerate(records) if record.record.key in named}
             if trained.on_features:
                 rank, placement = trained.training.rank, trained.placement  # what holds less was tried
             else:
                 features = None
     raise AssertionError("a job begins with a caution that there is")
+
+
+def _decoded_batches(records: Sequence[EncodedRecord], doubtful: Collection[int]) -> list[Batches]:
+    """In which batches more and more cautious tries decode, by index; alone those that are doubtful."""
+    alone = [[number] for number in sorted(doubtful)] if len(records) > 1 else []
+    return [free_running(records), *([alone] if alone else [])]
 
 
 def _careful(settings: WriterSettings, place: int) -> WriterSettings:
@@ -266,6 +274,7 @@ def _proved(
             f"{job.settings.certify_threshold}. Write again with a higher rank.",
             keys=keys,
             rank=rank,
+            doubtful=[records[number].record.key for number in in_doubt(proof.min_probs)],
         )
     return proof
 
