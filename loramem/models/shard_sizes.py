@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-FILL = 1.2
+FILL = 2.4
 """Answer and end tokens of one shard, by the mean width of the adapted modules; measured in docs/engine.md."""
 
 
