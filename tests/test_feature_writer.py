@@ -200,6 +200,19 @@ def test_what_no_rank_holds_is_reported_stubborn(loaded: BaseModel, monkeypatch:
     assert training.stubborn
 
 
+def test_more_to_spare_is_not_waited_for_as_long_as_a_certificate(loaded: BaseModel) -> None:
+    records = encode(loaded, numbers(2))
+    adapted, settings = AdaptedModel(loaded), WriterSettings()
+    adapted.create("new", RANK, Placement.ladder(loaded.model)[0], 0)
+    features = collect(loaded.model, records)
+    run = feature_writer.FeatureRun(adapted, "new", [features], 2, RANK, settings, None, 0.0, (), 1.0)
+    run.enough = 1.1  # as where the final norm bounds what a token can have
+    assert run.until_certified_or_stalled()
+    assert run.stubborn_records() == ()
+    assert feature_writer.IDLE_SPARE <= run.step - run.best.step < feature_writer.IDLE_STEPS
+    assert min(lowest(loaded, records)) >= settings.certify_threshold
+
+
 def test_a_token_too_unlikely_in_another_dtype_alone_is_stubborn(
     loaded: BaseModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
