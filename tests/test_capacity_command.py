@@ -185,12 +185,12 @@ def test_the_json_for_a_known_base_model(calibrated: None, capsys: pytest.Captur
 def test_adapters_that_look_alike_share_a_row_and_large_ranks_are_whole(
     calibrated: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # Modules of a mean width of 500: at most 600 answer and end tokens in one adapter, those of 54 of these records.
+    # Modules of a mean width of 500: at most 1,200 answer and end tokens in one adapter, of 109 of these records.
     assert run(["capacity", "--length", "10800"]) == 0
     shown = capsys.readouterr()
     [row] = [line for line in shown.out.splitlines() if line.startswith("| ") and line[2].isdigit()]
     # 2 · 19^(1/4) · 8.26 = 34.5, and twice as much for speed.
-    assert row.startswith("| 1–20 | 54 | 540 | 400 | 1 | 8.3 (7.5–9) | 70 |")
+    assert row.startswith("| 1–10 | 108 | 1,080 | 400 | 2 | 8.3 (7.5–9) | 70 |")
 
 
 def test_a_law_that_is_asked_beyond_its_runs_says_so(calibrated: None, capsys: pytest.CaptureFixture[str]) -> None:
