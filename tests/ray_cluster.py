@@ -19,6 +19,7 @@ import ray
 
 from loramem import MemoryStore, WriteProgress, ray_executor
 from loramem.errors import NoWorkers, OtherRelease
+from loramem.models import shard_sizes
 from loramem.planning.pricing import run_pricing
 from loramem.training.executors import ClusterExecutor
 from loramem.training.worker import run_job
@@ -28,6 +29,13 @@ from .test_dask import forbid, left, pretend
 from .test_jobs import contents
 
 RECORDS = numbers(200)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_shards() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shard_sizes, "FILL", 1.2)  # of two dozen records
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +125,9 @@ def test_a_write_outlives_one_of_its_workers(
 PARENT = """
 import json, os, signal, sys
 from loramem import MemoryStore, ray_executor
+from loramem.models import shard_sizes
+
+shard_sizes.FILL = 1.2
 
 finished = []
 

@@ -16,6 +16,7 @@ import pytest
 
 from loramem import MemoryStore, WriteProgress, dask_executor
 from loramem.errors import ArgumentError, NoWorkers, OtherRelease
+from loramem.models import shard_sizes
 from loramem.planning.pricing import run_pricing
 from loramem.training.clusters import NOWHERE
 from loramem.training.executors import ClusterExecutor
@@ -26,6 +27,13 @@ from .test_jobs import contents
 
 RECORDS = numbers(120)  # in shards of two dozen each
 MANY = numbers(1000, digits=1)  # of five dozen: what is trained takes most of this file's time
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_shards() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shard_sizes, "FILL", 1.2)  # of two dozen records
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -160,6 +168,9 @@ def test_a_write_outlives_one_of_its_workers(
 PARENT = """
 import json, os, signal, sys
 from loramem import MemoryStore, dask_executor
+from loramem.models import shard_sizes
+
+shard_sizes.FILL = 1.2
 
 finished = []
 
