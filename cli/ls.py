@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from loramem.index.rows import StoredRecord
 
 COLUMNS = ("key", "namespace", "tokens", "lowest p", "by chat", "adapter", "written")
+_NOT_SHOWN = ("value", "salt", "digest", "prompt", "question_of")
 _CHAT = {True: "yes", False: "needs ids", None: "-"}
 """Whether a chat server may be asked for the key; not known of older records, nor without a chat template."""
 
@@ -35,19 +36,22 @@ def command(
 ) -> None:
     """List the records of the store (./memory unless named) with certificate and adapter.
 
-    Values are not shown: recall decodes them. With --json, one object a line.
+    Values are not shown: recall decodes them. With --json, one object a line, with the record's questions.
     """
     with store.open() as opened:
         wanted = options.named_values(meta)
         if adapter is not None:
             adapter = _whole(adapter, [stored.id for stored in opened.adapters()])
         # Read as they are printed: a pipe that takes the first few waits for no others.
-        records = opened.iter_records(namespace, adapter, since=since, until=until, metadata=wanted)
         if as_json:
-            for record in records:
+            for record, questions in opened.iter_asked(namespace, adapter, since=since, until=until, metadata=wanted):
                 shown = {**asdict(record), "chat": record.chat}
-                print_json({name: shown[name] for name in shown if name not in ("value", "salt", "digest", "prompt")})
+                print_json(
+                    {name: shown[name] for name in shown if name not in _NOT_SHOWN}
+                    | ({"questions": questions} if questions else {})
+                )
         else:
+            records = opened.iter_records(namespace, adapter, since=since, until=until, metadata=wanted)
             print_table(COLUMNS, map(_row, records))
 
 

@@ -99,6 +99,23 @@ _ONE_ADAPTER = click.option(
     is_flag=True,
     help="All records of a namespace in one adapter, for a server of a single LoRA; may be slower by far.",
 )
+
+
+def _templates(_ctx: click.Context, _param: click.Parameter, value: tuple[str, ...]) -> tuple[str, ...]:
+    from loramem.records.questions import check_templates
+
+    check_templates(value)
+    return value
+
+
+_ASK = click.option(
+    "--ask",
+    callback=_templates,
+    multiple=True,
+    metavar="TEMPLATE",
+    help="A question that gives the value as the key does, with {key} in its place (less a colon at its end), such as "
+    '"What is the phone number of {key}?"; may be repeated. Each is trained and proved.',
+)
 _CALIBRATE = click.option(
     "--calibrate/--no-calibrate",
     default=None,
@@ -349,6 +366,10 @@ def goal_options(command: Command) -> Command:
 
 def one_adapter_option(command: Command) -> Command:
     return _ONE_ADAPTER(command)
+
+
+def ask_option(command: Command) -> Command:
+    return _ASK(command)
 
 
 def _delimiter(_ctx: click.Context, _param: click.Parameter, value: str | None) -> str | None:

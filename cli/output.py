@@ -149,6 +149,11 @@ def kept_facts(kept: "Kept") -> list[tuple[str, str]]:
     ]
 
 
+def written_facts(records: int, questions: int) -> str:
+    """What was written, in words."""
+    return f"{records} records and {questions} questions" if questions else f"{records} records"
+
+
 def note(message: str) -> None:
     """A remark on stderr, on one line; wrapped where a terminal shows it, with what follows set in."""
     click.echo(_wrapped(message, sys.stderr, indent=2), err=True)

@@ -13,6 +13,7 @@ from .progress import write_bar
 @options.planned_change_options
 @options.namespace_option
 @options.goal_options
+@options.ask_option
 def command(
     key: str,
     value: str,
@@ -20,6 +21,7 @@ def command(
     as_json: bool,
     namespace: str,
     ranks: options.RankOptions,
+    ask: tuple[str, ...],
 ) -> None:
     """Write one record into the store (./memory unless named)."""
     from loramem import Record
@@ -27,10 +29,10 @@ def command(
     settings = ranks.settings()
     record = Record(key, value, namespace)
     with store.load(create=True) as opened, write_bar() as progress:
-        report = opened.write([record], goal=ranks.goal, rank=ranks.rank, settings=settings, progress=progress)
+        report = opened.write([record], ask=ask, goal=ranks.goal, rank=ranks.rank, settings=settings, progress=progress)
     if as_json:
         print_json(report)
-    elif report.written:
+    elif report.written or report.questions:
         note(f"Written; lowest p {report.min_prob:.3f}, rank {report.rank}, {report.elapsed_s:.1f} s.")
         note_needs_ids(report.needs_ids)
     else:

@@ -21,6 +21,7 @@ def command(store: options.StoreOptions, as_json: bool) -> None:
             ("memory law", stats.law or "not calibrated"),
             ("namespaces", stats.namespaces),
             ("records", stats.records),
+            *([("questions", stats.questions)] if stats.questions else []),
             ("tombstones", stats.tombstones),
             ("answer tokens", stats.answer_tokens),
             ("adapters", stats.adapters),

@@ -9,7 +9,7 @@ from loramem.errors import InputError
 from loramem.training.settings import KeepBase
 
 from . import options
-from .output import kept_facts, note, note_needs_ids, print_facts, print_json
+from .output import kept_facts, note, note_needs_ids, print_facts, print_json, written_facts
 from .progress import write_bar
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 @options.namespace_option
 @options.goal_options
 @options.one_adapter_option
+@options.ask_option
 @click.option(
     "--keep-base",
     is_flag=True,
@@ -80,6 +81,7 @@ def command(
     namespace: str,
     ranks: options.RankOptions,
     one_adapter: bool,
+    ask: tuple[str, ...],
     keep_base: bool,
     on_miss: "OnMiss",
     neutral: Path | None,
@@ -95,8 +97,9 @@ def command(
 ) -> None:
     """Write the records of FILE (JSONL, JSON, CSV or TSV; - for stdin) and prove that each is recalled.
 
-    A row has a key, a value, and perhaps a namespace and metadata; as trainers take them, messages of one user and one
-    assistant, or prompt and completion, will do. The store is ./memory unless named, and is created if there is none.
+    A row has a key, a value, and perhaps questions (other texts that give the value), a namespace and metadata; as
+    trainers take them, messages of one user and one assistant, or prompt and completion, will do. The store is
+    ./memory unless named, and is created if there is none.
     """
     if (file is not None) + resume + discard != 1:
         raise click.UsageError("Give a FILE (- for stdin), or --resume, or --discard.")
@@ -129,6 +132,7 @@ def command(
         write_bar() as progress,
     ):
         how: dict[str, Any] = {
+            "ask": ask,
             "on_conflict": on_conflict,
             "goal": ranks.goal,
             "rank": ranks.rank,
@@ -148,21 +152,24 @@ def command(
 
 def _tell_batches(reports: "Iterable[WriteReport]", as_json: bool) -> None:
     """Each as it is committed; none is kept."""
-    written = skipped = failed = adapters = 0
+    written = questions = skipped = failed = adapters = 0
     least = 1.0
     for number, report in enumerate(reports, start=1):
         if as_json:
             print_json(report)
         written, skipped = written + report.written, skipped + report.skipped
-        failed, adapters = failed + len(report.failed), adapters + len(report.adapters)
+        questions, failed = questions + report.questions, failed + len(report.failed)
+        adapters += len(report.adapters)
         least = min(least, report.min_prob or 1.0)
-        note(f"Batch {number}: {report.written} records written in {report.elapsed_s:.1f} s; {written} so far.")
+        facts = written_facts(report.written, report.questions)
+        note(f"Batch {number}: {facts} written in {report.elapsed_s:.1f} s; {written} so far.")
     if not as_json:
+        facts = written_facts(written, questions)
         print_facts(
             [
-                ("written", f"{written} records, every one decoded exactly from the adapter as saved"),
+                ("written", f"{facts}, every one decoded exactly from the adapter as saved"),
                 ("skipped", skipped),
-                ("lowest p", f"{least:.3f}" if written else "-"),
+                ("lowest p", f"{least:.3f}" if written or questions else "-"),
                 ("adapters", adapters),
             ]
         )
@@ -181,10 +188,11 @@ def _tell(report: "WriteReport", on_conflict: "OnConflict", as_json: bool) -> No
     if report.min_prob is None:
         print_facts([("written", "0 records")])
         return
+    facts = written_facts(report.written, report.questions)
     served = [f"{least:.3f} in {dtype}" for dtype, least in report.served.items()]
     print_facts(
         [
-            ("written", f"{report.written} records, every one decoded exactly from the adapter as saved"),
+            ("written", f"{facts}, every one decoded exactly from the adapter as saved"),
             ("lowest p", ", ".join([f"{report.min_prob:.3f}", *served])),
             ("adapters", len(report.adapters)),
             ("rank", report.rank),

@@ -5,6 +5,7 @@
     │   ├── EmptyField                empty key or value
     │   ├── InvalidField              missing field, not a string, or text that UTF-8 cannot hold
     │   ├── ConflictingRecord         the key is there already with another value
+    │   ├── QuestionTaken             a question asks for another record already, or is one's key
     │   ├── PromptCollision           two keys whose prompts have the same token ids
     │   ├── SpecialTokenInText        key or value spells a special token of the tokenizer
     │   ├── NotRoundTrip              the tokenizer does not give the value back exactly
@@ -113,6 +114,15 @@ class InvalidField(RecordError):
 
 class ConflictingRecord(RecordError):
     """The key exists already with another value, in the same input or in the store."""
+
+
+class QuestionTaken(RecordError):
+    """One text asks for two records: as a question of each, or as the key of one. Attribute ``other``: key of the one
+    that has it."""
+
+    def __init__(self, message: str, *, other: str, key: str | None = None, line: int | None = None) -> None:
+        super().__init__(message, key=key, line=line)
+        self.other = other
 
 
 class PromptCollision(RecordError):

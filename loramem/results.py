@@ -45,10 +45,11 @@ class WriteReport:
     """A committed write."""
 
     written: int
+    """Records; their questions are counted apart."""
     skipped: int
     """Records that were in the store already, or twice in the input, with the same value."""
     failed: tuple[str, ...]
-    """Keys that could not be certified; only with ``partial=True``."""
+    """Keys and questions that could not be certified; only with ``partial=True``."""
     adapters: tuple[str, ...]
     rank: int
     """The largest rank of the new adapters."""
@@ -73,6 +74,8 @@ class WriteReport:
     """By adapter, what it leaves of the base; where ``keep_base`` asked for it."""
     beside: int = 0
     """Where one adapter was asked for: those that its namespaces have from before. `compact` makes one of all."""
+    questions: int = 0
+    """Of the records, and of records that were there before."""
 
     @property
     def bits_per_parameter(self) -> float:
@@ -379,6 +382,8 @@ class Stats:
     """Kinds of data for which a memory law of the base model is known, joined by commas."""
     namespaces: int
     records: int
+    questions: int
+    """That ask for records beside their keys."""
     tombstones: int
     """Records that were replaced, deleted or renamed, and that an adapter's weights still hold."""
     adapters: int

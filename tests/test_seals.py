@@ -99,7 +99,7 @@ def one_more_column(monkeypatch: pytest.MonkeyPatch) -> None:
     def format_1_note(db: Database) -> None:
         db.table("records").add_column("note", str)
         db.execute("update records set note = 'none'")
-        reseal(db, "records", 2)
+        reseal(db, "records", len(later.versions))
 
 
 def change(path: Path, statement: str) -> None:

@@ -126,7 +126,7 @@ class Memory:
         until: datetime | None = None,
         metadata: Mapping[str, str] | None = None,
     ) -> Iterator[StoredRecord]:
-        """Index rows, without decoding anything, adapter by adapter.
+        """Index rows, without decoding anything, adapter by adapter; no questions, which `questions` gives.
 
         Args:
             namespace: None for those of all namespaces. An adapter's are those of its own one where none is named.
@@ -152,9 +152,36 @@ class Memory:
         beside newer ones, and `erase` cannot clear its log.
         """
         space = namespace if namespace or adapter is None else None
-        stored = None if space is None else self._stored_name(space)
-        with closing(Index.open(self._index.path)) as index, index.snapshot():
-            yield from index.records(stored, adapter, since=_utc(since), until=_utc(until), metadata=metadata)
+        return self._iter_records(space, adapter, since=since, until=until, metadata=metadata)
+
+    def iter_asked(
+        self,
+        namespace: str | None = "",
+        adapter: str | None = None,
+        *,
+        since: datetime | None = None,
+        until: datetime | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> Iterator[tuple[StoredRecord, list[str]]]:
+        """`iter_records`, each with its `questions`."""
+        space = namespace if namespace or adapter is None else None
+        return self._iter_asked(space, adapter, since=since, until=until, metadata=metadata)
+
+    def questions(self, key: str, namespace: str = "") -> list[str]:
+        """What else gives the value of a key, in the order it was written; of a question, those of its record.
+
+        Raises:
+            KeyNotFound: No such record.
+        """
+        with self._turn():
+            known = self._find(key, namespace)
+            identity = self._stored_name(namespace), known.question_of or key
+            return self._index.questions_of([identity]).get(identity, [])
+
+    def all_questions(self) -> dict[tuple[str, str], list[str]]:
+        """`questions` of all records that have any, by namespace and key."""
+        with self._turn():
+            return self._index.questions()
 
     def adapters(self) -> list[StoredAdapter]:
         """Committed adapters that hold live records, oldest first."""
@@ -419,9 +446,41 @@ class Memory:
         metadata: Mapping[str, str] | None = None,
     ) -> Iterator[StoredRecord]:
         with self._turn():
-            stored = None if namespace is None else self._stored_name(namespace)
-            chosen = self._index.records(stored, adapter, since=_utc(since), until=_utc(until), metadata=metadata)
-            return iter(list(chosen))
+            return iter(
+                list(self._chosen(self._index, namespace, adapter, since=since, until=until, metadata=metadata))
+            )
+
+    def _iter_records(self, namespace: str | None, adapter: str | None, **options: Any) -> Iterator[StoredRecord]:
+        with self._frozen() as index:
+            yield from self._chosen(index, namespace, adapter, **options)
+
+    def _iter_asked(
+        self, namespace: str | None, adapter: str | None, **options: Any
+    ) -> Iterator[tuple[StoredRecord, list[str]]]:
+        with self._frozen() as index:
+            for record in self._chosen(index, namespace, adapter, **options):
+                identity = record.namespace, record.key
+                yield record, index.questions_of([identity]).get(identity, [])
+
+    def _chosen(
+        self,
+        index: Index,
+        namespace: str | None,
+        adapter: str | None,
+        *,
+        since: datetime | None = None,
+        until: datetime | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> Iterator[StoredRecord]:
+        """Of an index of this store, over whichever connection."""
+        stored = None if namespace is None else self._stored_name(namespace)
+        return index.records(stored, adapter, since=_utc(since), until=_utc(until), metadata=metadata, questions=False)
+
+    @contextmanager
+    def _frozen(self) -> Iterator[Index]:
+        """The index in one committed state, over a connection of its own."""
+        with closing(Index.open(self._index.path)) as index, index.snapshot():
+            yield index
 
     def _stored_name(self, namespace: str) -> str:
         salt = self.manifest.key_salt

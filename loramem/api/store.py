@@ -21,6 +21,8 @@ from loramem.index.commits import commit_deletion, commit_records, end_write
 from loramem.index.rows import DISCARDED, RENAMED, Ended, PendingWrite
 from loramem.models.dtypes import Dtype, DtypeChoice
 from loramem.planning.limits import GoalName
+from loramem.records.questions import ask as asked_by
+from loramem.records.questions import check_templates, renamed
 from loramem.records.record import Record, RecordLike, as_records, iterate_records
 from loramem.results import WriteReport
 from loramem.store import copies
@@ -124,6 +126,7 @@ class MemoryStore(Maintained):
         self,
         records: Mapping[str, str] | Iterable[RecordLike],
         *,
+        ask: Sequence[str] = (),
         namespace: str = "",
         on_conflict: OnConflict = "error",
         goal: GoalName = "fast",
@@ -141,6 +144,8 @@ class MemoryStore(Maintained):
 
         Args:
             records: A mapping, pairs, dicts with "key" and "value", or `Record`s; without any, nothing is written.
+            ask: Questions with ``{key}`` in the place of the key, less a colon at its end, that every record is to
+                answer beside those it has: each is trained, certified and recalled as a key is.
             namespace: For entries that do not name one, such as "team/project".
             on_conflict: What becomes of a record whose key is there with another value: "error" refuses the write,
                 "skip" keeps the old value, "replace" ends it in the same commit that brings the new one.
@@ -170,12 +175,13 @@ class MemoryStore(Maintained):
             RecallError: A saved adapter did not decode what training had certified; nothing was committed.
             OutOfMemory: A batch did not fit into memory; the write waits to be resumed or discarded.
             UnknownChoice: No such goal or conflict rule.
-            ArgumentError: A rank above the highest allowed.
+            ArgumentError: A rank above the highest allowed, or a question without ``{key}``.
         """
+        check_templates(ask)
         request = _request(goal, rank, settings, one_adapter, keep_base, partial)
         check_choice("on_conflict", on_conflict, get_args(OnConflict))
         with self._lock, self._writing():
-            given = as_records(records, namespace)
+            given = list(asked_by(as_records(records, namespace), ask))
             return self._session.transaction.write(given, request, on_conflict, progress, executor)
 
     def write_batches(
@@ -183,6 +189,7 @@ class MemoryStore(Maintained):
         records: Mapping[str, str] | Iterable[RecordLike],
         *,
         batch: int = BATCH_RECORDS,
+        ask: Sequence[str] = (),
         namespace: str = "",
         on_conflict: OnConflict = "error",
         goal: GoalName = "fast",
@@ -205,8 +212,8 @@ class MemoryStore(Maintained):
 
         Args:
             records: As of `write`; a generator does.
-            batch: Records of each, but the last: several shards for each worker.
-            namespace: As of `write`, like all others.
+            batch: Records of each, but the last, their questions not counted: several shards for each worker.
+            ask: As of `write`, like all others.
 
         Raises what `write` raises, at the batch that fails.
 
@@ -219,7 +226,8 @@ class MemoryStore(Maintained):
         """
         if batch < 1:
             raise ArgumentError(f"batch must be at least 1, not {batch}", argument="batch", value=batch)
-        given = iterate_records(records, namespace)
+        check_templates(ask)
+        given = asked_by(iterate_records(records, namespace), ask)
         parts = iter(lambda: list(islice(given, batch)), [])
         request = _request(goal, rank, settings, one_adapter, keep_base, partial)
         check_choice("on_conflict", on_conflict, get_args(OnConflict))
@@ -251,7 +259,10 @@ class MemoryStore(Maintained):
     ) -> WriteReport:
         """Give a record another value, other metadata, or both; the old value is not recalled from the commit on.
 
+        Its questions get the new value too.
+
         Args:
+            key: Or a question of the record.
             value: None keeps it; then nothing is trained.
             metadata: In place of all that the record had; None keeps it.
 
@@ -262,12 +273,14 @@ class MemoryStore(Maintained):
         request.check()
         with self._lock, self._writing():
             known = self._find(key, namespace)
+            if known.question_of is not None:
+                known = self._find(known.question_of, namespace)
             kept = known.metadata if metadata is None else dict(metadata)
             if value is None or known.holds(value):
-                Record(key, value or " ", namespace, kept)  # raises if the metadata cannot be kept
+                Record(known.key, value or " ", namespace, kept)  # raises if the metadata cannot be kept
                 commit_records(self._index, [replace(known, metadata=kept)])
                 return WriteReport.nothing(1)
-            record = Record(key, value, namespace, kept)
+            record = Record(known.key, value, namespace, kept)
             return self._session.transaction.write([record], request, "replace", progress)
 
     def rename(
@@ -281,7 +294,11 @@ class MemoryStore(Maintained):
         settings: WriterSettings | None = None,
         progress: "ProgressCallback | None" = None,
     ) -> WriteReport:
-        """Write a record's value under another key and end the old one, in one commit; metadata are kept.
+        """Write a record's value under another key and end the old one, in one commit; metadata and questions are kept,
+        and a question that names the old key names the new one.
+
+        Args:
+            key: Of a record; or one of its questions, which is then worded anew.
 
         Raises:
             KeyNotFound: There is no such record.
@@ -295,13 +312,19 @@ class MemoryStore(Maintained):
             if self._index.find(namespace, new_key) is not None:
                 raise ConflictingRecord(f"Key {new_key!r} is in the store already. Use another one.", key=new_key)
             value = self._session.reader.values([known])[namespace, key]
-            record = Record(new_key, value, namespace, known.metadata)
+            asked = self._index.questions_of([(namespace, key)]).get((namespace, key), [])
+            record = Record(
+                *(new_key, value, namespace, known.metadata),
+                questions=renamed(asked, key, new_key),
+                question_of=known.question_of,
+            )
             return self._session.transaction.write([record], request, progress=progress)
 
     def delete(self, keys: str | Iterable[str], namespace: str = "") -> int:
-        """Stop recalling one record or several, in one commit; returns how many.
+        """Stop recalling one record or several, with their questions, in one commit; returns how many.
 
-        Their adapters still hold the values until `compact`; `erase` clears every trace.
+        A question can be deleted by itself. Their adapters still hold the values until `compact`; `erase` clears every
+        trace.
 
         Raises:
             KeyNotFound: One of the keys is unknown; nothing was deleted.

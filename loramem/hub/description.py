@@ -49,9 +49,10 @@ def describe(
     hide = key_salt is not None and manifest.key_salt is None  # a store that was pulled without keys has none to hide
 
     def line(record: StoredRecord) -> PublishedRecord:
-        namespace, key = record.namespace, record.key
+        namespace, key, of = record.namespace, record.key, record.question_of
         if hide:
             assert key_salt is not None
+            of = None if of is None else hidden_names(key_salt, namespace, of)[1]
             namespace, key = hidden_names(key_salt, namespace, key)
         return PublishedRecord(
             namespace=namespace,
@@ -66,6 +67,7 @@ def describe(
             prompt_sha256=key if hide else record.prompt_sha256,  # that of a short key could be guessed
             written_at=record.written_at,
             prompt=None if record.prompt is None else _asking(record.prompt, told=key_salt is None),
+            question_of=of,
         )
 
     lines = "".join(

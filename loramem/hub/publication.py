@@ -196,6 +196,8 @@ class PublishedRecord(_Strict):
     written_at: Time
     prompt: PublishedAsking | None = None
     """Left out of records that were written before this was looked at, and where there is no chat template."""
+    question_of: str | None = Field(default=None, min_length=1)
+    """Of a question, the key of the record that it asks for; a digest where keys are not published."""
 
 
 class Publication(_Strict):
@@ -289,6 +291,7 @@ def read_lines(content: bytes, publication: Publication) -> list[PublishedRecord
         raise ValueError("two keys have one prompt")
     expected = {adapter.id: (adapter.namespace, adapter.records) for adapter in publication.adapters}
     counted, lowest = dict.fromkeys(expected, 0), dict.fromkeys(expected, 1.0)
+    keys = {(record.namespace, record.key) for record in records if record.question_of is None}
     for record in records:
         if record.adapter not in expected:
             raise ValueError(f"it names adapter {record.adapter}, which is not published")
@@ -301,6 +304,8 @@ def read_lines(content: bytes, publication: Publication) -> list[PublishedRecord
                 raise ValueError("it has prompts of keys that are not published")
             if prompt_digest(record.prompt.ids) != record.prompt_sha256:
                 raise ValueError(f"the prompt of key {record.key!r} is not the one of its sha256")
+        if record.question_of is not None and (record.namespace, record.question_of) not in keys:
+            raise ValueError("a question asks for a record that it does not have")
         counted[record.adapter] += 1
         lowest[record.adapter] = min(lowest[record.adapter], record.min_prob)
     if wrong := [id for id, (_, count) in expected.items() if counted[id] != count]:

@@ -163,11 +163,14 @@ def _put_records(change: Change, records: Iterable[StoredRecord]) -> set[str]:
 
 
 def _end(index: Index, change: Change, records: Mapping[Identity, tuple[str, str | None]]) -> set[str]:
-    """Returns the adapters that they were in."""
-    number, left = index.next_id("versions"), set[str]()
-    there = index.find_many(records)
-    for identity in [identity for identity in records if identity in there]:
-        record, (how, successor) = there[identity], records[identity]
+    """Returns the adapters that they were in. The questions of a record end with it, unless it is said how they do."""
+    number, left, every = index.next_id("versions"), set[str](), dict(records)
+    for (namespace, _), questions in index.questions_of(records).items():
+        for question in questions:
+            every.setdefault((namespace, question), (DELETED, None))
+    there = index.find_many(every)
+    for identity in [identity for identity in every if identity in there]:
+        record, (how, successor) = there[identity], every[identity]
         change.put("versions", version_row(number, record, how, successor))
         change.remove_key("records", *identity)
         left.add(record.adapter)

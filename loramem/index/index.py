@@ -37,6 +37,7 @@ NAME = "index.db"
 CLOSE_KEYS = 20_000
 """So many keys are compared roughly with an unknown one, a hundredth of them closely."""
 _LIVE = "id not in (select adapter from retired)"
+_NO_QUESTION = "question_of is null"
 _PENDING = f"state = '{PENDING}'"  # a literal, which the index of these rows is found by
 
 
@@ -125,10 +126,12 @@ class Index(SealedDatabase):
         since: str | None = None,
         until: str | None = None,
         metadata: Mapping[str, str] | None = None,
+        questions: bool = True,
     ) -> Iterator[StoredRecord]:
         """Committed records by adapter, in the order they were written.
 
         Args:
+            questions: Also those that are questions for another.
             since: Written at this time or later (UTC, ISO 8601 to the second).
             until: Written before this time.
             metadata: Names and values that a record's metadata must have.
@@ -143,6 +146,7 @@ class Index(SealedDatabase):
             "written_at < :until": until,
         }
         conditions = [condition for condition, value in wanted.items() if value is not None]
+        conditions += [] if questions else [_NO_QUESTION]
         values = {"namespace": namespace, "adapter": adapter, "since": since, "until": until}
         where = " and ".join(conditions) or None
         for row in self._rows("records", where, values, order_by="adapter, rowid"):
@@ -151,12 +155,13 @@ class Index(SealedDatabase):
                 yield record
 
     def in_order(self, namespace: str) -> Iterator[StoredRecord]:
-        """Live records of a namespace in the order they were written, that of `keys`.
+        """Live records of a namespace in the order they were written, that of `keys`; no questions.
 
         Raises:
             IntegrityError: A row is not what was committed.
         """
-        rows = self._rows("records", "namespace = :namespace", {"namespace": namespace}, order_by="rowid")
+        where = f"namespace = :namespace and {_NO_QUESTION}"
+        rows = self._rows("records", where, {"namespace": namespace}, order_by="rowid")
         return map(record_of, rows)
 
     def written(self, adapters: Iterable[str]) -> list[StoredRecord]:
@@ -170,8 +175,30 @@ class Index(SealedDatabase):
         return [record_of(row) for row in rows if row["adapter"] in wanted]
 
     def keys(self, namespace: str) -> Iterator[str]:
-        for row in self.db.query("select key from records where namespace = ? order by rowid", [namespace]):
+        query = f"select key from records where namespace = ? and {_NO_QUESTION} order by rowid"
+        for row in self.db.query(query, [namespace]):
             yield row["key"]
+
+    def questions(self) -> dict[tuple[str, str], list[str]]:
+        """Live questions in the order they were written, by namespace and key of their record."""
+        found = dict[tuple[str, str], list[str]]()
+        query = "select namespace, question_of, key from records where question_of not null order by rowid"
+        for namespace, of, question in self.db.conn.execute(query):
+            found.setdefault((namespace, of), []).append(question)
+        return found
+
+    def questions_of(self, identities: Iterable[tuple[str, str]]) -> dict[tuple[str, str], list[str]]:
+        """`questions` of those of these records that have any."""
+        found = dict[tuple[str, str], list[str]]()
+        columns, key = "rowid, namespace, question_of, key", ("namespace", "question_of")
+        for _, namespace, of, question in sorted(select_keys(self.db, "records", columns, key, identities)):
+            found.setdefault((namespace, of), []).append(question)
+        return found
+
+    def asked_ever(self, namespace: str, key: str) -> set[str]:
+        """Every question that was ever one for the record of a key."""
+        rows = (f"select key from {table} where namespace = ? and question_of = ?" for table in ("records", "versions"))
+        return {question for query in rows for (question,) in self.db.conn.execute(query, [namespace, key])}
 
     def namespaces(self) -> list[str]:
         return [row["namespace"] for row in self.db.query("select distinct namespace from records order by namespace")]
@@ -189,9 +216,10 @@ class Index(SealedDatabase):
         return difflib.get_close_matches(key, alike, n=3)
 
     def count(self, namespace: str | None = None) -> int:
+        """Records; without a namespace all rows, questions too."""
         if namespace is None:
             return int(self.db.table("records").count)
-        return int(self.db.table("records").count_where("namespace = ?", [namespace]))
+        return int(self.db.table("records").count_where(f"namespace = ? and {_NO_QUESTION}", [namespace]))
 
     def versions(self, namespace: str, key: str, *, renamed: bool = False) -> dict[int, StoredVersion]:
         """What the record of a key was before, oldest first, also under the names it had; by row id.

@@ -164,6 +164,15 @@ def format_1_vocabulary(db: Database) -> None:
     db.table("outcomes").add_column("vocabulary", float)
 
 
+@MIGRATIONS()
+def format_1_questions(db: Database) -> None:
+    """Questions: rows that name the record whose value they have."""
+    for table in ("records", "versions"):
+        db.table(table).add_column("question_of", str)
+        db.execute(f"create index idx_{table}_questions on {table} (namespace, question_of) where question_of not null")
+        reseal(db, table, 2)
+
+
 def reseal(db: Database, table: str, version: int, held: Callable[[str, Mapping[str, Any]], bool] = was_sealed) -> None:
     """Seal the rows of a table by a later list of columns, in the transaction of the migration that it is for.
 

@@ -37,6 +37,8 @@ class StoredRecord:
     prompt: dict[str, Any] | None = None
     """`loramem.records.chat.Chat.kept`; None for a plain prompt, and of records that were written before this was
     kept."""
+    question_of: str | None = None
+    """Of a question: the key of the record that it asks for. Its value is that record's."""
 
     @property
     def chat(self) -> bool | None:
@@ -82,6 +84,8 @@ class StoredVersion:
     adapter: str
     answer_tokens: int
     min_prob: float
+    question_of: str | None = None
+    """As in `StoredRecord`."""
 
 
 @dataclass(frozen=True)
@@ -156,6 +160,7 @@ def stored_record(
         min_prob=min_prob,
         written_at=now(),
         prompt=None if prompt is None else dict(prompt),
+        question_of=record.question_of,
     )
 
 
@@ -179,7 +184,7 @@ def record_of(row: Mapping[str, Any]) -> StoredRecord:
 
 def version_row(number: int, record: StoredRecord, ended_by: str, successor: str | None = None) -> dict[str, Any]:
     """The row that a record leaves when it ends."""
-    kept = ("namespace", "key", "written_at", "adapter", "answer_tokens", "min_prob")
+    kept = ("namespace", "key", "written_at", "adapter", "answer_tokens", "min_prob", "question_of")
     return {
         "id": number,
         **{name: vars(record)[name] for name in kept},

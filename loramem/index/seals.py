@@ -35,6 +35,14 @@ class Sealed:
 
 
 _WRITES = ("id", "state", "started_at", "ended_at", "count", "request")
+_RECORDS = (
+    *("namespace", "key", "value", "salt", "digest", "metadata", "prompt_sha256", "answer_tokens"),
+    *("adapter", "min_prob", "written_at", "prompt"),
+)
+_VERSIONS = (
+    *("id", "namespace", "key", "written_at", "ended_at", "ended_by", "successor", "adapter"),
+    *("answer_tokens", "min_prob"),
+)
 SEALED = {
     "adapters": Sealed(
         ("id",),
@@ -45,24 +53,8 @@ SEALED = {
             ),
         ),
     ),
-    "records": Sealed(
-        ("namespace", "key"),
-        (
-            (
-                *("namespace", "key", "value", "salt", "digest", "metadata", "prompt_sha256", "answer_tokens"),
-                *("adapter", "min_prob", "written_at", "prompt"),
-            ),
-        ),
-    ),
-    "versions": Sealed(
-        ("id",),
-        (
-            (
-                *("id", "namespace", "key", "written_at", "ended_at", "ended_by", "successor", "adapter"),
-                *("answer_tokens", "min_prob"),
-            ),
-        ),
-    ),
+    "records": Sealed(("namespace", "key"), (_RECORDS, (*_RECORDS, "question_of"))),
+    "versions": Sealed(("id",), (_VERSIONS, (*_VERSIONS, "question_of"))),
     "retired": Sealed(("adapter",), (("adapter", "retired_at"),)),
     "writes": Sealed(("id",), ((*_WRITES, "records"), _WRITES)),
     "journal": Sealed(("write", "number"), (("write", "number", "record"),)),

@@ -4,15 +4,16 @@ Everything that can be said about a record without a tokenizer is checked here, 
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from loramem.errors import ConflictingRecord, EmptyField, InputError, InvalidField
+from loramem.errors import ConflictingRecord, EmptyField, InputError, InvalidField, QuestionTaken
 
 KEY, VALUE = "key", "value"
 METADATA_DEPTH = 100
 """JSON readers give up somewhere between 200 and 1,000 levels; what was taken in must also be read again."""
+QUESTIONS = "questions"
 LISTED = frozenset({"prompt_sha256", "answer_tokens", "adapter", "min_prob", "written_at", "chat"})
 """What `loramem ls --json` says of a record beside what was given: true of the store it was listed from alone."""
 
@@ -24,14 +25,16 @@ class Record:
     Args:
         key: Any non-empty text; unique within its namespace.
         value: Any non-empty text.
+        questions: Other texts that are to give the value, each trained, certified and recalled as the key is; no text
+            of a namespace asks for two records.
         namespace: Separate recall spaces; the same key may exist in each.
         metadata: JSON-able facts kept in the index beside the record; never trained. Names are strings.
         line: Where the record stood in its input (1-based), for error messages.
 
     Raises:
         InvalidField: A field is not a string, or not encodable as UTF-8 (a lone surrogate), metadata included;
-            metadata is not JSON, or nested more than 100 deep.
-        EmptyField: Key or value is empty.
+            metadata is not JSON, or nested more than 100 deep; questions are no list of strings.
+        EmptyField: Key, value or a question is empty.
     """
 
     key: str
@@ -39,8 +42,26 @@ class Record:
     namespace: str = ""
     metadata: Mapping[str, Any] = field(default_factory=dict)
     line: int | None = field(default=None, compare=False, repr=False)
+    questions: Sequence[str] = field(default=(), kw_only=True)
+    question_of: str | None = field(default=None, kw_only=True, repr=False)
+    """Of a question that stands as a record of its own, as the index keeps it (`asked_apart`): whose it is."""
 
     def __post_init__(self) -> None:
+        questions = self.questions
+        if isinstance(questions, str) or not isinstance(questions, Sequence):
+            raise InvalidField(
+                f"The questions of key {shown(self.key)} must be a list of strings, not {shown(questions)}.",
+                line=self.line,
+            )
+        for question in questions:
+            if not isinstance(question, str) or lone_surrogate(question) is not None:
+                raise InvalidField(
+                    f"A question of key {shown(self.key)} must be text that UTF-8 can hold, not {shown(question)}.",
+                    line=self.line,
+                )
+            if not question:
+                raise EmptyField(f"A question of key {self.key!r} is empty.", key=self.key, line=self.line)
+        object.__setattr__(self, "questions", tuple(dict.fromkeys(text for text in questions if text != self.key)))
         for name in ("key", "value", "namespace"):
             text = getattr(self, name)
             if not isinstance(text, str):
@@ -68,8 +89,8 @@ class Record:
             raise EmptyField(f"The value of key {self.key!r} is empty.", key=self.key, line=self.line)
 
     def bare(self) -> "Record":
-        """Without metadata."""
-        return replace(self, metadata={}) if self.metadata else self
+        """Without metadata and questions."""
+        return replace(self, metadata={}, questions=()) if self.metadata or self.questions else self
 
 
 def lone_surrogate(text: str) -> int | None:
@@ -112,6 +133,7 @@ def journal_fields(record: Record) -> dict[str, Any]:
         "key": record.key,
         "value": record.value,
         "namespace": record.namespace,
+        **({} if record.question_of is None else {"question_of": record.question_of}),
         "metadata": dict(record.metadata),
     }
 
@@ -215,8 +237,8 @@ def record_of_row(
 
     Key and value stand in the fields named. Where those names are the default ones and the row has neither, it may
     also be as trainers take it: ``messages`` of one user and one assistant, or ``prompt`` and ``completion`` as text or
-    as lists of one message. ``namespace`` is the record's; fields other than these become metadata, beside those in
-    ``metadata``.
+    as lists of one message. ``namespace`` is the record's, as are ``questions``, a list of strings, which in a table is
+    written as JSON; fields other than these become metadata, beside those in ``metadata``.
 
     Args:
         namespace: For a row that names none.
@@ -253,7 +275,21 @@ def record_of_row(
     metadata = others.pop("metadata", None) or {}
     if not isinstance(metadata, Mapping):
         raise InvalidField(f"The field 'metadata' must be an object, not {shown(metadata)}.", line=line)
-    return Record(key, value, namespace if named in (None, "") else named, {**metadata, **others}, line)
+    questions = _questions(others.pop(QUESTIONS, None), line)
+    space = namespace if named in (None, "") else named
+    return Record(key, value, space, {**metadata, **others}, line, questions=questions)
+
+
+def _questions(given: Any, line: int | None) -> Any:
+    """A field of questions; `Record` checks what it holds."""
+    if isinstance(given, str) and given:
+        try:
+            given = json.loads(given)
+        except ValueError:
+            raise InvalidField(
+                f"The field {QUESTIONS!r} must be a list of strings, as JSON in a table, not {shown(given)}.", line=line
+            ) from None
+    return given or ()
 
 
 def _spoken(row: Mapping[str, Any], name: str, role: str, line: int | None) -> Any:
@@ -294,6 +330,7 @@ def deduplicate(records: Iterable[Record]) -> tuple[list[Record], list[Record]]:
 
     Raises:
         ConflictingRecord: The same key comes twice with different values.
+        QuestionTaken: A question is another record's key, or a question of two.
     """
     first: dict[tuple[str, str], Record] = {}
     repeated = []
@@ -302,6 +339,8 @@ def deduplicate(records: Iterable[Record]) -> tuple[list[Record], list[Record]]:
         if known is None:
             first[record.namespace, record.key] = record
             continue
+        if known.question_of != record.question_of:
+            raise question_taken(record, known.key if known.question_of is None else known.question_of)
         if known.value != record.value:
             raise ConflictingRecord(
                 f"Key {record.key!r} was given before (line {known.line}) with another value: "
@@ -311,3 +350,14 @@ def deduplicate(records: Iterable[Record]) -> tuple[list[Record], list[Record]]:
             )
         repeated.append(record)
     return list(first.values()), repeated
+
+
+def question_taken(record: Record, other: str) -> QuestionTaken:
+    """The error that says whose a text is already which a record is to be asked by."""
+    asks = f"key {record.key!r}" if record.question_of is None else f"question {record.key!r} of {record.question_of!r}"
+    return QuestionTaken(
+        f"The {asks} asks for the record {other!r} already. One text gives one value: word it otherwise.",
+        other=other,
+        key=record.key,
+        line=record.line,
+    )

@@ -196,7 +196,7 @@ def rewrite(
         if values is None:
             values = session.reader.values(before)
         kept = {(record.namespace, record.key): record.prompt for record in before if record.prompt is not None}
-        records = [Record(r.key, values[r.namespace, r.key], r.namespace) for r in before]
+        records = [Record(r.key, values[r.namespace, r.key], r.namespace, question_of=r.question_of) for r in before]
         encoded = session.planner.encode(records, kept)
         plan = session.planner.plan(encoded, request, learnt=(), executor=executor)
         wanted.append(session.transaction.training(encoded, plan, request.settings))
@@ -252,8 +252,10 @@ def erase(
         StoreLocked: Another process kept reading, so that the write-ahead log could not be emptied.
     """
     started, index = time.monotonic(), session.index
-    live = [record for record in (index.find(*identity) for identity in records) if record is not None]
-    past = [version for identity in records for version in index.versions(*identity).values()]
+    asked = [(namespace, text) for namespace, key in records for text in sorted(index.asked_ever(namespace, key))]
+    every = list(dict.fromkeys([*records, *asked]))
+    live = [record for record in (index.find(*identity) for identity in every) if record is not None]
+    past = [version for identity in every for version in index.versions(*identity).values()]
     held = {record.adapter for record in live} | {version.adapter for version in past}
     commit_deletion(index, [(record.namespace, record.key) for record in live])
     log_event("deleted", records=len(live))
@@ -261,7 +263,7 @@ def erase(
     rewritten = compact(session, [[shard] for shard in shards(index) if shard.id in held], progress, executor)
     # No grace for readers, and every retired adapter: one from before a compaction holds the values as well.
     removed, _ = collect(session.store, index, grace_s=0)
-    commit_erasure(index, records)
+    commit_erasure(index, every)
     log_event("forgotten", records=len(records))
     index.vacuum()
     log_event("vacuumed")

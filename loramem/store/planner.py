@@ -4,7 +4,7 @@ Nothing is changed here, and nothing trained.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Executor
 from copy import copy
 from dataclasses import replace
@@ -25,7 +25,8 @@ from loramem.planning.plan import Plan, PlanInputs, Price, plan_groups
 from loramem.planning.pricing import Priced, price_of, priced, run_pricing
 from loramem.records.outcome import Outcome
 from loramem.records.prompts import EncodedRecord, Tokenized, settle, tokenize
-from loramem.records.record import Record, deduplicate
+from loramem.records.questions import asked_apart
+from loramem.records.record import Record, deduplicate, question_taken
 from loramem.store.manifest import Manifest
 from loramem.store.request import OnConflict, WriteRequest
 from loramem.training.executors import completed
@@ -75,43 +76,70 @@ class Planner:
         return other
 
     def admit(
-        self, records: Sequence[Record], on_conflict: OnConflict = "error", executor: Executor | None = None
+        self,
+        records: Sequence[Record],
+        on_conflict: OnConflict = "error",
+        executor: Executor | None = None,
+        ended: Collection[tuple[str, str]] = (),
     ) -> tuple[list[EncodedRecord], int]:
-        """Records to write as token ids, and how many are not written.
+        """Records and their questions to write as token ids, and how many records are not written.
+
+        A record that gets another value keeps the questions it has.
 
         Args:
             on_conflict: What becomes of a record whose key is there with another value.
             executor: See `encode`.
+            ended: Namespace and key of records that end with the write, and leave their questions to it.
 
         Raises:
             RecordError: A record cannot be written, or its key has another value; see the subclasses.
         """
-        new, repeated = self._new(records, on_conflict)
-        if repeated:
-            log.info("%d records are in the store already and were skipped", repeated)
-        return self.encode(new, executor=executor), repeated
+        new, skipped = self._new(records, on_conflict, ended)
+        if skipped:
+            log.info("%d records are in the store already and were skipped", skipped)
+        return self.encode(new, executor=executor), skipped
 
     def admits(self, records: Sequence[Record], encoded: Sequence[EncodedRecord], on_conflict: OnConflict) -> bool:
-        """Whether what `admit` made of records before is what it would make of them now.
+        """Whether what `admit` made of records before is what it would make of them now, if none end with the write.
 
         Raises:
             ConflictingRecord: The key of one has another value by now.
+            QuestionTaken: A text of one asks for another record by now.
         """
         new, _ = self._new(records, on_conflict)
-        return set(map(id, new)) == {id(entry.record) for entry in encoded} and self._collision(encoded) is None
+        return _identities(new) == _identities(entry.record for entry in encoded) and self._collision(encoded) is None
 
-    def _new(self, records: Sequence[Record], on_conflict: OnConflict) -> tuple[list[Record], int]:
-        """Those that are to be written, and how many are not."""
-        fresh, repeated = deduplicate(records)
-        there, new = self.index.find_many((record.namespace, record.key) for record in fresh), []
+    def _new(
+        self, records: Sequence[Record], on_conflict: OnConflict, ended: Collection[tuple[str, str]] = ()
+    ) -> tuple[list[Record], int]:
+        """Those that are to be written, questions among them, and how many records are not."""
+        fresh, repeated = deduplicate(asked_apart(records))
+        there = self.index.find_many((record.namespace, record.key) for record in fresh)
+        given = {(record.namespace, record.key) for record in fresh}
+        had = self.index.questions_of(there) if on_conflict == "replace" else {}
+        new, kept_as_it_is = list[Record](), set[tuple[str, str]]()
         for record in fresh:
             known = there.get((record.namespace, record.key))
+            if known is not None and (known.namespace, known.question_of or "") in ended and record.question_of:
+                known = None
+            if (record.namespace, record.question_of) in kept_as_it_is:
+                continue
             if known is None:
                 new.append(record)
-            elif known.holds(record.value) or on_conflict == "skip":
+            elif known.question_of != record.question_of:
+                raise question_taken(record, known.question_of or known.key)
+            elif known.holds(record.value):
                 repeated.append(record)
+            elif on_conflict == "skip":
+                repeated.append(record)
+                kept_as_it_is.add((record.namespace, record.key))
             elif on_conflict == "replace":
                 new.append(record)
+                new += [
+                    Record(question, record.value, record.namespace, question_of=record.key)
+                    for question in had.get((record.namespace, record.key), [])
+                    if (record.namespace, question) not in given
+                ]
             else:
                 raise ConflictingRecord(
                     f"Key {record.key!r} is in the store with another value. Replace it "
@@ -119,7 +147,7 @@ class Planner:
                     key=record.key,
                     line=record.line,
                 )
-        return new, len(repeated)
+        return new, sum(record.question_of is None for record in repeated)
 
     def encode(
         self,
@@ -280,3 +308,7 @@ class Planner:
         """The store's placement and those that hold more."""
         ladder = self.adapted.ladder
         return ladder[ladder.index(self.placement) :] if self.placement in ladder else [self.placement]
+
+
+def _identities(records: Iterable[Record]) -> set[tuple[str, str, str | None]]:
+    return {(record.namespace, record.key, record.question_of) for record in records}

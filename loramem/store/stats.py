@@ -19,13 +19,14 @@ def stats(store: Path, index: Index, manifest: Manifest) -> Stats:
     No row of a record is held against its seal, or in memory, which grows with the number of adapters alone.
     """
     loads, retired = index.loads(), index.retired()
-    present = shards(index, loads)
+    present, questions = shards(index, loads), sum(map(len, index.questions().values()))
     parameters, cost_bits = sum(shard.parameters for shard in present), sum(shard.cost_bits for shard in present)
     return Stats(
         base_model=manifest.base_model,
         law=_law(manifest),
         namespaces=len(index.namespaces()),
-        records=sum(load.records for load in loads.values()),
+        records=sum(load.records for load in loads.values()) - questions,
+        questions=questions,
         tombstones=sum(index.tombstones().values()),
         adapters=len(present),
         ranks=sorted({shard.rank for shard in present}),
@@ -45,7 +46,10 @@ def stats(store: Path, index: Index, manifest: Manifest) -> Stats:
 def history(index: Index, namespace: str, key: str) -> list[Version]:
     """What the key held and holds, oldest first; empty if it was never there."""
     found = [
-        Version(**vars(version), in_weights=index.has_adapter(version.adapter))
+        Version(
+            **{name: value for name, value in vars(version).items() if name != "question_of"},
+            in_weights=index.has_adapter(version.adapter),
+        )
         for version in index.versions(namespace, key, renamed=True).values()
     ]
     if (live := index.find(namespace, key)) is not None:

@@ -126,7 +126,8 @@ class Transaction:
         Raises what `Planner.admit` and `Planner.plan` raise.
         """
         planner = planner or self.planner
-        encoded, skipped = planner.admit(records, on_conflict, executor)
+        ended = {(each.namespace, each.key) for each in request.ended}
+        encoded, skipped = planner.admit(records, on_conflict, executor, ended)
         if not encoded:
             return Prepared(records, skipped, Training((), Plan(request.goal, (), False, None), ()), iter(()))
         plan = planner.plan(encoded, request, learnt=learnt, keep_features=executor is None, executor=executor)
@@ -230,6 +231,7 @@ class Transaction:
             end_write(self.index, write.id, FAILED, learnt)
             clean(self.store, self.index)
             raise
+        lacking = {(entry.record.namespace, entry.record.key) for entry in trained.given_up}  # so are their questions
         adapters = self.install(trained.written, request)
         records = [
             stored_record(
@@ -243,6 +245,7 @@ class Transaction:
             )
             for one in trained.written
             for entry, min_prob in one.proved()
+            if (entry.record.namespace, entry.record.question_of) not in lacking
         ]
         commit_write(self.index, write.id, adapters, records, learnt, request.ended)
         log_event("committed", adapters=len(adapters), records=len(records))

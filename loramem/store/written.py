@@ -154,15 +154,17 @@ def outcomes(planned: ShardPlan, placement: Placement, result: ShardResult, kind
 
 def report_of(trained: Trained, skipped: int, elapsed_s: float) -> WriteReport:
     shards, given_up = trained.written, trained.given_up
-    written = sum(len(one.shard.indices) for one in shards)
+    every = [entry.record.question_of for one in shards for entry in one.records]
+    written = every.count(None)
     trainings = [one.shard.training for one in shards]
     return WriteReport(
         written=written,
+        questions=len(every) - written,
         skipped=skipped,
         failed=tuple(entry.record.key for entry in given_up),
         adapters=tuple(one.shard.adapter for one in shards),
         rank=max(training.rank for training in trainings),
-        exact_match=written / (written + len(given_up)),
+        exact_match=len(every) / (len(every) + len(given_up)),
         min_prob=min(one.shard.proof.min_prob for one in shards),
         parameters=sum(training.parameters for training in trainings),
         cost_bits=sum(one.cost_bits for one in shards),
