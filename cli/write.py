@@ -137,7 +137,7 @@ def command(
             "goal": ranks.goal,
             "rank": ranks.rank,
             "one_adapter": one_adapter,
-            "keep_base": _keep_base(on_miss, neutral) if keep_base else False,
+            "keep_base": _keep_base(on_miss, neutral) if keep_base else None,
             "partial": partial,
             "settings": settings,
             "progress": progress if batch is None else None,  # each batch is told by a line of its own

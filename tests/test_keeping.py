@@ -221,8 +221,19 @@ def test_plans_of_other_writes_learn_nothing_from_one_that_keeps_the_base(
     with MemoryStore(tmp_path / "m", str(base)) as store:
         store.write({"one": "4711"}, keep_base=replace(SMALL, steps=20))
         assert not noted and not store.outcomes()
-        store.write({"two": "0815"})
+        store.write({"two": "0815"}, keep_base=False)
         assert noted and store.outcomes()
+
+
+def test_changes_keep_the_base_where_the_newest_adapter_of_the_namespace_does(base: Path, tmp_path: Path) -> None:
+    few = replace(SMALL, steps=5, weight=3.0)
+    with MemoryStore(tmp_path / "m", str(base)) as store:
+        store.write({"one": "4711"}, keep_base=few)
+        assert store.update("one", "0815").kept and store.rename("one", "two").kept
+        assert store.adapters()[0].training["settings"]["keep_base"] == asdict(few)
+        assert not store.write({"three": "3"}, namespace="other").kept
+        assert not store.update("two", "2", keep_base=False).kept
+        assert not store.write({"four": "4"}).kept
 
 
 def test_an_adapter_without_the_option_has_no_second_certificate(base: Path, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from loramem.api.maintenance import Maintained, several
 from loramem.api.namespace import Namespace
 from loramem.errors import ArgumentError, ConflictingRecord, StoreError, StoreNotFound, WriteError
 from loramem.index.commits import commit_deletion, commit_records, end_write
+from loramem.index.index import Index
 from loramem.index.rows import DISCARDED, RENAMED, Ended, PendingWrite
 from loramem.models.dtypes import Dtype, DtypeChoice
 from loramem.planning.limits import GoalName
@@ -132,7 +133,7 @@ class MemoryStore(Maintained):
         goal: GoalName = "fast",
         rank: int | None = None,
         one_adapter: bool = False,
-        keep_base: bool | KeepBase = False,
+        keep_base: bool | KeepBase | None = None,
         partial: bool = False,
         settings: WriterSettings | None = None,
         progress: "ProgressCallback | None" = None,
@@ -157,7 +158,7 @@ class MemoryStore(Maintained):
             keep_base: Leave the base what it is where no record is asked for, so that the adapter may be active for
                 everything, and measure how far that went: `WriteReport.kept`. A `KeepBase` says how much is wanted and
                 what is done for it. One adapter for each namespace. Takes minutes rather than seconds, and more of them
-                for the first write on a base.
+                for the first write on a base. None: as the newest adapter of the records' namespaces was written.
             partial: Commit the certified records even if others could not be certified.
             settings: How to train; measured defaults otherwise.
             progress: Called after every training step; after every shard with an executor.
@@ -178,10 +179,12 @@ class MemoryStore(Maintained):
             ArgumentError: A rank above the highest allowed, or a question without ``{key}``.
         """
         check_templates(ask)
-        request = _request(goal, rank, settings, one_adapter, keep_base, partial)
+        request = WriteRequest(goal, rank, settings or WriterSettings(), one_adapter, partial)
+        request.check()
         check_choice("on_conflict", on_conflict, get_args(OnConflict))
         with self._lock, self._writing():
             given = list(asked_by(as_records(records, namespace), ask))
+            request = _keeping(self._index, request, keep_base, given)
             return self._session.transaction.write(given, request, on_conflict, progress, executor)
 
     def write_batches(
@@ -195,7 +198,7 @@ class MemoryStore(Maintained):
         goal: GoalName = "fast",
         rank: int | None = None,
         one_adapter: bool = False,
-        keep_base: bool | KeepBase = False,
+        keep_base: bool | KeepBase | None = None,
         partial: bool = False,
         settings: WriterSettings | None = None,
         progress: "ProgressCallback | None" = None,
@@ -229,20 +232,25 @@ class MemoryStore(Maintained):
         check_templates(ask)
         given = asked_by(iterate_records(records, namespace), ask)
         parts = iter(lambda: list(islice(given, batch)), [])
-        request = _request(goal, rank, settings, one_adapter, keep_base, partial)
+        request = WriteRequest(goal, rank, settings or WriterSettings(), one_adapter, partial)
+        request.check()
         check_choice("on_conflict", on_conflict, get_args(OnConflict))
         if executor is not None:
             from loramem.store.batches import write_batches
 
+            def keeping(index: Index, records: Sequence[Record]) -> WriteRequest:
+                return _keeping(index, request, keep_base, records)
+
             transaction, writing = self._session.transaction, self._exclusively
-            yield from write_batches(transaction, writing, parts, request, on_conflict, progress, executor)
+            yield from write_batches(transaction, writing, parts, keeping, on_conflict, progress, executor)
             return
         learnt = None
         for part in parts:
             with self._exclusively():
                 transaction = self._session.transaction
                 before, learnt = learnt, transaction.planner.learnt()  # as where batches overlap
-                report = transaction.write(part, request, on_conflict, progress, learnt=before)
+                asked = _keeping(self._index, request, keep_base, part)
+                report = transaction.write(part, asked, on_conflict, progress, learnt=before)
             yield report
 
     def update(
@@ -254,6 +262,7 @@ class MemoryStore(Maintained):
         metadata: Mapping[str, Any] | None = None,
         goal: GoalName = "fast",
         rank: int | None = None,
+        keep_base: bool | KeepBase | None = None,
         settings: WriterSettings | None = None,
         progress: "ProgressCallback | None" = None,
     ) -> WriteReport:
@@ -264,6 +273,7 @@ class MemoryStore(Maintained):
         Args:
             key: Or a question of the record.
             value: None keeps it; then nothing is trained.
+            keep_base: As in `write`.
             metadata: In place of all that the record had; None keeps it.
 
         Raises:
@@ -281,6 +291,7 @@ class MemoryStore(Maintained):
                 commit_records(self._index, [replace(known, metadata=kept)])
                 return WriteReport.nothing(1)
             record = Record(known.key, value, namespace, kept)
+            request = _keeping(self._index, request, keep_base, [record])
             return self._session.transaction.write([record], request, "replace", progress)
 
     def rename(
@@ -291,6 +302,7 @@ class MemoryStore(Maintained):
         namespace: str = "",
         goal: GoalName = "fast",
         rank: int | None = None,
+        keep_base: bool | KeepBase | None = None,
         settings: WriterSettings | None = None,
         progress: "ProgressCallback | None" = None,
     ) -> WriteReport:
@@ -299,6 +311,7 @@ class MemoryStore(Maintained):
 
         Args:
             key: Of a record; or one of its questions, which is then worded anew.
+            keep_base: As in `write`.
 
         Raises:
             KeyNotFound: There is no such record.
@@ -318,6 +331,7 @@ class MemoryStore(Maintained):
                 questions=renamed(asked, key, new_key),
                 question_of=known.question_of,
             )
+            request = _keeping(self._index, request, keep_base, [record])
             return self._session.transaction.write([record], request, progress=progress)
 
     def delete(self, keys: str | Iterable[str], namespace: str = "") -> int:
@@ -427,22 +441,20 @@ class MemoryStore(Maintained):
         return pending
 
 
-def _request(
-    goal: GoalName,
-    rank: int | None,
-    settings: WriterSettings | None,
-    one_adapter: bool,
-    keep_base: bool | KeepBase,
-    partial: bool,
+def _keeping(
+    index: Index, request: WriteRequest, keep_base: bool | KeepBase | None, records: Iterable[Record]
 ) -> WriteRequest:
+    """A request that keeps the base, if that is asked for or what the namespaces of these records do.
+
+    Args:
+        index: Over whichever connection.
     """
-    Raises:
-        UnknownChoice, ArgumentError: See `WriteRequest.check`.
-    """
-    settings = settings or WriterSettings()
+    if keep_base is None and request.settings.keep_base is None:
+        newest = (index.newest_adapter(namespace) for namespace in sorted({record.namespace for record in records}))
+        before = (WriteRequest.of_adapter(adapter.training).settings.keep_base for adapter in newest if adapter)
+        keep_base = next((keep for keep in before if keep is not None), None)
     if keep_base:
-        settings = replace(settings, keep_base=KeepBase() if keep_base is True else keep_base)
+        keep = KeepBase() if keep_base is True else keep_base
+        request = replace(request, settings=replace(request.settings, keep_base=keep))
     # An adapter that is active for everything knows no key of another.
-    request = WriteRequest(goal, rank, settings, one_adapter or settings.keep_base is not None, partial)
-    request.check()
-    return request
+    return replace(request, one_adapter=request.one_adapter or request.settings.keep_base is not None)

@@ -275,6 +275,16 @@ class Index(SealedDatabase):
         """
         return map(adapter_of, self._rows("adapters", _LIVE, order_by="rowid"))
 
+    def newest_adapter(self, namespace: str) -> StoredAdapter | None:
+        """The last one of a namespace that holds live records.
+
+        Raises:
+            IntegrityError: Its row is not what was committed.
+        """
+        where = f"namespace = :namespace and {_LIVE}"
+        rows = self._rows("adapters", where, {"namespace": namespace}, order_by="rowid desc")
+        return next(map(adapter_of, rows), None)
+
     def live(self) -> dict[str, str]:
         """Namespaces of the adapters that hold live records, whatever else their rows say; by id, oldest first."""
         query = f"select id, namespace from adapters where {_LIVE} order by rowid"

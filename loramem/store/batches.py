@@ -31,7 +31,7 @@ def write_batches(
     transaction: Transaction,
     writing: Callable[[], AbstractContextManager[object]],
     parts: Iterator[list[Record]],
-    request: WriteRequest,
+    request: Callable[[Index, Sequence[Record]], WriteRequest],
     on_conflict: OnConflict,
     progress: ProgressCallback | None,
     executor: Executor,
@@ -41,6 +41,7 @@ def write_batches(
     Args:
         writing: Holds the store's locks, for one batch.
         parts: The records of each; an empty list ends them. Taken by another thread.
+        request: For a batch, by what the index says; asked for by another thread, and again when its turn comes.
 
     Raises what `Transaction.write` raises, at the batch that fails.
     """
@@ -52,7 +53,8 @@ def write_batches(
             return None
         with closing(Index(transaction.index.path)) as index:
             mine = planner.over(index)
-            return transaction.prepare(records, request, on_conflict, executor, planner=mine, learnt=learnt)
+            asked = request(index, records)
+            return transaction.prepare(records, asked, on_conflict, executor, planner=mine, learnt=learnt)
 
     def known() -> Iterator[ShardJob]:
         """Jobs of the batch that is being prepared, as soon as it is."""
@@ -72,7 +74,8 @@ def write_batches(
             with writing():
                 before, learnt = learnt, planner.learnt()
                 upcoming = in_background(prepare, learnt)
-                report = transaction.write_prepared(prepared, request, on_conflict, progress, executor, ahead, before)
+                asked = request(transaction.index, prepared.records)
+                report = transaction.write_prepared(prepared, asked, on_conflict, progress, executor, ahead, before)
             yield report
     finally:
         ahead.cancel()

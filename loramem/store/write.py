@@ -55,6 +55,7 @@ class Prepared:
 
     records: Sequence[Record]
     """As given."""
+    request: WriteRequest
     skipped: int
     training: Training
     """Of what is new."""
@@ -105,7 +106,7 @@ class Transaction:
             StubbornRecords, TrainingDiverged, RecallError: Nothing was committed, and the journal entry is closed.
         """
         prepared = self.prepare(records, request, on_conflict, executor, learnt=learnt)
-        return self._write(prepared, request, progress, executor)
+        return self._write(prepared, progress, executor)
 
     def prepare(
         self,
@@ -129,10 +130,11 @@ class Transaction:
         ended = {(each.namespace, each.key) for each in request.ended}
         encoded, skipped = planner.admit(records, on_conflict, executor, ended)
         if not encoded:
-            return Prepared(records, skipped, Training((), Plan(request.goal, (), False, None), ()), iter(()))
+            nothing = Training((), Plan(request.goal, (), False, None), ())
+            return Prepared(records, request, skipped, nothing, iter(()))
         plan = planner.plan(encoded, request, learnt=learnt, keep_features=executor is None, executor=executor)
         training = self.training(encoded, plan, request.settings)
-        return Prepared(records, skipped, training, iter(training.jobs))
+        return Prepared(records, request, skipped, training, iter(training.jobs))
 
     def write_prepared(
         self,
@@ -150,10 +152,11 @@ class Transaction:
             ahead: Has some of its jobs.
             learnt: As it was prepared with.
         """
-        if not self.planner.admits(prepared.records, prepared.training.encoded, on_conflict):
+        as_before = self.planner.admits(prepared.records, prepared.training.encoded, on_conflict)
+        if not as_before or request != prepared.request:
             ahead.cancel()
             prepared = self.prepare(prepared.records, request, on_conflict, executor, learnt=learnt)
-        return self._write(prepared, request, progress, executor, ahead)
+        return self._write(prepared, progress, executor, ahead)
 
     def training(self, encoded: Sequence[EncodedRecord], plan: Plan, settings: WriterSettings) -> Training:
         """What a plan comes to."""
@@ -176,12 +179,11 @@ class Transaction:
     def _write(
         self,
         prepared: Prepared,
-        request: WriteRequest,
         progress: ProgressCallback | None,
         executor: Executor | None,
         ahead: Ahead[ShardJob, Delivery] | None = None,
     ) -> WriteReport:
-        training, started = prepared.training, time.monotonic()
+        training, request, started = prepared.training, prepared.request, time.monotonic()
         if not training.encoded:
             return WriteReport.nothing(prepared.skipped)
         write_id = self.index.begin_write(
