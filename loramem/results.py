@@ -32,12 +32,16 @@ class Kept:
     """The first token of the answer to keys of the same form that were never written."""
     same_answers: float
     """Share of the questions that get the same answer, decoded greedily for 24 tokens."""
+    other_words: tuple[int, int] | None = None
+    """Of records that have questions: how many give their value when they are asked in words that were not trained, and
+    how many were asked so."""
 
     @classmethod
     def of(cls, fields: Mapping[str, Any]) -> "Kept":
         """From what ``dataclasses.asdict`` made of one."""
-        same = fields["same_answers"]
-        return cls(**{name: Divergence(**fields[name]) for name in fields if name != "same_answers"}, same_answers=same)
+        parts = (Divergence(**fields[name]) for name in ("text", "answers", "questions", "unknown_keys"))
+        words = fields.get("other_words")
+        return cls(*parts, fields["same_answers"], None if words is None else (words[0], words[1]))
 
 
 @dataclass(frozen=True)

@@ -23,14 +23,15 @@ from loramem.records.prompts import encode_records
 from loramem.records.record import as_records
 from loramem.results import Kept
 from loramem.suites.divergence import Passage, effect, predictions
-from loramem.training import keeping, neutral, neutral_text
-from loramem.training.keeping import KeepingRun, Quiet
-from loramem.training.kept import misses
+from loramem.training import neutral, neutral_text
+from loramem.training.gates import Moments, between, through
+from loramem.training.keeping import FIRST_OPEN, KeepingRun, Shut, alike
+from loramem.training.kept import measure, misses
 from loramem.training.settings import KeepBase, WriterSettings
 
 from .conftest import CONTEXT, LAYERS, VOCABULARY, WIDTH, numbers
 
-SMALL = KeepBase(neurons=16, steps=40, text_tokens=1500, questions=12, unknown_keys=40)
+SMALL = KeepBase(neurons=16, text_tokens=1500, questions=12, unknown_keys=40)
 SETTINGS = WriterSettings(keep_base=SMALL)
 SHAPE = {"vocab_size": VOCABULARY, "hidden_size": WIDTH, "num_hidden_layers": LAYERS, "num_attention_heads": 4}
 
@@ -40,7 +41,6 @@ def little_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(neutral, "HELD_OUT_TEXT", 600)
     monkeypatch.setattr(neutral, "HELD_OUT_KEYS", 30)
     monkeypatch.setattr(neutral, "WINDOW", 64)
-    monkeypatch.setattr(keeping, "BATCH", 512)
 
 
 def mlp_of(config: object) -> LastMlp:
@@ -99,15 +99,14 @@ def run_of(base: Path, rank: int = 8) -> KeepingRun:
     material = neutral.material(adapted, records, SMALL, 0)
     features = [collect(loaded.model, records)]
     with adapted.disabled():
-        quiet = Quiet(adapted, material.trained, features[0].targets.unique(), 0)
+        shut = Shut(adapted, material.trained)
     adapted.create("new", rank, Placement.ladder(loaded.model)[1], 0)
-    within = replace(SETTINGS, feature_rate=SMALL.rate)
-    return KeepingRun(quiet, SMALL, adapted, "new", features, 6, rank, within, None, 0.0, (), 1.0)
+    return KeepingRun(shut, adapted, "new", features, 6, rank, SETTINGS, None, 0.0, (), 1.0)
 
 
 def end_of_base_with(run: KeepingRun) -> torch.Tensor:
     """Logits at the records' positions, the base's neurons replaced by hand."""
-    model, mlp, features = run.adapted.model, run.quiet.mlp, run.features[0]
+    model, mlp, features = run.adapted.model, run.shut.mlp, run.features[0]
     with run.adapted.disabled():
         base = Ending(model, features)
         hidden, given = base.block_values(mlp.block)
@@ -124,7 +123,7 @@ def test_the_adapter_is_the_base_with_a_few_neurons_replaced(base: Path) -> None
         with torch.enable_grad():
             run.train_step()
     torch.testing.assert_close(run.ending.logits(slice(None)), end_of_base_with(run), atol=1e-3, rtol=1e-3)
-    others = torch.ones(run.quiet.mlp.width, dtype=torch.bool)
+    others = torch.ones(run.shut.mlp.width, dtype=torch.bool)
     others[run.neurons] = False
     *into, out = run.layers
     for layer in into:
@@ -134,59 +133,80 @@ def test_the_adapter_is_the_base_with_a_few_neurons_replaced(base: Path) -> None
 
 
 @torch.no_grad()
-def test_a_grown_adapter_computes_what_it_did_but_for_the_neurons_that_it_takes_in_addition(base: Path) -> None:
-    run = run_of(base)
-    with torch.enable_grad():
-        for _ in range(3):
-            run.train_step()
-    before = [weight.clone() for weight in run.weights_now()]
+def test_a_grown_adapter_has_more_neurons_and_leaves_the_others_as_they_were(base: Path) -> None:
+    run = run_of(base, rank=4)
+    before = len(run.neurons)
     run.adapted.grow("new", 12, Placement.ladder(run.adapted.model)[1], 1)
-    run.attach(12, grown_from=8)
-    *into, out = run.weights_now()
-    for old, new in zip(before[:-1], into, strict=True):
-        torch.testing.assert_close(new[:8], old)
-    torch.testing.assert_close(out[:, :8], before[-1])
-    assert out[:, 8:].abs().max() <= 1e-6
+    run.attach(12, grown_from=4)
+    assert (before, len(run.neurons)) == (4, 12)
     torch.testing.assert_close(run.ending.logits(slice(None)), end_of_base_with(run), atol=1e-3, rtol=1e-3)
 
 
-def test_what_training_takes_for_the_divergence_is_near_it_where_it_is_small(
-    base: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(keeping, "MIXED", 0.0)
+@torch.no_grad()
+def test_training_moves_no_gate_and_each_record_has_one_that_opens_where_its_answer_begins(base: Path) -> None:
     run = run_of(base)
-    run.train_step()
-    quiet, features = run.quiet, run.quiet.features.to(torch.float32)
-    estimates = [float(quiet.loss(run.neurons, run.weights_now(), run.generator).detach()) for _ in range(3)]
-    with torch.no_grad():
-        with run.adapted.disabled():
-            before = Ending(run.adapted.model, features).logits(slice(None)).log_softmax(-1)
-        after = Ending(run.adapted.model, features, run.layers).logits(slice(None)).log_softmax(-1)
-        divergence = (before.exp() * (before - after)).sum(1)
-    shares = torch.zeros(len(divergence))
-    for rows, share in quiet._groups:
-        shares[rows] += share / len(rows)
-    true = float((divergence * shares).sum())
-    assert 0.3 * true < sum(estimates) / 3 < 3 * true + 1e-3
+    gates = run.weights_now()[0].clone()
+    with torch.enable_grad():
+        for _ in range(3):
+            run.train_step()
+    torch.testing.assert_close(run.weights_now()[0], gates)
+    with run.adapted.disabled():
+        inputs, _ = Ending(run.adapted.model, run.features[0]).block_values(run.shut.mlp.block)
+    owners = run.features[0].owners
+    first = torch.cat([torch.ones(1, dtype=torch.bool), owners[1:] != owners[:-1]])
+    opened = inputs @ gates.T
+    assert opened[first].amax(1).min() == pytest.approx(FIRST_OPEN, rel=0.05)
+    assert opened[~first][:, -1].mean() > 0 > (run.shut.unknown @ gates.T).mean()
 
 
-def test_every_neutral_position_can_be_drawn(base: Path) -> None:
-    quiet = run_of(base).quiet
-    drawn = torch.cat([rows for rows, share in quiet._groups if round(keeping.BATCH * share) > 0])
-    assert sorted(drawn.tolist()) == list(range(len(quiet.features)))
-    assert sum(share for _, share in quiet._groups) == pytest.approx(1.0)
+# Gates
+
+
+def test_a_hyperplane_is_exact_at_its_group_and_as_near_as_can_be_elsewhere() -> None:
+    generator = torch.Generator().manual_seed(0)
+    others = torch.randn(4000, 12, generator=generator) + 3.0  # a mean that stands for the bias
+    groups = [torch.randn(count, 12, generator=generator) + 3.0 for count in (1, 3)]
+    rows = through(groups, Moments.of([(others, 1.0)]), 6.0, 54.0)
+    for group, row in zip(groups, rows, strict=True):
+        torch.testing.assert_close(group @ row, torch.full((len(group),), 6.0), atol=0.02, rtol=0)
+        loss = (others @ row + 54).square().mean()
+        for _ in range(5):  # no other row that is exact there is nearer
+            aside = torch.randn(12, generator=generator) * 0.1
+            aside -= group.T @ torch.linalg.lstsq(group.T, aside[:, None]).solution[:, 0]
+            assert (others @ (row + aside) + 54).square().mean() > 0.999 * loss
+
+
+def test_a_row_between_two_clouds_tells_them_apart() -> None:
+    generator = torch.Generator().manual_seed(0)
+    others, inside = (torch.randn(500, 12, generator=generator) + 3.0 for _ in range(2))
+    inside[:, 0] += 20.0
+    row = between(Moments.of([(inside, 1.0)]), Moments.of([(others[:200], 1.0), (others[200:], 3.0)]), 6.0, 14.0)
+    assert (inside @ row).mean() == pytest.approx(6.0, abs=1.5) and (inside @ row).min() > 0
+    assert (others @ row).mean() == pytest.approx(-14.0, abs=1.5) and (others @ row).max() < 0
+
+
+def test_a_neurons_gate_is_told_from_its_value(base_of: Callable[..., Path]) -> None:
+    assert LastMlp.of(load_base_model(str(base_of("llama"))).model).roles() == ((0, 0), (1, 0))
+    assert LastMlp.of(load_base_model(str(base_of("gpt_neox"))).model).roles() == ((0, 0), None)
+    assert mlp_of(Phi3Config(**SHAPE, intermediate_size=96, pad_token_id=0)).roles() == ((0, 0), (0, 1))
 
 
 def test_records_are_certified_and_the_base_is_spared(base: Path, tmp_path: Path) -> None:
-    kept = {}
-    for name, weight in (("spared", 4.0), ("not", 0.0)):
-        with MemoryStore(tmp_path / name, str(base)) as store:
-            report = store.write(numbers(8), keep_base=replace(SMALL, weight=weight))
-            assert report.exact_match == 1.0 and report.min_prob >= 0.6 and set(report.served) == {"bfloat16"}
-            [kept[name]] = report.kept.values()
-            assert store.verify().ok
-    assert kept["spared"].text.kl < 0.5 * kept["not"].text.kl
-    assert kept["spared"].unknown_keys.kl < kept["not"].unknown_keys.kl
+    loaded = load_base_model(str(base))
+    records = encode_records(as_records(numbers(8)), loaded.tokenizer, loaded.template, CONTEXT)
+    with MemoryStore(tmp_path / "spared", str(base)) as store:
+        report = store.write(numbers(8), keep_base=SMALL)
+        assert report.exact_match == 1.0 and report.min_prob >= 0.6 and set(report.served) == {"bfloat16"}
+        [kept] = report.kept.values()
+        assert store.verify().ok
+    with MemoryStore(tmp_path / "not", str(base)) as store:
+        store.write(numbers(8))
+        adapted = AdaptedModel(loaded)
+        [adapter] = store.adapters()
+        adapted.load(adapter.id, store.path / "adapters" / adapter.id)
+        taken_over = measure(adapted, adapter.id, neutral.material(adapted, records, SMALL, 0))
+    assert kept.text.kl < 0.2 * taken_over.text.kl
+    assert kept.unknown_keys.kl < 0.5 * taken_over.unknown_keys.kl
 
 
 # The second certificate
@@ -219,14 +239,14 @@ def test_plans_of_other_writes_learn_nothing_from_one_that_keeps_the_base(
     noted = list[object]()
     monkeypatch.setattr("loramem.planning.timings.note_time", lambda *given: noted.append(given))
     with MemoryStore(tmp_path / "m", str(base)) as store:
-        store.write({"one": "4711"}, keep_base=replace(SMALL, steps=20))
+        store.write({"one": "4711"}, keep_base=SMALL)
         assert not noted and not store.outcomes()
         store.write({"two": "0815"}, keep_base=False)
         assert noted and store.outcomes()
 
 
 def test_changes_keep_the_base_where_the_newest_adapter_of_the_namespace_does(base: Path, tmp_path: Path) -> None:
-    few = replace(SMALL, steps=5, weight=3.0)
+    few = replace(SMALL, unknown_keys=30)
     with MemoryStore(tmp_path / "m", str(base)) as store:
         store.write({"one": "4711"}, keep_base=few)
         assert store.update("one", "0815").kept and store.rename("one", "two").kept
@@ -253,7 +273,7 @@ def test_too_little_left_of_the_base_is_refused_with_the_figures(base: Path, tmp
 
 
 def test_a_rank_that_leaves_too_little_is_grown_to_the_highest(base: Path, tmp_path: Path) -> None:
-    wanted = replace(SMALL, text_kl=-1.0, on_miss="grow", steps=20)
+    wanted = replace(SMALL, text_kl=-1.0, on_miss="grow")
     with MemoryStore(tmp_path / "m", str(base)) as store:
         with pytest.raises(BaseHarmed) as caught:
             store.write(numbers(3), keep_base=wanted, settings=WriterSettings(max_rank=24))
@@ -262,7 +282,7 @@ def test_a_rank_that_leaves_too_little_is_grown_to_the_highest(base: Path, tmp_p
 
 def test_targets_are_missed_by_what_exceeds_them_and_by_nan(base: Path, tmp_path: Path) -> None:
     with MemoryStore(tmp_path / "m", str(base)) as store:
-        [kept] = store.write(numbers(3), keep_base=replace(SMALL, steps=20)).kept.values()
+        [kept] = store.write(numbers(3), keep_base=SMALL).kept.values()
     unlimited = {"text_kl": 1e9, "text_changed": 1.0, "questions_changed": 1.0, "unknown_changed": 1.0}
     assert misses(kept, replace(SMALL, **unlimited)) == {}
     broken = replace(kept, text=replace(kept.text, kl=float("nan")))
@@ -327,6 +347,8 @@ def test_neutral_positions_of_a_base_are_collected_once(
 def test_settings_say_what_was_asked_for_and_nothing_where_nothing_was() -> None:
     assert "keep_base" not in WriterSettings().to_json()
     assert WriterSettings.saved(SETTINGS.to_json()) == SETTINGS
+    older = {**SETTINGS.to_json(), "keep_base": {**asdict(SMALL), "steps": 300, "rate": 0.1, "weight": 4.0}}
+    assert WriterSettings.saved(older) == SETTINGS
     with pytest.raises(StoreFormatError, match=r"keep_base\.telepathy"):
         WriterSettings.saved({"keep_base": {"telepathy": 1}})
 
@@ -334,14 +356,14 @@ def test_settings_say_what_was_asked_for_and_nothing_where_nothing_was() -> None
 def test_contradictions_are_refused() -> None:
     with pytest.raises(UnknownChoice, match="on_miss"):
         KeepBase(on_miss="pray")  # type: ignore[arg-type]
-    with pytest.raises(ArgumentError, match="steps must be at least 1"):
-        KeepBase(steps=0)
+    with pytest.raises(ArgumentError, match="neurons must be at least 1"):
+        KeepBase(neurons=0)
 
 
 def test_the_command_shows_the_second_certificate(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("loramem_cli.write.KeepBase", lambda **fields: replace(SMALL, steps=20, **fields))
+    monkeypatch.setattr("loramem_cli.write.KeepBase", lambda **fields: replace(SMALL, **fields))
     file, store = tmp_path / "r.jsonl", ["--store", str(tmp_path / "m")]
     file.write_text('{"key": "key 0", "value": "4711"}\n')
     assert run(["write", str(file), *store, "--model", str(base), "--keep-base"]) == 0
@@ -351,7 +373,7 @@ def test_the_command_shows_the_second_certificate(
 
 
 def test_the_command_reads_a_neutral_text(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loramem_cli.write.KeepBase", lambda **fields: replace(SMALL, steps=20, **fields))
+    monkeypatch.setattr("loramem_cli.write.KeepBase", lambda **fields: replace(SMALL, **fields))
     file, text, store = tmp_path / "r.jsonl", tmp_path / "t.txt", tmp_path / "m"
     file.write_text('{"key": "key 0", "value": "4711"}\n')
     text.write_text("what this model is used for " * 2000)
@@ -363,3 +385,12 @@ def test_the_command_reads_a_neutral_text(base: Path, tmp_path: Path, monkeypatc
     assert len(adapter.training["settings"]["keep_base"]["text_sha256"]) == 64
     text.write_bytes(b"\xff")
     assert run([*arguments, "--keep-base"]) == 1
+
+
+def test_records_that_share_a_gate_begin_with_the_same_token_where_that_can_be() -> None:
+    targets = torch.tensor([5, 3, 5, 3, 5, 5, 7])
+    for count in range(3, 8):
+        groups = alike(targets, count)
+        assert len(groups) == count and sorted(torch.cat(groups).tolist()) == list(range(7))
+        assert all(len(targets[group].unique()) == 1 for group in groups)
+    assert [len(group) for group in alike(targets, 2)] == [4, 3]

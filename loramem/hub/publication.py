@@ -25,7 +25,7 @@ from loramem.index.rows import prompt_digest
 from loramem.models.dtypes import Dtype
 from loramem.planning.limits import GoalName
 from loramem.store.manifest import Manifest
-from loramem.training.settings import RETIRED, KeepBase, WriterSettings
+from loramem.training.settings import RETIRED, RETIRED_KEEPING, KeepBase, WriterSettings
 
 FORMAT, NEEDS = 1, "0.1.0"
 NAME, RECORDS, CARD, ADAPTERS = "loramem.json", "records.jsonl", "README.md", "adapters"
@@ -142,6 +142,8 @@ class PublishedTraining(BaseModel):
         if (keep := given.get("keep_base")) is not None:
             if not isinstance(keep, dict):
                 raise ValueError("keep_base is not a group of settings")
+            keep = {name: keep[name] for name in keep.keys() - RETIRED_KEEPING}
+            given["keep_base"] = keep
             _check_fields(keep, KeepBase())
             KeepBase(**keep)
         WriterSettings(**plain)

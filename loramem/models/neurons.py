@@ -78,6 +78,35 @@ class LastMlp:
         into = [matrix[self.rows(index, neurons).flatten()] for index, matrix in enumerate(every[:-1])]
         return [each.float() for each in (*into, every[-1][:, neurons])]
 
+    @torch.no_grad()
+    def roles(self) -> tuple[tuple[int, int], tuple[int, int] | None]:
+        """Which rows of a neuron are its gate, and which its value, where it has one: a module that leads in, and which
+        of its outputs per neuron. A neuron's output is affine in its value, and in no gate.
+
+        Raises:
+            UnsupportedBaseModel: There is not one gate.
+        """
+        neurons = torch.arange(min(8, self.width), device=_matrix(self._linears()[0]).device)
+        weights = self.weights(neurons)
+        hidden = torch.randn(16, weights[0].shape[1], generator=torch.Generator().manual_seed(0)).to(weights[0])
+        affine = dict[tuple[int, int], bool]()
+        for module, outputs in enumerate(self.outputs):
+            for output in range(outputs):
+                scaled = list[Tensor]()
+                for factor in (0.0, 1.0, 2.0):
+                    changed = weights[module].clone()
+                    changed[output::outputs] *= factor
+                    scaled.append(self.given(hidden, neurons, [*weights[:module], changed, *weights[module + 1 :]]))
+                bend = (scaled[2] - 2 * scaled[1] + scaled[0]).abs().max()
+                affine[module, output] = bool(bend <= TOLERANCE * (scaled[2] - scaled[0]).abs().max())
+        gates, values = ([row for row, is_affine in affine.items() if is_affine == kind] for kind in (False, True))
+        if len(gates) != 1 or len(values) > 1:
+            raise UnsupportedBaseModel(
+                f"Neurons of the last MLP have {len(gates)} gates and {len(values)} values, and only those with one "
+                "gate can be shut where the base is to be kept. Write without keep_base, and route by key."
+            )
+        return gates[0], values[0] if values else None
+
     def given(self, hidden: Tensor, neurons: Tensor, weights: Sequence[Tensor]) -> Tensor:
         """What neurons with such weights would add to the MLP's output (n, d) in the place of some of the base's.
 
@@ -101,8 +130,12 @@ class LastMlp:
             output: Tensor = self.block(hidden[:, None])
         return output[:, 0]
 
-    def use(self, hidden: Tensor) -> Tensor:
-        """How much of the MLP's output (squared, summed over positions) is each neuron's, (width,)."""
+    def use(self, hidden: Tensor, metric: Tensor | None = None) -> Tensor:
+        """How much of the MLP's output (squared, summed over positions) is each neuron's, (width,).
+
+        Args:
+            metric: (out, out) by which outputs are measured: a length of d is dᵀ·metric·d; plain length if None.
+        """
         seen = list[Tensor]()
         out = self.block.get_submodule(self.paths[-1])
         handle = out.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
@@ -110,7 +143,8 @@ class LastMlp:
             self.block(hidden[:, None])
         finally:
             handle.remove()
-        lengths = _matrix(self._linears()[-1]).float().square().sum(0)
+        out_of = _matrix(self._linears()[-1]).float()
+        lengths = ((out_of if metric is None else metric @ out_of) * out_of).sum(0)
         return seen[0].flatten(0, -2).float().square().sum(0) * lengths
 
     @torch.no_grad()

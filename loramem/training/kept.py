@@ -1,6 +1,6 @@
 """The second certificate: what an adapter, as saved, leaves of its base, at positions that training never saw."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -9,6 +9,7 @@ from loramem.errors import BaseHarmed
 from loramem.models.adapters import AdaptedModel
 from loramem.models.decoding import greedy_decode
 from loramem.models.ending import SCORED_ROWS, Ending
+from loramem.records.prompts import EncodedRecord
 from loramem.results import Divergence, Kept
 from loramem.training.neutral import ANSWER_TOKENS, QUESTIONS, TEXT, UNKNOWN, Material, Positions
 from loramem.training.settings import KeepBase
@@ -33,6 +34,7 @@ def measure(adapted: AdaptedModel, adapter: str, material: Material) -> Kept:
         questions=_mean(*(column[first[QUESTIONS]] for column in every[QUESTIONS])),
         unknown_keys=_mean(*every[UNKNOWN]),
         same_answers=sum(one == other for one, other in zip(before, mine, strict=True)) / max(1, len(prompts)),
+        other_words=_in_other_words(adapted, material.other_words) if material.other_words else None,
     )
 
 
@@ -54,6 +56,14 @@ def _compare(adapted: AdaptedModel, adapter: str, positions: Positions) -> tuple
 
 def _answers(adapted: AdaptedModel, prompts: list[tuple[int, ...]]) -> list[list[int]]:
     return greedy_decode(adapted.model, prompts, ANSWER_TOKENS, adapted.base.template.end_id)
+
+
+def _in_other_words(adapted: AdaptedModel, asked: Sequence[EncodedRecord]) -> tuple[int, int]:
+    """How many records give their value when asked in words that were not trained, and how many were asked."""
+    longest = max(len(entry.answer_ids) for entry in asked)
+    answers = greedy_decode(adapted.model, [entry.prompt_ids for entry in asked], longest, adapted.base.template.end_id)
+    exact = sum(tuple(row) == entry.answer_ids[:-1] for row, entry in zip(answers, asked, strict=True))
+    return exact, len(asked)
 
 
 def _mean(divergences: Tensor, changed: Tensor) -> Divergence:
@@ -84,7 +94,8 @@ def harmed(missed: Mapping[str, tuple[float, float]], rank: int) -> BaseHarmed:
     """The error that says by how much."""
     return BaseHarmed(
         f"At rank {rank} the adapter changes more of the base than is allowed ({shown(missed)}). Nothing was "
-        "committed. Allow more, train longer (steps) or at a higher rank, or route by key and leave out keep_base.",
+        "committed. Allow more, give gates more to be set against (unknown_keys, questions, text_tokens), or route by "
+        "key and leave out keep_base.",
         misses=missed,
         rank=rank,
     )

@@ -24,6 +24,7 @@ from loramem.models.base_model import BaseModel
 from loramem.models.decoding import greedy_decode
 from loramem.models.features import Features, collect
 from loramem.records.prompts import EncodedRecord
+from loramem.records.questions import asking
 from loramem.records.record import Record
 from loramem.training import neutral_text
 from loramem.training.settings import KeepBase
@@ -39,7 +40,9 @@ ANSWER_TOKENS, KEY_ANSWER_TOKENS = 24, 16
 """Of the base's answers to questions and to unknown keys."""
 DECODED, COLLECTED = 128, 1024
 """Answers that are decoded together, and sequences whose features are held in the base's dtype at a time."""
-HELD_OUT_TEXT, HELD_OUT_KEYS = 5_000, 200
+HELD_OUT_TEXT, HELD_OUT_KEYS, OTHER_WORDS = 5_000, 200, 40
+ANSWERED = 16
+"""Of so many unknown keys one with all of the base's answer, the others with its first token."""
 TEXT, QUESTIONS, UNKNOWN = "text", "questions", "unknown keys"
 NOBODY = Record("neutral", "neutral")
 
@@ -75,6 +78,8 @@ class Material:
     measured: Neutral
     questions: tuple[EncodedRecord, ...]
     """Those that are measured, with the base's own answers."""
+    other_words: tuple[EncodedRecord, ...] = ()
+    """Records that have questions, each in words that none is trained in."""
 
 
 def material(adapted: AdaptedModel, records: Sequence[EncodedRecord], keep: KeepBase, seed: int) -> Material:
@@ -83,7 +88,8 @@ def material(adapted: AdaptedModel, records: Sequence[EncodedRecord], keep: Keep
     Args:
         records: Of one adapter.
     """
-    base, keys = adapted.base, [record.record.key for record in records]
+    base, bare = adapted.base, [record.record for record in records]
+    keys, templates = neutral_text.keys_of(bare), neutral_text.wordings(bare)
     own = neutral_text.remembered_text(keep.text_sha256)
     with adapted.disabled(), torch.no_grad(), _half(base):
         answers = _answers(base, neutral_text.held_out_questions(), ANSWER_TOKENS)
@@ -91,10 +97,14 @@ def material(adapted: AdaptedModel, records: Sequence[EncodedRecord], keep: Keep
             TEXT: _cached(base, keep, seed, TEXT, own),
             QUESTIONS: _cached(base, keep, seed, QUESTIONS, own),
         }
-        asked = neutral_text.unknown_keys(keys, keep.unknown_keys, seed, held_out=False)
-        answered = asked[: keep.unknown_keys // 8]
+        asked = neutral_text.worded(
+            neutral_text.unknown_keys(keys, keep.unknown_keys, seed, held_out=False), templates, seed
+        )
+        answered = asked[: keep.unknown_keys // ANSWERED]
         unknown = [*_firsts(base, asked[len(answered) :]), *_answers(base, answered, KEY_ANSWER_TOKENS)]
-        others = neutral_text.unknown_keys(keys, HELD_OUT_KEYS, seed, held_out=True)
+        others = neutral_text.worded(
+            neutral_text.unknown_keys(keys, HELD_OUT_KEYS, seed, held_out=True), templates, seed
+        )
         measured = {
             TEXT: _positions(base, _passages(base, HELD_OUT_TEXT, own, held_out=True)),
             QUESTIONS: _positions(base, answers),
@@ -102,7 +112,18 @@ def material(adapted: AdaptedModel, records: Sequence[EncodedRecord], keep: Keep
         }
         trained = {**of_base, UNKNOWN: _positions(base, unknown)}
     log.info("%d neutral positions to train with", sum(map(len, trained.values())))
-    return Material(Neutral(trained), Neutral(measured), tuple(answers))
+    return Material(Neutral(trained), Neutral(measured), tuple(answers), tuple(_in_other_words(base, records)))
+
+
+def _in_other_words(base: BaseModel, records: Sequence[EncodedRecord]) -> Iterator[EncodedRecord]:
+    """Some of the records that have questions, in words that none has."""
+    asked = {record.record.question_of for record in records}
+    known = {record.record.key for record in records}
+    having = [record for record in records if record.record.question_of is None and record.record.key in asked]
+    for number, record in enumerate(having[:: max(1, len(having) // OTHER_WORDS)]):
+        words = neutral_text.OTHER_WORDS[number % len(neutral_text.OTHER_WORDS)]
+        if (question := asking(words, record.record.key)) not in known:
+            yield replace(record, prompt_ids=tuple(base.template.prompt_ids(base.tokenizer, question)))
 
 
 def _half(base: BaseModel) -> torch.autocast:

@@ -17,6 +17,8 @@ from pathlib import Path
 from loramem._util.cache import cache_folder
 from loramem.embedded.corpus import standard_library
 from loramem.errors import InputError
+from loramem.records.questions import KEY_HERE, asking, name_in
+from loramem.records.record import Record
 
 log = logging.getLogger(__name__)
 
@@ -81,6 +83,10 @@ COMMON_QUESTIONS = (
     "What is the boiling point of water?|Which planet is the largest?|Good morning!"
 ).split("|")
 """Of those that are measured, whatever the topics."""
+OTHER_WORDS = (
+    "{key}?|Tell me about {key}.|Please look up {key} for me.|I am looking for {key}. What do you have?"
+).split("|")
+"""For records that have questions: words that are not trained."""
 HELD_OUT_TOPICS = 40
 EXCERPT_CHARACTERS = (10, 200)
 """Of a text as a user's message."""
@@ -190,6 +196,31 @@ def unknown_keys(keys: Sequence[str], count: int, seed: int, *, held_out: bool) 
         if len(found) == count:
             break
     return list(found)
+
+
+def wordings(records: Sequence[Record]) -> list[str]:
+    """Templates that the questions of some records follow, the key by itself among them, as it is for most."""
+    found = {KEY_HERE: None}
+    for record in records:
+        if record.question_of is not None and (name := name_in(record.question_of)) in record.key:
+            found[record.key.replace(name, KEY_HERE)] = None
+    return list(found)
+
+
+def keys_of(records: Sequence[Record]) -> list[str]:
+    """What unknown keys are made of: keys, and questions that name none."""
+    return [
+        record.key for record in records if record.question_of is None or name_in(record.question_of) not in record.key
+    ]
+
+
+def worded(keys: Sequence[str], templates: Sequence[str], seed: int) -> list[str]:
+    """Each key by itself or in a question, as many in each wording."""
+    order = random.Random(f"worded {seed}").sample(range(len(keys)), len(keys))
+    return [
+        key if template == KEY_HERE else asking(template, key)
+        for key, template in ((keys[place], templates[number % len(templates)]) for number, place in enumerate(order))
+    ]
 
 
 Follows = dict[str, list[str]]

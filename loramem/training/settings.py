@@ -18,6 +18,9 @@ RETIRED = frozenset(
 )
 """Settings that once tuned training through the network, and that stores and journals may still name."""
 
+RETIRED_KEEPING = frozenset(("steps", "rate", "weight"))
+"""The same of `KeepBase`: they were of training that looked at neutral positions in every step."""
+
 OnMiss = Literal["report", "fail", "grow"]
 """What becomes of a write that leaves less of the base than is wanted: it is committed and says so, it is refused, or
 it is trained again with more until the highest rank, and then refused."""
@@ -34,17 +37,11 @@ class KeepBase:
 
     neurons: int = 128
     """Of the last MLP, which the records take: the adapter's first rank, where none is asked for."""
-    steps: int = 300
-    """Of training; the rate falls over them."""
-    rate: float = 0.1
-    """As `WriterSettings.feature_rate`."""
-    weight: float = 4.0
-    """Of the divergence at neutral positions, beside the loss at the records'."""
     text_tokens: int = 20_000
     questions: int = 300
-    """Answered by the base, to train with; of three times as many, where an answer begins."""
-    unknown_keys: int = 1_000
-    """Of the records' own form, to train with."""
+    """Answered by the base, to set gates against; of three times as many, where an answer begins."""
+    unknown_keys: int = 2_500
+    """Of the records' own form, to set gates against."""
     text_sha256: str = ""
     """Of a text of the user's own, which `loramem.training.neutral_text.remember_text` put into the cache: it is read
     first, as text that is to stay what it is, and the standard library's after it."""
@@ -60,7 +57,7 @@ class KeepBase:
 
     def __post_init__(self) -> None:
         check_choice("on_miss", self.on_miss, get_args(OnMiss))
-        for name in ("neurons", "steps", "text_tokens", "questions", "unknown_keys"):
+        for name in ("neurons", "text_tokens", "questions", "unknown_keys"):
             if getattr(self, name) < 1:
                 raise ArgumentError(
                     f"{name} must be at least 1, not {getattr(self, name)}", argument=name, value=getattr(self, name)
@@ -128,6 +125,8 @@ class WriterSettings:
                 "know. Upgrade loramem."
             )
         keep = kept.get("keep_base")
+        if keep is not None:
+            keep = {name: value for name, value in keep.items() if name not in RETIRED_KEEPING}
         if keep is not None and (unknown := keep.keys() - KeepBase.__dataclass_fields__):
             raise StoreFormatError(
                 f"The store was written with the setting keep_base.{min(unknown)}, which this version of loramem does "
