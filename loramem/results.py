@@ -39,9 +39,15 @@ class Kept:
     @classmethod
     def of(cls, fields: Mapping[str, Any]) -> "Kept":
         """From what ``dataclasses.asdict`` made of one."""
-        parts = (Divergence(**fields[name]) for name in ("text", "answers", "questions", "unknown_keys"))
         words = fields.get("other_words")
-        return cls(*parts, fields["same_answers"], None if words is None else (words[0], words[1]))
+        return cls(
+            text=Divergence(**fields["text"]),
+            answers=Divergence(**fields["answers"]),
+            questions=Divergence(**fields["questions"]),
+            unknown_keys=Divergence(**fields["unknown_keys"]),
+            same_answers=fields["same_answers"],
+            other_words=None if words is None else (words[0], words[1]),
+        )
 
 
 @dataclass(frozen=True)

@@ -166,7 +166,8 @@ def test_a_hyperplane_is_exact_at_its_group_and_as_near_as_can_be_elsewhere() ->
     generator = torch.Generator().manual_seed(0)
     others = torch.randn(4000, 12, generator=generator) + 3.0  # a mean that stands for the bias
     groups = [torch.randn(count, 12, generator=generator) + 3.0 for count in (1, 3)]
-    rows = through(groups, Moments.of([(others, 1.0)]), 6.0, 54.0)
+    moments, nobody = Moments.of([(others, 1.0)]), torch.zeros(0, 12)
+    rows = through(groups, moments, 6.0, 54.0, nobody)
     for group, row in zip(groups, rows, strict=True):
         torch.testing.assert_close(group @ row, torch.full((len(group),), 6.0), atol=0.02, rtol=0)
         loss = (others @ row + 54).square().mean()
@@ -174,6 +175,17 @@ def test_a_hyperplane_is_exact_at_its_group_and_as_near_as_can_be_elsewhere() ->
             aside = torch.randn(12, generator=generator) * 0.1
             aside -= group.T @ torch.linalg.lstsq(group.T, aside[:, None]).solution[:, 0]
             assert (others @ (row + aside) + 54).square().mean() > 0.999 * loss
+
+
+def test_near_misses_are_shut_out_one_by_one() -> None:
+    generator = torch.Generator().manual_seed(0)
+    others = torch.randn(4000, 12, generator=generator) + 3.0
+    key = torch.randn(1, 12, generator=generator) * 3 + 3.0
+    misses = key + torch.randn(5, 12, generator=generator)
+    moments = Moments.of([(others, 1.0)])
+    [before], [after] = (through([key], moments, 6.0, 54.0, near) for near in (misses[:0], misses))
+    assert float(key @ after) == pytest.approx(6.0, abs=0.02)
+    assert (misses @ after).max() < (misses @ before).max() - 3
 
 
 def test_a_row_between_two_clouds_tells_them_apart() -> None:

@@ -19,6 +19,9 @@ from torch import Tensor
 
 DAMPING = 1e-2
 """Of second moments, as a share of the mean variance about their mean."""
+NEAR, ASIDE, BEYOND, LOOKS = 3e-2, 8.0, 4.0, 3
+"""Weight of a position that is looked at by itself, beside 1 of all in the mean; where a row has to be below at these,
+and by how much more it is pulled; how often they are looked for. Measured: docs/keeping.md."""
 
 
 @dataclass(frozen=True)
@@ -46,21 +49,43 @@ class Moments:
         return inverse
 
 
-def through(groups: Sequence[Tensor], others: Moments, opened: float, shut: float) -> Tensor:
+def through(groups: Sequence[Tensor], others: Moments, opened: float, shut: float, near: Tensor) -> Tensor:
     """A row for each group of positions (n, d): ``opened`` at all of them, nearest to −``shut`` at the others.
+
+    Args:
+        near: Others (m, d), one by one: those at which a row has w·x above −`ASIDE` are looked at again, each with the
+            weight `NEAR`, and then pulled to what is safely shut. It is the few near misses of a key, not their mean,
+            that open its gate.
 
     Returns:
         (groups, d).
     """
-    inverse, mean = others.inverse(), others.mean.double()
+    inverse, mean, one_by_one = others.inverse(), others.mean.double(), near.double()
     rows = list[Tensor]()
     for group in groups:
         inside = group.double()
-        reached = inside @ inverse
-        gram = reached @ inside.T
-        gram.diagonal().add_(1e-6 * gram.diagonal().mean())
-        rows.append(torch.linalg.solve(gram, opened + shut * (reached @ mean)) @ reached - shut * (inverse @ mean))
+        seen = torch.zeros(len(one_by_one), dtype=torch.bool, device=near.device)
+        row = _solved(inside, inverse, inverse @ (-shut * mean), opened)
+        for _ in range(LOOKS):
+            seen |= one_by_one @ row > -ASIDE
+            chosen = one_by_one[seen]  # (M + NEAR·ZᵀZ)⁻¹ by Woodbury's identity: Z are few
+            reached = inverse @ chosen.T
+            middle = chosen @ reached
+            middle.diagonal().add_(1 / NEAR)
+            updated = inverse - reached @ torch.linalg.solve(middle, reached.T)
+            pulled = -shut * mean - NEAR * (ASIDE + BEYOND) * chosen.sum(0)
+            row = _solved(inside, updated, updated @ pulled, opened)
+        rows.append(row)
     return torch.stack(rows).float()
+
+
+def _solved(inside: Tensor, inverse: Tensor, free: Tensor, opened: float) -> Tensor:
+    """The row (d,) nearest to ``free`` by the inverse's measure that is ``opened`` at all positions (n, d) inside."""
+    reached = inside @ inverse
+    gram = reached @ inside.T
+    gram.diagonal().add_(1e-6 * gram.diagonal().mean())
+    row: Tensor = free + torch.linalg.solve(gram, opened - inside @ free) @ reached
+    return row
 
 
 def between(inside: Moments, others: Moments, opened: float, shut: float) -> Tensor:

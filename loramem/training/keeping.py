@@ -86,6 +86,11 @@ class Shut:
         return Moments.of([(self._inputs[kind], share) for kind, share in shares.items()] + list(more))
 
     @property
+    def everywhere(self) -> Tensor:
+        """All neutral positions, (n, d)."""
+        return torch.cat(list(self._inputs.values()))
+
+    @property
     def unknown(self) -> Tensor:
         """Where the answer to an unknown key begins, (n, d)."""
         return self._inputs[UNKNOWN, True].float()
@@ -191,7 +196,8 @@ class KeepingRun(FeatureRun):
         many = len(self.neurons)
         count = max(1, min(len(first), int(FIRST_SHARE * many)))
         groups = alike(self.targets[begins], count)
-        gates = through([first[each] for each in groups], self.shut.moments(SHARES), FIRST_OPEN, FIRST_SHUT)
+        against = self.shut.moments(SHARES)
+        gates = through([first[each] for each in groups], against, FIRST_OPEN, FIRST_SHUT, self.shut.everywhere)
         inside = between(Moments.of([(within, 1.0)]), self.shut.moments(ANYWHERE), WITHIN_OPEN, WITHIN_SHUT)
         asked = Moments.of([(torch.cat([first, self.shut.unknown]), 1.0)])
         form = between(asked, self.shut.moments(ELSEWHERE, (within, 0.1)), 1.0, 0.0)

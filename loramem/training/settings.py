@@ -40,7 +40,7 @@ class KeepBase:
     text_tokens: int = 20_000
     questions: int = 300
     """Answered by the base, to set gates against; of three times as many, where an answer begins."""
-    unknown_keys: int = 2_500
+    unknown_keys: int = 3_000
     """Of the records' own form, to set gates against."""
     text_sha256: str = ""
     """Of a text of the user's own, which `loramem.training.neutral_text.remember_text` put into the cache: it is read
