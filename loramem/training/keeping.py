@@ -9,6 +9,7 @@ no step looks at a neutral position.
 What an adapter leaves of the base is measured on the adapter as saved (`loramem.training.kept`).
 """
 
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -29,6 +30,8 @@ from loramem.training.neutral import QUESTIONS, TEXT, UNKNOWN, Neutral
 from loramem.training.progress import ProgressCallback, Training
 from loramem.training.settings import WriterSettings
 from loramem.training.whitening import Site, random_rows, whitening_factor
+
+log = logging.getLogger(__name__)
 
 SHARES = {
     (TEXT, False): 0.1,
@@ -230,6 +233,11 @@ class KeepingRun(FeatureRun):
         ]
         return [*now, base_out + out.scaling[self.name] * out.lora_B[self.name].weight[:, :count]]
 
+    def free_gates(self) -> None:
+        """Train all rows from now on: a base whose hidden states part records badly may need it, at some price."""
+        self.frozen = []
+        self.restart()
+
     def pull_elsewhere(self, weight: float) -> None:
         for a, rows in self.frozen:
             assert a.grad is not None
@@ -272,6 +280,10 @@ def train_keeping(
             break
         adapted.grow(name, next_rank, placement, settings.seed + next_rank)
         run.attach(next_rank, grown_from=run.rank)
+    if run.open:
+        log.info("%d tokens are open with gates as they were set, which are trained now", run.open)
+        run.free_gates()
+        run.until_certified_or_stalled()
     return Training(
         stubborn=run.stubborn_records(),
         rank=run.rank,
