@@ -306,10 +306,12 @@ def test_a_growing_store_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: p
 
 
 def test_the_parent_model_measures_a_process_and_counts_on(tmp_path: Path) -> None:
-    measured = parent_model.measure(tmp_path, 40)
+    measured = parent_model.measure(tmp_path, 40, None)
     assert measured.syncs >= 4 and min(measured.admission, measured.commit, measured.keeping) > 0
-    # By hand: 200 records of 0.1 ms wait for the parent, 20 ms; 5 ms and 4 syncs of 1 ms go on beside 12 s / 500.
-    parent = parent_model.Parent(0.04, 0.01, 0.01, 0.04, 0.0, 5.0, 4, 1.0, 30, 30)
-    assert parent.shard_s(500) == pytest.approx(0.020 + 0.024)
-    assert parent.used(500) == pytest.approx(24 / 44)
-    assert parent.shard_s(10_000) == pytest.approx(0.020 + 0.009)
+    # By hand: 200 records of 0.1 ms and 5 ms of their shard; 4 syncs of 1 ms by eight threads; 12 s / 500 workers.
+    parent = parent_model.Parent(0.02, 0.02, 0.01, 0.01, 0.02, 0.02, 0.0, 2_000, 5.0, 4, 1.0, 200, 30, 30)
+    assert parent.shard_s(500) == pytest.approx(0.025) and parent.saturated(500) == "this process"
+    assert parent.used(500) == pytest.approx(24 / 25)
+    assert parent.shard_s(100) == pytest.approx(0.120) and parent.saturated(100) == "workers"
+    assert replace(parent, sync_ms=80.0).shard_s(10_000) == pytest.approx(0.040)
+    assert replace(parent, alone_s=1.6).shard_s(10_000) == pytest.approx(0.185)  # a tenth of a batch's

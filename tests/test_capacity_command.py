@@ -358,7 +358,8 @@ def test_without_a_law_nothing_is_drawn(
         ),
         (
             ["--length", "400", "--kind", "songs"],
-            "--kind 'songs' is not one of phonebook, text, mixed, random, nor a file that was calibrated with.",
+            "--kind 'songs' is not one of phonebook, text, r20, mixed, r60, r80, random, nor a file that was "
+            "calibrated with.",
         ),
         (["--length", "400", "--goal", "huge"], "'huge' is not one of 'fast', 'small'."),
         (["--length", "400", "--max-rank", "0"], "0 is not in the range x>=1."),

@@ -72,17 +72,17 @@ def test_workers_share_these_cores(
     pools = []
 
     class Pool:
-        def __init__(self, *_: object, initargs: tuple[int], **__: object) -> None:
-            pools.append(initargs)
+        def __init__(self, *asked: int) -> None:
+            pools.append(asked)
 
         def __enter__(self) -> None: ...
 
         def __exit__(self, *_: object) -> None: ...
 
-    monkeypatch.setattr(executors, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(executors, "Processes", Pool)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads_here)
     with executors.process_pool(workers):
-        assert pools == [(threads,)]
+        assert pools == [(workers, threads)]
 
 
 def test_no_workers_are_refused() -> None:

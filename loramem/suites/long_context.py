@@ -350,8 +350,9 @@ def plots(lines: Sequence[Mapping[str, Any]]) -> tuple[Plot | HeatMap, ...]:
     noisiest = max((line["cell"] for line in lines), key=lambda cell: cell["noise"] or 0.0)
     hardest = texts(lines)(noisiest)
     maps = (_heat_map(hardest, method, grid) for method, grid in found[hardest].items())
+    curves = (_curves(text, methods) for text, methods in found.items())
     return (
-        *(_curves(text, methods) for text, methods in found.items()),
+        *(one for one in curves if one.series),  # a text of which lengths are missing has no mean
         *(one for one in maps if len(one.rows) > 1 and len(one.columns) > 1),
     )
 
