@@ -4,7 +4,9 @@ import json
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import httpx2
 import pytest
@@ -26,7 +28,10 @@ def place(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_it_serves_with_a_token_until_it_is_interrupted(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LORAMEM_TOKEN", "secret token")
     command = [sys.executable, "-m", "loramem_cli", "-v", "serve", "--store", str(place), "--port", "0", "--json"]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    # What runs in the background hands on to its children that interrupts are ignored.
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(command, cwd=ROOT, preexec_fn=heard, **pipes) as process:
         try:
             url = json.loads(process.stdout.readline())["url"]
             asked = {"model": "loramem", "messages": [{"role": "user", "content": "door:"}]}
