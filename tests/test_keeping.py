@@ -104,13 +104,24 @@ def run_of(base: Path, rank: int = 8) -> KeepingRun:
     return KeepingRun(shut, adapted, "new", features, 6, rank, SETTINGS, None, 0.0, (), 1.0)
 
 
+def weights_now(run: KeepingRun) -> list[torch.Tensor]:
+    """What the replaced neurons are, as `LastMlp.weights` gives those of the base."""
+    *base_in, base_out = run.shut.mlp.weights(run.neurons)
+    *into, out = run.layers
+    now = [
+        matrix + layer.scaling[run.name] * layer.lora_A[run.name].weight[: len(matrix)]
+        for matrix, layer in zip(base_in, into, strict=True)
+    ]
+    return [*now, base_out + out.scaling[run.name] * out.lora_B[run.name].weight[:, : len(run.neurons)]]
+
+
 def end_of_base_with(run: KeepingRun) -> torch.Tensor:
     """Logits at the records' positions, the base's neurons replaced by hand."""
     model, mlp, features = run.adapted.model, run.shut.mlp, run.features[0]
     with run.adapted.disabled():
         base = Ending(model, features)
         hidden, given = base.block_values(mlp.block)
-        new = mlp.given(hidden, run.neurons, run.weights_now()) - mlp.given(
+        new = mlp.given(hidden, run.neurons, weights_now(run)) - mlp.given(
             hidden, run.neurons, mlp.weights(run.neurons)
         )
         return model.get_output_embeddings()(base.hidden(slice(None), {mlp.block: given + new}))
@@ -145,11 +156,11 @@ def test_a_grown_adapter_has_more_neurons_and_leaves_the_others_as_they_were(bas
 @torch.no_grad()
 def test_training_moves_no_gate_and_each_record_has_one_that_opens_where_its_answer_begins(base: Path) -> None:
     run = run_of(base)
-    gates = run.weights_now()[0].clone()
+    gates = weights_now(run)[0].clone()
     with torch.enable_grad():
         for _ in range(3):
             run.train_step()
-    torch.testing.assert_close(run.weights_now()[0], gates)
+    torch.testing.assert_close(weights_now(run)[0], gates)
     with run.adapted.disabled():
         inputs, _ = Ending(run.adapted.model, run.features[0]).block_values(run.shut.mlp.block)
     owners = run.features[0].owners

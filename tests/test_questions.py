@@ -72,11 +72,11 @@ def test_every_question_gives_the_value_and_is_no_record_of_its_own(store: Memor
     ],
 )
 def test_a_text_that_would_ask_for_two_records_is_refused_by_name(store: MemoryStore, records: list[Record]) -> None:
-    before = store.all_questions()
+    before = list(store.iter_asked())
     with pytest.raises(QuestionTaken, match="asks for the record") as caught:
         store.write(records, on_conflict="replace")
     assert caught.value.other in ("Ann Lee:", "Bob Ray:", "new")
-    assert (len(store), store.all_questions(), store.pending()) == (2, before, None)
+    assert (len(store), list(store.iter_asked()), store.pending()) == (2, before, None)
 
 
 def test_questions_can_be_added_to_a_record_that_is_there(store: MemoryStore) -> None:

@@ -179,16 +179,12 @@ class Index(SealedDatabase):
         for row in self.db.query(query, [namespace]):
             yield row["key"]
 
-    def questions(self) -> dict[tuple[str, str], list[str]]:
-        """Live questions in the order they were written, by namespace and key of their record."""
-        found = dict[tuple[str, str], list[str]]()
-        query = "select namespace, question_of, key from records where question_of not null order by rowid"
-        for namespace, of, question in self.db.conn.execute(query):
-            found.setdefault((namespace, of), []).append(question)
-        return found
+    def count_questions(self) -> int:
+        """Live rows that are questions for another."""
+        return int(self.db.table("records").count_where("question_of not null"))
 
     def questions_of(self, identities: Iterable[tuple[str, str]]) -> dict[tuple[str, str], list[str]]:
-        """`questions` of those of these records that have any."""
+        """Live questions in the order they were written, of those of these records (namespace, key) that have any."""
         found = dict[tuple[str, str], list[str]]()
         columns, key = "rowid, namespace, question_of, key", ("namespace", "question_of")
         for _, namespace, of, question in sorted(select_keys(self.db, "records", columns, key, identities)):

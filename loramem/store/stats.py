@@ -19,7 +19,7 @@ def stats(store: Path, index: Index, manifest: Manifest) -> Stats:
     No row of a record is held against its seal, or in memory, which grows with the number of adapters alone.
     """
     loads, retired = index.loads(), index.retired()
-    present, questions = shards(index, loads), sum(map(len, index.questions().values()))
+    present, questions = shards(index, loads), index.count_questions()
     parameters, cost_bits = sum(shard.parameters for shard in present), sum(shard.cost_bits for shard in present)
     return Stats(
         base_model=manifest.base_model,

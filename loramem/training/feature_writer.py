@@ -253,19 +253,15 @@ class FeatureRun:
             open_of.index_add_(0, self.features[0].owners[rows], is_open.to(open_of.dtype))
         told = torch.cat([sums, (open_of > 0).sum()[None]])
         total_weight, open_tokens, open_loss, loss, self.open_records = told.tolist()  # one wait for the device
-        weight = self.whole_weight(total_weight)
-        self.pull_elsewhere(weight)
+        weight = max(total_weight, objectives.MIN_WEIGHT)
+        self.hold()
         if math.isfinite(loss) and self.optimizer.step(self.rate_factor(open_tokens / len(self.targets)), 1 / weight):
             self.step += 1
             return int(open_tokens), open_loss, loss / len(self.targets)
         return int(open_tokens), open_loss, math.nan
 
-    def whole_weight(self, total: float) -> float:
-        """What the sum of weighted losses is divided by."""
-        return max(total, objectives.MIN_WEIGHT)
-
-    def pull_elsewhere(self, weight: float) -> None:
-        """Add gradients of what else is to hold, each times ``weight``, by which all are divided; here of nothing."""
+    def hold(self) -> None:
+        """Take gradients off what is not to move; here all may."""
 
     def rate_factor(self, open_share: float) -> float:
         """On the rate of a step, by the share of tokens that are open."""

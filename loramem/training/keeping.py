@@ -222,23 +222,12 @@ class KeepingRun(FeatureRun):
         frozen[module][output::per] = ~trained.to(gates.device)
         return wanted, frozen
 
-    def weights_now(self) -> list[Tensor]:
-        """What the replaced neurons are (`LastMlp.weights`), as functions of what is trained."""
-        mlp, count = self.shut.mlp, len(self.neurons)
-        *base_in, base_out = mlp.weights(self.neurons)
-        *into, out = self.layers
-        now = [
-            matrix + layer.scaling[self.name] * layer.lora_A[self.name].weight[: len(matrix)]
-            for matrix, layer in zip(base_in, into, strict=True)
-        ]
-        return [*now, base_out + out.scaling[self.name] * out.lora_B[self.name].weight[:, :count]]
-
     def free_gates(self) -> None:
         """Train all rows from now on: a base whose hidden states part records badly may need it, at some price."""
         self.frozen = []
         self.restart()
 
-    def pull_elsewhere(self, weight: float) -> None:
+    def hold(self) -> None:
         for a, rows in self.frozen:
             assert a.grad is not None
             a.grad[: len(rows)][rows] = 0.0
