@@ -193,6 +193,21 @@ def test_what_names_keys_stays_private(store: MemoryStore, tmp_path: Path) -> No
     assert (tmp_path / "out" / "routing.jsonl").stat().st_mode & 0o077 == 0
 
 
+def test_the_guide_of_vllm_says_what_its_resolver_does_offline_and_outside_the_folder(
+    store: MemoryStore, tmp_path: Path
+) -> None:
+    report = store.deploy("vllm", tmp_path / "out", base_name="someone/model")
+    text = (tmp_path / "out" / "README.md").read_text()
+    for words in (
+        "HF_HUB_OFFLINE=1",
+        "--lora-modules " + " ".join(f"{name}=./{name}" for name in report.adapters),
+        "`../x` loads what lies outside it",
+        '"max_tokens": 5',  # four digits and the end token
+        "**The key must be the one and only message",
+    ):
+        assert words in text
+
+
 def test_a_deployed_folder_says_which_base_it_needs(store: MemoryStore, tmp_path: Path) -> None:
     store.deploy("vllm", tmp_path / "out", base_name="someone/model")
     prompt = json.loads((tmp_path / "out" / "prompt.json").read_text())

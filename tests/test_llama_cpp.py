@@ -190,6 +190,8 @@ def test_the_guide_knows_what_goes_wrong_in_silence(store: MemoryStore) -> None:
         "--cache-ram 0",
         '"cache_prompt": false',
         "--lora-init-without-apply",
+        "A number in `lora` that no adapter has is passed over",
+        "An adapter of another base model of the same shape loads.",
         '"n_predict": 5',  # four digits and the end token
         "loramem check --server URL --target llama.cpp",
     ):
