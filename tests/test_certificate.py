@@ -237,7 +237,7 @@ def test_a_record_that_its_proof_decoded_alone_is_decoded_free_running_once_per_
     monkeypatch.setattr(certificate, "misrecalled", noted)
     with MemoryStore(tmp_path / "m", str(base)) as store:
         store.write(numbers(1))
-    assert decoded == [(torch.float32, [[0]]), (torch.bfloat16, [[0]])]
+    assert decoded == [(torch.bfloat16, [[0]]), (torch.float32, [[0]])]
 
 
 def test_a_shard_that_is_refused_alone_is_trained_again_and_the_others_are_not(

@@ -11,8 +11,10 @@ from loramem import MemoryStore, base_path
 from loramem.errors import UnsupportedBaseModel
 from loramem.models.adapters import AdaptedModel
 from loramem.models.base_model import load_base_model
-from loramem.models.ending import BEYOND_FEATURES, Ending, _sizes
-from loramem.models.features import collect
+from loramem.models.batches import shuffled
+from loramem.models.certificate import _check_drafts, _check_ending
+from loramem.models.ending import Ending, _sizes
+from loramem.models.features import PASS_RECORDS, PASS_TOKENS, collect
 from loramem.models.rounded_inputs import rounded
 from loramem.records.prompts import EncodedRecord, encode_records
 from loramem.records.record import as_records
@@ -67,7 +69,7 @@ def test_a_position_has_what_its_outcomes_share_and_the_rest_of_some_position(ei
     ending.deviate([], 2.0, [Ending(eight_bits.model, each) for each in others])
     moved = torch.stack([each.entering - mine.entering for each in others]) / _sizes(mine.entering)
     common, rest = moved.mean(0), moved - moved.mean(0)
-    factor = BEYOND_FEATURES * 2.0 * math.sqrt(OUTCOMES / (OUTCOMES - 1))
+    factor = 2.0 * math.sqrt((OUTCOMES + 1) / (OUTCOMES - 1))
     for number, each in enumerate(ending._deviations):
         order = torch.randperm(len(mine), generator=torch.Generator().manual_seed(number))
         found = each.at(("entering", None), slice(None), order)
@@ -91,6 +93,26 @@ def test_a_store_is_proved_in_eight_bits_and_looked_at_there(written: Path) -> N
         (looked_at,) = store.check(["peft"], dtype="q8_0").certificates
         assert looked_at.exact == len(RECORDS) and looked_at.dtypes["base"] == "q8_0"
         assert {key: store.recall(key) for key in RECORDS} == RECORDS
+
+
+@pytest.mark.parametrize("rung", [0, 2])
+def test_the_end_of_the_model_alone_gives_what_all_of_it_does_in_eight_bits(
+    eight_bits: AdaptedModel, rung: int
+) -> None:
+    """An adapter sees inputs as they are, where the module of the base that it sits on sees them in eight bits."""
+    records = encoded(eight_bits, 6)
+    features = collect(eight_bits.model, records)
+    eight_bits.create("new", 4, eight_bits.ladder[rung], 0)
+    generator = torch.Generator().manual_seed(0)
+    for name, weight in eight_bits.weights("new").items():
+        if "lora_B" in name:
+            weight.copy_(0.3 * torch.randn(weight.shape, generator=generator))
+    drafts = shuffled(records, PASS_RECORDS, PASS_TOKENS)
+    whole = {index: least for index, least, _ in _check_drafts(eight_bits.model, records, drafts)}
+    ending = Ending(eight_bits.model, features, eight_bits.lora_layers("new"))
+    alone = {index: least for index, least, _ in _check_ending(ending)}
+    eight_bits.remove("new")
+    assert alone == pytest.approx(whole, rel=1e-5)
 
 
 def test_what_is_written_for_eight_bits_comes_back_from_llama_cpp_on_a_q8_0_file(written: Path, tmp_path: Path) -> None:

@@ -22,8 +22,6 @@ from loramem.models.layers import LastLayer, decoder_layers
 from loramem.models.trunk import Forward, replaced_forwards
 
 LOOK_ROWS = 4096
-BEYOND_FEATURES = 4 / 3
-"""Factor on what differs from outcome to outcome: the end of the model rounds as well, which features do not show."""
 SCORED_ROWS = 1024
 """Positions whose logits over the whole vocabulary are computed together."""
 
@@ -41,10 +39,18 @@ class Ending:
     Args:
         model: The base with an adapter attached to modules of the last layer, or without one.
         adapted: The PEFT layers of the active adapter; none below the last layer's attention projection.
+        eight_bits: The last layer computes in eight bits now, within `loramem.models.rounded_inputs.in_eight_bits`.
     """
 
-    def __init__(self, model: PreTrainedModel, features: Features, adapted: Sequence[LoraLayer] = ()) -> None:
-        self.model, self.features = model, features
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        features: Features,
+        adapted: Sequence[LoraLayer] = (),
+        *,
+        eight_bits: bool = False,
+    ) -> None:
+        self.model, self.features, self.eight_bits = model, features, eight_bits
         self._layers, self._last = decoder_layers(model), LastLayer.of(model)
         self._projection = next((layer for layer in adapted if layer.get_base_layer() is self._last.projection), None)
         self._constant: dict[LoraLayer, Tensor] = {}
@@ -59,10 +65,13 @@ class Ending:
         if adapted:
             self._look_at(adapted)
         self._deviations: list[_Deviations] = []
+        self._first_outcome = 0
         self._own_sizes: _Values = {}
         """Of the values that deviate, at every position, (N, 1)."""
         self._dealt: list[tuple[Tensor, Tensor]] = []
         """Of each deviation: whose every position gets, (N,), and how much of it, (N, 1)."""
+        self.has_outcome = torch.zeros(len(features), dtype=torch.bool, device=features.targets.device)
+        """Positions (N,) that were dealt the deviation of an outcome."""
 
     def logits(self, rows: slice | Tensor, head: Head | None = None, *, deviating: bool = True) -> Tensor:
         """Logits (n, V) in float32 at some of the positions.
@@ -146,8 +155,9 @@ class Ending:
         ]
         found = [deviations(outcome) for outcome in outcomes]
         common = {name: torch.stack([each[name] for each in found]).mean(0) for name in (mine if found else ())}
-        # The mean of a few outcomes has taken a part of what each differs from it.
-        whole = BEYOND_FEATURES * factor * math.sqrt(len(found) / max(len(found) - 1, 1))
+        # n outcomes differ from their mean by √(1 − 1/n) of what they differ from the true one, the next by √(1 + 1/n).
+        whole = factor * math.sqrt((len(found) + 1) / max(len(found) - 1, 1))
+        self._first_outcome = len(others)
         self._deviations += [
             _Deviations(common, {name: whole * (own - common[name]) for name, own in each.items()}) for each in found
         ]
@@ -159,12 +169,15 @@ class Ending:
         do."""
         count, own = len(self._deviations), torch.arange(len(self.features), device=generator.device)
         pass_of = torch.randint(count, own.shape, generator=generator, device=own.device) if count > 1 else 0 * own
-        self._dealt = []
+        self._dealt, self.has_outcome = [], torch.zeros_like(self.has_outcome)
         for number in range(count):
             order = torch.randperm(len(own), generator=generator, device=own.device)
             chance = torch.rand(len(own), generator=generator, device=own.device)
-            amount = ((chance < 2 / 3) & (pass_of == number)).to(self.features.entering.dtype)
+            has = (chance < 2 / 3) & (pass_of == number)
+            amount = has.to(self.features.entering.dtype)
             self._dealt.append((torch.where(chance < 1 / 3, own, order), amount[:, None]))
+            if number >= self._first_outcome:
+                self.has_outcome |= has
 
     def _values(self) -> "_Values":
         """All that is constant here and read by `logits`."""
@@ -242,8 +255,9 @@ class Ending:
         seen = _Seen({}, {}, {}, {})
         with ExitStack() as hooks:
             for layer in adapted:
-                hooks.callback(layer.base_layer.register_forward_hook(_keeper(seen.inputs, seen.base, layer)).remove)
-                hooks.callback(layer.register_forward_hook(_keeper({}, seen.outputs, layer)).remove)
+                hooks.callback(layer.base_layer.register_forward_hook(_keeper({}, seen.base, layer)).remove)
+                # The base's own module may see inputs in eight bits, which its adapter does not.
+                hooks.callback(layer.register_forward_hook(_keeper(seen.inputs, seen.outputs, layer)).remove)
             for block in self._last.blocks:
                 hooks.callback(block.register_forward_hook(_keeper(seen.inputs, seen.blocks, block)).remove)
             handed_on: dict[nn.Module, Forward] = {self.model.get_output_embeddings(): lambda hidden: hidden}

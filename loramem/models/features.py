@@ -154,8 +154,11 @@ def _watched(last: LastLayer) -> Iterator[list[dict[str, Tensor]]]:
     def enters(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
         passes.append({"entering": args[0] if args else kwargs["hidden_states"]})
 
-    def projects(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        passes[-1] |= {"mixed": args[0], "projected": output}
+    def mixes(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        passes[-1] |= {"mixed": args[0]}
+
+    def projects(_: nn.Module, __: Any, output: Tensor) -> None:
+        passes[-1] |= {"projected": output}
 
     def attended(_: nn.Module, __: Any, output: Any) -> None:
         given = output[0] if isinstance(output, tuple) else output
@@ -164,6 +167,8 @@ def _watched(last: LastLayer) -> Iterator[list[dict[str, Tensor]]]:
     with ExitStack() as hooks:
         hooks.callback(last.layer.register_forward_pre_hook(enters, with_kwargs=True).remove)
         if last.projection is not None:
+            # Before it comes to eight bits, which an adapter does not see.
+            hooks.callback(last.projection.register_forward_pre_hook(mixes, prepend=True).remove)
             hooks.callback(last.projection.register_forward_hook(projects).remove)
         hooks.callback(last.attention.register_forward_hook(attended).remove)
         yield passes

@@ -29,9 +29,9 @@ def rounded(inputs: Tensor) -> Tensor:
     if inputs.shape[-1] % BLOCK:
         return inputs
     blocks = inputs.float().unflatten(-1, (-1, BLOCK))
-    scale = blocks.abs().amax(-1, keepdim=True) / LARGEST
-    whole = (blocks / scale.clamp(min=torch.finfo(torch.float32).tiny)).round()
-    found: Tensor = (whole * scale.half().float()).flatten(-2).to(inputs.dtype)
+    scale = blocks.abs().amax(-1, keepdim=True).div_(LARGEST)  # in place: several times as fast as new tensors
+    whole = (blocks / scale.clamp(min=torch.finfo(torch.float32).tiny)).round_()
+    found: Tensor = whole.mul_(scale.half().float()).flatten(-2).to(inputs.dtype)
     return found
 
 
@@ -55,11 +55,19 @@ def round_inputs(model: nn.Module) -> list[RemovableHandle]:
 
 
 @contextmanager
-def rounded_inputs(model: nn.Module) -> Iterator[None]:
-    """`round_inputs` within this context."""
-    with ExitStack() as hooks:
+def in_eight_bits(model: nn.Module, *, weights: bool = False) -> Iterator[None]:
+    """Within this context every linear module of a model, or of a part of one, sees rounded inputs.
+
+    Args:
+        weights: Theirs are rounded as well.
+    """
+    with torch.no_grad(), ExitStack() as after:
+        for _, module in linear_paths(model) if weights else ():
+            weight = module.get_parameter("weight")
+            after.callback(weight.copy_, weight.clone())
+            weight.copy_(rounded(weight))
         for handle in round_inputs(model):
-            hooks.callback(handle.remove)
+            after.callback(handle.remove)
         yield
 
 

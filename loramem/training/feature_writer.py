@@ -25,7 +25,9 @@ from loramem.errors import TrainingDiverged
 from loramem.models.adapters import AdaptedModel, count_parameters, load_weights, rank_choices
 from loramem.models.ending import Ending, Head
 from loramem.models.features import Features
+from loramem.models.layers import LastLayer
 from loramem.models.placement import Placement
+from loramem.models.rounded_inputs import in_eight_bits, rounded
 from loramem.training import objectives
 from loramem.training.progress import ProgressCallback, Training, WriteProgress
 from loramem.training.rivals import Rivals
@@ -148,8 +150,11 @@ class FeatureRun:
         self.objective = objectives.BY_NAME[settings.objective]
         single_long = records == 1 and len(self.targets) > settings.long_tokens
         self.sliding = objectives.SlidingState.start(1, self.targets.device) if single_long else None
-        products = autocast_dtype(self.targets.device)
-        self.rivals = Rivals(adapted.base.model.get_output_embeddings(), self.targets, products)
+        head, products = adapted.base.model.get_output_embeddings(), autocast_dtype(self.targets.device)
+        weight = head.get_parameter("weight").detach() if outcomes else None
+        if weight is not None and not adapted.base.rounds_inputs:
+            weight = rounded(weight)
+        self.rivals = Rivals(head, self.targets, products, eight_bits=weight)
         self.look_rows = max(1, LOOK_LOGITS // self.rivals.vocabulary)
         self.attach(rank)
         self.look_at(self.everywhere, self.endings[:1], FIRST_RIVALS)
@@ -158,9 +163,12 @@ class FeatureRun:
         """Begin with (re)created matrices: A random in whitened coordinates where it is new."""
         self.rank = rank
         layers = self.adapted.lora_layers(self.name)
-        self.endings = [Ending(self.adapted.model, each, layers) for each in (*self.features, *self.outcomes)]
-        self.ending, others = self.endings[0], len(self.features)
-        self.ending.deviate(self.endings[1:others], self.caution, self.endings[others:])
+        model, quantised = self.adapted.model, self.adapted.base.rounds_inputs
+        exact = [Ending(model, each, layers) for each in self.features]
+        with in_eight_bits(LastLayer.of(model).layer, weights=not quantised):
+            outcomes = [Ending(model, each, layers, eight_bits=True) for each in self.outcomes]
+        self.ending, self.endings = exact[0], [*exact, *outcomes]
+        self.ending.deviate(exact[1:], self.caution, outcomes)
         self.sites = self.begin(layers, grown_from)
         self.restart()
 
@@ -269,7 +277,8 @@ class FeatureRun:
 
     def weighted_losses(self, rows: slice) -> tuple[Tensor, Tensor]:
         """Cross-entropy (n,) over the competing tokens and the rest, and the objective's weights (n,)."""
-        logits = self.rivals.with_rest(self.ending.logits(rows, self.rivals.few), rows)
+        head = self.rivals.few_of(self.ending.has_outcome[rows])
+        logits = self.rivals.with_rest(self.ending.logits(rows, head), rows)
         targets = self.rivals.targets[rows]
         losses = cross_entropy(logits, targets, reduction="none")
         mask = torch.ones_like(targets, dtype=torch.bool)[None]
@@ -303,8 +312,9 @@ class FeatureRun:
         below those over the whole vocabulary, and much cheaper."""
         lowest = torch.ones_like(self.lowest)
         for ending in self.endings:
+            head = self.rivals.head_of(ending).few
             for rows in self.everywhere.split(TRAIN_ROWS):
-                logits = self.rivals.with_rest(ending.logits(rows, self.rivals.few, deviating=False), rows)
+                logits = self.rivals.with_rest(ending.logits(rows, head, deviating=False), rows)
                 losses = cross_entropy(logits, self.rivals.targets[rows], reduction="none")
                 lowest[rows] = torch.minimum(lowest[rows], torch.exp(-losses).nan_to_num(0.0))
         return lowest
@@ -337,12 +347,13 @@ class FeatureRun:
         Args:
             every: Those below it as well, whichever limit that is.
         """
-        if not self.rivals.rounds:
-            return self.probabilities(ending, rows, rivals, self.rivals.all)
-        probs = self.probabilities(ending, rows, rivals, self.rivals.all_rounded)
+        head = self.rivals.head_of(ending)
+        if not head.rounds:
+            return self.probabilities(ending, rows, rivals, head.all)
+        probs = self.probabilities(ending, rows, rivals, head.all_rounded)
         near = (probs < self.enough + ROUNDING) & (every | (probs > self.enough - ROUNDING))
         if bool(near.any()):
-            probs[near] = self.probabilities(ending, rows[near], rivals, self.rivals.all)
+            probs[near] = self.probabilities(ending, rows[near], rivals, head.all)
         return probs
 
     @torch.no_grad()

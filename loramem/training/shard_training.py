@@ -22,7 +22,7 @@ from loramem.models.features import Features, collect, collect_decoding
 from loramem.models.layers import linear_paths
 from loramem.models.neurons import LastMlp
 from loramem.models.placement import Placement
-from loramem.models.rounded_inputs import disturbed, rounded_inputs
+from loramem.models.rounded_inputs import disturbed, in_eight_bits
 from loramem.models.trunk import SPLIT_TOLERANCE
 from loramem.records.prompts import EncodedRecord
 from loramem.training.feature_writer import train_on_features
@@ -226,7 +226,7 @@ def with_other_batches(
 def outcomes_of(adapted: AdaptedModel, records: Sequence[EncodedRecord], count: int = OUTCOMES) -> list[Features]:
     """Features of a few outcomes of rounding to eight bits, which a model that is served in "q8_0" does itself."""
     found = list[Features]()
-    with adapted.disabled(), nullcontext() if adapted.base.dtype == "q8_0" else rounded_inputs(adapted.model):
+    with adapted.disabled(), nullcontext() if adapted.base.dtype == "q8_0" else in_eight_bits(adapted.model):
         for number in range(count):
             with disturbed(adapted.model, number) if number else nullcontext():
                 found.append(collect(adapted.model, records))

@@ -68,11 +68,12 @@ def write_shard(
             of single records.
     """
     served = served or {}
-    shards, failed, groups, refusals = list[TrainedShard](), list[int](), [list(range(len(job.records)))], 0
+    shards, failed, refusals = list[TrainedShard](), list[int](), 0
+    groups = [(list(range(len(job.records))), job.caution)]
     while groups:
-        indices = groups.pop(0)
+        indices, caution = groups.pop(0)
         try:
-            shard, stubborn = _keeping_adapter(job, folder, adapted, served, indices, progress)
+            shard, stubborn = _keeping_adapter(job, folder, adapted, served, indices, progress, caution)
         except (RecallError, StubbornRecords) as error:
             keys = error.keys if isinstance(error, StubbornRecords) else [error.key]
             apart = [index for index in indices if job.records[index].record.key in keys]
@@ -82,7 +83,8 @@ def write_shard(
             if job.one_adapter or not 0 < len(apart) < len(indices) or refusals == MOST_REFUSALS:
                 raise
             log.info("%s; %d records get an adapter of their own", error, len(apart))
-            groups[:0] = [[index for index in indices if index not in apart], apart]
+            others = [index for index in indices if index not in apart]
+            groups[:0] = [(others, len(CAUTION) - 1), (apart, job.caution)]  # the others came through all of it before
             refusals += 1
             continue
         if shard is not None:
@@ -91,7 +93,7 @@ def write_shard(
             failed.extend(stubborn)
         elif stubborn:
             log.info("%d stubborn records get an adapter of their own", len(stubborn))
-            groups.append(stubborn)
+            groups.append((stubborn, job.caution))
     return ShardResult(tuple(shards), tuple(failed))
 
 
@@ -102,6 +104,7 @@ def _keeping_adapter(
     served: Mapping[Dtype, AdaptedModel],
     indices: Sequence[int],
     progress: ProgressCallback | None,
+    caution: int,
 ) -> tuple[TrainedShard | None, list[int]]:
     """`_write_adapter`, which leaves as much of the base as the job asks for.
 
@@ -110,7 +113,7 @@ def _keeping_adapter(
     """
     keep = job.settings.keep_base
     for rank in rank_choices(job.rank, max(job.rank, job.settings.max_rank)):
-        shard, stubborn = _write_adapter(job, folder, adapted, served, indices, progress, rank)
+        shard, stubborn = _write_adapter(job, folder, adapted, served, indices, progress, caution, rank)
         if keep is None or shard is None or shard.kept is None or not (missed := misses(shard.kept, keep)):
             break
         log.info("at rank %d more of the base is changed than is allowed: %s", rank, shown(missed))
@@ -128,11 +131,15 @@ def _write_adapter(
     served: Mapping[Dtype, AdaptedModel],
     indices: Sequence[int],
     progress: ProgressCallback | None,
+    caution: int,
     rank: int,
 ) -> tuple[TrainedShard | None, list[int]]:
     """A proved adapter of some of the job's records, and which of them it does not hold; None where it holds none.
 
     What its proof refuses is trained again with the next caution.
+
+    Args:
+        caution: To begin with, of `CAUTION`.
 
     Raises:
         RecallError, StubbornRecords: The saved adapter does not decode what training certified, with all caution.
@@ -148,7 +155,7 @@ def _write_adapter(
     keep = job.settings.keep_base
     material = None if keep is None else neutral_material(adapted, records, keep, job.settings.seed)
     placement, spent = job.placement, list[Training]()
-    for place in range(job.caution, len(CAUTION)):
+    for place in range(caution, len(CAUTION)):
         if features is not None:
             for batches in _decoded_batches(records, doubtful)[met:place]:
                 features = [*features, *as_decoded(exact, records, features, batches)]
@@ -238,13 +245,13 @@ def _save_and_prove(
     write_directory(folder / adapter, files)
     adapted.load(adapter, folder / adapter)
     adapted.remove(UNSAVED)  # after the load: PEFT is never left without an adapter that it holds for the active one
-    proof = _proved(job, adapted, adapter, records, trained.training.rank, features.get(adapted.base.dtype))
-    kept = None if material is None else measure(adapted, adapter, material)
     proofs = dict[str, Proof]()
-    for dtype, model in served.items():
+    for dtype, model in reversed(list(served.items())):  # what rounds most is named last, and refuses most
         model.load(adapter, folder / adapter)
         proofs[dtype] = _proved(job, model, adapter, records, trained.training.rank, features.get(dtype))
         model.remove(adapter)
+    proof = _proved(job, adapted, adapter, records, trained.training.rank, features.get(adapted.base.dtype))
+    kept = None if material is None else measure(adapted, adapter, material)
     return TrainedShard(
         adapter, tuple(indices), trained.training, trained.placement, trained.climbed, proof, proofs, caution, kept
     )
