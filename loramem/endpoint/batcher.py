@@ -37,17 +37,21 @@ class Batcher:
 
     async def run(self) -> None:
         """Decode what is asked until cancelled."""
+        wanted, taken_s = 1, 0.0
         try:
             while True:
                 await self._more.wait()
+                await self._gather(wanted, LINGER * taken_s)
                 batch = self._next()
                 if not batch:
                     self._more.clear()
                     continue
                 started = time.monotonic()
                 await self._answer(batch)
-                if len(batch) > 1:
-                    await self._gather(len(batch), LINGER * (time.monotonic() - started))
+                taken_s = time.monotonic() - started
+                wanted = min(
+                    self.limits.batch_records, len(self._waiting) + len(batch)
+                )  # who was answered may ask again
         finally:
             self._thread.shutdown(wait=False, cancel_futures=True)
 
@@ -69,12 +73,12 @@ class Batcher:
         """Run something else that needs the model, between batches."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, call)
 
-    async def _gather(self, answered: int, most_s: float) -> None:
-        """Give clients that were just answered a moment to ask again, so that batches do not fall into halves."""
-        wanted, seen = min(self.limits.batch_records, len(self._waiting) + answered), list[int]()
+    async def _gather(self, wanted: int, most_s: float) -> None:
+        """Wait for so many questions, as long as they keep coming, so that batches do not fall into halves."""
+        seen = list[int]()
         for _ in range(LOOKS):
             seen.append(len(self._waiting))
-            if seen[-1] >= wanted or seen[-1 - QUIET_LOOKS :].count(seen[-1]) > QUIET_LOOKS:
+            if not 0 < seen[-1] < wanted or seen[-1 - QUIET_LOOKS :].count(seen[-1]) > QUIET_LOOKS:
                 break
             await asyncio.sleep(most_s / LOOKS)
 
