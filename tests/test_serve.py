@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from loramem import MemoryStore
 from loramem.errors import RecallError, StubbornRecords
+from loramem.models.adapters import AdaptedModel
 from loramem.models.certificate import Proof, prove
 from loramem.models.ending import Ending
 from loramem.models.features import Features
@@ -88,7 +89,7 @@ def test_an_adapter_that_fails_in_bfloat16_alone_is_trained_again_with_more_caut
         store.write(RECORDS)
         first, second, *_ = shards.CAUTION
         assert second > first
-        assert proved == [(dtype, caution) for caution in (first, second) for dtype in ("float32", "bfloat16")]
+        assert proved == [("bfloat16", first), ("bfloat16", second), ("float32", second)]
         (adapter,) = store.adapters()  # the refused one is not there
         assert {path.name for path in (tmp_path / "m" / "adapters").iterdir()} == {adapter.id}
         assert {key: store.recall(key) for key in RECORDS} == RECORDS
@@ -113,7 +114,11 @@ def test_what_fails_with_all_caution_is_refused_and_nothing_committed(
 def test_a_record_that_is_refused_among_others_whatever_is_tried_gets_an_adapter_of_its_own(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, decoded: bool
 ) -> None:
-    odd = list(RECORDS)[1]
+    odd, tried, train = list(RECORDS)[1], dict[int, list[float]](), shards.train_shard
+
+    def training(adapted: AdaptedModel, name: str, records: Sequence[EncodedRecord], *rest: Any, **options: Any) -> Any:
+        tried.setdefault(len(records), []).append(options["caution"])
+        return train(adapted, name, records, *rest, **options)
 
     def proving(
         model: PreTrainedModel,
@@ -131,8 +136,11 @@ def test_a_record_that_is_refused_among_others_whatever_is_tried_gets_an_adapter
         return Proof(tuple(0.59 if key == odd else 0.9 for key in keys), proof.conditions)
 
     monkeypatch.setattr(shards, "prove", proving)
+    monkeypatch.setattr(shards, "train_shard", training)
     with MemoryStore(tmp_path / "m", str(base)) as store:
         assert store.write(RECORDS).written == len(RECORDS)
+        first, *_, last = shards.CAUTION
+        assert tried == {len(RECORDS): list(shards.CAUTION), len(RECORDS) - 1: [last], 1: [first]}
         held = [{record.key for record in store.records(adapter=adapter.id)} for adapter in store.adapters()]
         assert sorted(held, key=len) == [{odd}, RECORDS.keys() - {odd}]
         assert {key: store.recall(key) for key in RECORDS} == RECORDS

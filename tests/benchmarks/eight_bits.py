@@ -3,7 +3,8 @@
     OMP_NUM_THREADS=1 python -m tests.benchmarks.eight_bits MODEL [--records 100] [--rank 16]
 
 Features of a Q8_0 file of the base are simulated (`loramem.models.rounded_inputs`). An adapter is trained over float32
-and bfloat16, another over three outcomes of rounding as well, and each is asked at outcomes that neither has seen.
+and bfloat16, another over three outcomes of rounding as well, and each is asked at outcomes that neither has seen, the
+end of the model rounded like the rest.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from loramem.models.adapters import AdaptedModel
 from loramem.models.base_model import load_base_model
 from loramem.models.ending import Ending
 from loramem.models.features import Features, collect
+from loramem.models.rounded_inputs import in_eight_bits
 from loramem.planning.samples import generate
 from loramem.records.prompts import encode_records
 from loramem.records.record import as_records
@@ -35,7 +37,8 @@ def moved(name: str, by: Tensor, size: Tensor) -> None:
 
 def asked(adapted: AdaptedModel, features: Features) -> str:
     """Records wrong at these features, and the lowest probability of any token."""
-    losses, right = Ending(adapted.model, features, adapted.lora_layers("new")).scores()
+    with in_eight_bits(adapted.model, weights=True):
+        losses, right = Ending(adapted.model, features, adapted.lora_layers("new")).scores()
     wrong = len(features.owners[~right].unique())
     return f"{wrong} wrong, lowest p {float(torch.exp(-losses.max())):.3f}"
 
