@@ -12,7 +12,7 @@ from functools import cached_property
 from itertools import groupby
 from typing import Any
 
-from loramem.errors import ConflictingRecord, PromptCollision
+from loramem.errors import ConflictingRecord, DoesNotFit, PromptCollision
 from loramem.index.index import Index
 from loramem.index.rows import prompt_digest
 from loramem.models.adapters import AdaptedModel
@@ -22,7 +22,8 @@ from loramem.planning import calibration, timings
 from loramem.planning.base_calibration import known_of
 from loramem.planning.limits import RankLimits
 from loramem.planning.plan import Plan, PlanInputs, Price, plan_groups
-from loramem.planning.pricing import Priced, price_of, priced, run_pricing
+from loramem.planning.pricing import Priced, priced, run_pricing
+from loramem.planning.sampled_prices import SAMPLE, Prices, priced_by
 from loramem.records.outcome import Outcome
 from loramem.records.prompts import EncodedRecord, Tokenized, settle, tokenize
 from loramem.records.questions import asked_apart
@@ -37,8 +38,6 @@ log = logging.getLogger(__name__)
 
 TOGETHER = 512
 """Records of a job that tokenizes; so few are tokenized here."""
-SAMPLE = 1_000
-"""Records, the first of a write, by whose price the kind of all is told."""
 LEARNT = 1_000
 """Outcomes, one for each shard."""
 EIGHT_BITS_ROOM = 1.6
@@ -216,7 +215,7 @@ class Planner:
         keep_features: bool = False,
         executor: Executor | None = None,
     ) -> Plan:
-        """Shards and ranks for encoded records.
+        """Shards and ranks for encoded records, by the prices of a sample (`loramem.planning.sampled_prices`).
 
         Args:
             limits: Ranks that adapters may have; those of the request unless given.
@@ -233,37 +232,44 @@ class Planner:
         lengths = [entry.length for entry in encoded]
         most = None if request.one_adapter else self.sizes[0].shard_tokens()
         ranges = cut_groups(sizes, [length + 1 for length in lengths], most)
+        learnt = self.learnt() if learnt is None else learnt
+
+        def by(chosen: Sequence[int]) -> Plan:
+            parts = self._priced(encoded, [ranges[number] for number in sorted({*chosen})], keep_features, executor)
+            price = Prices(encoded, ranges, chosen, dict(zip(sorted({*chosen}), parts, strict=True)))
+            sample = price(0, len(lengths[:SAMPLE])) if encoded else None
+            return plan_groups(
+                sizes,
+                lengths,
+                price,
+                self.plan_inputs(sample, sum(lengths[:SAMPLE]), kind, learnt),
+                goal=request.goal,
+                rank=request.first_rank,
+                limits=limits or request.limits,
+                one_adapter=request.one_adapter,
+            )
+
+        every, chosen = list(range(len(ranges))), priced_by(encoded, ranges)
+        try:
+            return by(chosen)
+        except DoesNotFit:
+            if chosen == every:
+                raise
+            return by(every)  # nothing is refused by an estimate
+
+    def _priced(
+        self,
+        encoded: Sequence[EncodedRecord],
+        ranges: Sequence[tuple[int, int]],
+        keep_features: bool,
+        executor: Executor | None,
+    ) -> list[Priced]:
+        """`priced`, of each range of records, by an executor's processes if there is one."""
         if executor is None:
-            parts = [
+            return [
                 priced(self.adapted, encoded[first:last], self.placement, keep_features=keep_features)
                 for first, last in ranges
             ]
-        else:
-            parts = self._priced(encoded, ranges, executor)
-        probs = [prob for part in parts for prob in part.probs]
-        known = {each: part.price for each, part in zip(ranges, parts, strict=True)}
-
-        def price(first: int, last: int) -> Price:  # shards of another size are asked for where ranks are limited
-            return known.get((first, last)) or price_of(encoded[first:last], probs[first:last])
-
-        learnt = self.learnt() if learnt is None else learnt
-        sample = price(0, len(lengths[:SAMPLE])) if encoded else None
-        inputs = self.plan_inputs(sample, sum(lengths[:SAMPLE]), kind, learnt)
-        return plan_groups(
-            sizes,
-            lengths,
-            price,
-            inputs,
-            goal=request.goal,
-            rank=request.first_rank,
-            limits=limits or request.limits,
-            one_adapter=request.one_adapter,
-        )
-
-    def _priced(
-        self, encoded: Sequence[EncodedRecord], ranges: Sequence[tuple[int, int]], executor: Executor
-    ) -> list[Priced]:
-        """`priced`, of each range of records, by an executor's processes."""
         base, here = JobBase.of(self.adapted.base, self.device), releases()
         jobs = (
             PricingJob(base, tuple(entry.bare() for entry in encoded[first:last]), self.placement, here)
