@@ -134,7 +134,7 @@ class WriteEstimate:
         training = told.elapsed_s / trained
         proof = PROOF_READS * told.records * self.per_read
         others = (told.records_total - told.records) * ((1 + PROOF_READS) * self.per_read + training / told.records)
-        return training - told.elapsed_s + proof + others
+        return training - told.elapsed_s + proof + others / len(self.shards)  # so many workers are at it
 
 
 @contextmanager

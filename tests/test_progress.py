@@ -70,6 +70,7 @@ def test_every_fact_of_a_write_is_told_as_certified(base: Path, tmp_path: Path, 
         assert 0 <= one.records_ordered <= one.records == one.records_total == 3
     assert (estimate.learned, estimate.certified) == (3, 3)
     assert [one.proved for one in told].count(True) == 1
+    assert told[-1].proved and len(told) > 1  # steps came before, of workers too
 
 
 def test_bars_are_drawn_on_a_terminal_alone(

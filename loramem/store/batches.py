@@ -20,9 +20,9 @@ from loramem.results import WriteReport
 from loramem.store.request import OnConflict, WriteRequest
 from loramem.store.write import Prepared, Transaction
 from loramem.training.ahead import Ahead
+from loramem.training.executors import job_function
 from loramem.training.jobs import ShardJob
 from loramem.training.progress import ProgressCallback
-from loramem.training.worker import run_job
 
 _Answer = TypeVar("_Answer")
 
@@ -62,7 +62,7 @@ def write_batches(
             return iter(())
         return ready.waiting
 
-    ahead = Ahead(executor, run_job, attrgetter("identity"), known)
+    ahead = Ahead(executor, job_function(executor, progress), attrgetter("identity"), known)
     with writing():
         learnt = planner.learnt()
         # What reads the model, or calibrates it, does so now: later it is in use.

@@ -1,7 +1,7 @@
 """Executors of machines that may come and go, with the settings that shard jobs need; each is an optional extra."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
@@ -40,7 +40,8 @@ def dask_executor(cluster: "str | Client", *, wait_s: float = 0.0) -> Iterator[C
     if isinstance(cluster, Client):
         mine = DaskExecutor(cluster)
         mine.wait_for_workers(wait_s)
-        yield mine
+        with closing(mine.channel):
+            yield mine
     elif cluster.startswith(LOCAL):
         count = _processes(cluster)
         with (

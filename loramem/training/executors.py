@@ -7,9 +7,11 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import BrokenExecutor, CancelledError, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from itertools import islice
+from multiprocessing.queues import Queue
 from pathlib import Path
 from typing import TypeVar
 
@@ -25,6 +27,7 @@ from loramem.training.jobs import Delivery, ShardJob, ShardResult
 from loramem.training.processes import end_with_parent, usable_cores
 from loramem.training.progress import ProgressCallback, WriteProgress
 from loramem.training.shards import write_shard
+from loramem.training.steps import Message, QueueChannel, Reporting, initialize
 from loramem.training.worker import run_job
 
 log = logging.getLogger(__name__)
@@ -37,6 +40,8 @@ SYNCING = 8
 """Threads that wait for the disk, each for a shard: it takes in several as fast as one."""
 POLL_S = 5.0
 """How often a cluster is looked at while nothing comes back from it."""
+HEAR_S = 0.5
+"""The same of what workers tell."""
 GONE_S = 60.0
 """A cluster that lost its last worker has so long to get another."""
 
@@ -93,7 +98,8 @@ def run_jobs(
         adapted: The model that runs them in this process, if there is no executor.
         served: The same in other dtypes; see `write_shard`.
         executor: Runs `loramem.training.worker.run_job` on each; its processes must find the base model.
-        progress: Told of every step in this process, and of every finished shard.
+        progress: Reporting of every step in this process, of some in others (see `job_function`), and of every finished
+            shard.
         ahead: Has some of the jobs already, and is given workers that these leave idle.
 
     Raises what `run_job` raises, at the first job that fails; those that have not begun are cancelled.
@@ -130,7 +136,11 @@ def run_jobs(
                 syncs.append(sync(number))
                 tell(number)
         else:
-            with closing(completed(executor, run_job, (jobs[number] for number in left), ahead)) as deliveries:
+            hear = None
+            if progress is not None and isinstance(executor, Reporting):
+                hear = executor.channel.listener(jobs, progress, results)
+            asked, run = (jobs[number] for number in left), job_function(executor, progress)
+            with closing(completed(executor, run, asked, ahead, hear)) as deliveries:
                 for place, delivery in deliveries:
                     number = left[place]
                     results[number] = staged.keep(staging, jobs[number], delivery)
@@ -141,11 +151,19 @@ def run_jobs(
     return [results[number] for number in range(len(jobs))]
 
 
+def job_function(executor: Executor, progress: ProgressCallback | None) -> Callable[[ShardJob], Delivery]:
+    """What runs a job in another process, and tells how far it is where somebody wants to know and can hear it."""
+    if progress is None or not isinstance(executor, Reporting):
+        return run_job
+    return partial(run_job, teller=executor.channel.teller())
+
+
 def completed(
     executor: Executor,
     function: Callable[[_Item], _Answer],
     items: Iterable[_Item],
     ahead: Ahead[_Item, _Answer] | None = None,
+    hear: Callable[[], None] | None = None,
 ) -> Generator[tuple[int, _Answer]]:
     """What a function gives for each item, with the item's place, as the answers come; few are submitted ahead.
 
@@ -154,6 +172,7 @@ def completed(
 
     Args:
         ahead: Has some of them already; gets the places that these leave when all are submitted.
+        hear: Called now and then while they run.
 
     Raises:
         WorkerLost: A worker process ended, and no other could do its work.
@@ -163,7 +182,9 @@ def completed(
     lost += () if cluster is None else cluster.lost
     # A queue: `concurrent.futures.wait` would look at every future each time that one is done.
     running, done = dict[Future[_Answer], int](), queue.SimpleQueue[Future[_Answer]]()
-    waiting, most, seen = enumerate(items), _window(executor), time.monotonic()
+    waiting, most, looked = enumerate(items), _window(executor), time.monotonic()
+    seen = looked
+    wait_s = POLL_S if cluster is not None or ahead is not None else None
     try:
         while True:
             for number, item in islice(waiting, max(0, most - len(running))):
@@ -174,19 +195,25 @@ def completed(
                 return
             if ahead is not None:
                 ahead.fill(most - len(running), most, done.put)
-            try:
-                future = done.get(timeout=POLL_S if cluster is not None or ahead is not None else None)
-            except queue.Empty:
-                if cluster is not None and cluster.slots() > 0:
-                    most, seen = _window(executor), time.monotonic()
-                elif cluster is not None:
+            came: Future[_Answer] | None = None
+            with suppress(queue.Empty):
+                came = done.get(timeout=wait_s if hear is None else HEAR_S)
+            if hear is not None:
+                hear()
+            if came is None:
+                if cluster is None or (now := time.monotonic()) - looked < POLL_S:
+                    continue
+                looked = now
+                if cluster.slots() > 0:
+                    most, seen = _window(executor), now
+                else:
                     log.warning("%s has no workers left; %d jobs wait for one", cluster.place, len(running))
-                    if time.monotonic() - seen > GONE_S:
-                        raise BrokenExecutor(f"{cluster.place} has had no workers for {GONE_S:.0f} s") from None
+                    if now - seen > GONE_S:
+                        raise BrokenExecutor(f"{cluster.place} has had no workers for {GONE_S:.0f} s")
                 continue
-            seen = time.monotonic()
-            if future in running:  # else it is of the next batch, and leaves its place to another
-                yield running.pop(future), future.result()
+            looked = seen = time.monotonic()
+            if came in running:  # else it is of the next batch, and leaves its place to another
+                yield running.pop(came), came.result()
     except lost as error:
         raise WorkerLost(
             f"A worker process ended in the middle of its job (killed, or out of memory; {type(error).__name__}). "
@@ -204,17 +231,18 @@ def _window(executor: Executor) -> int:
     return QUEUED * executor.workers if isinstance(executor, Processes) else IN_FLIGHT
 
 
-class Processes(ProcessPoolExecutor):
+class Processes(ProcessPoolExecutor, Reporting):
     """Processes of this machine; see `process_pool`."""
 
     def __init__(self, workers: int, threads: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.workers, self.channel = workers, QueueChannel(context)
         super().__init__(
             workers,
-            mp_context=multiprocessing.get_context("spawn"),
+            mp_context=context,
             initializer=_start_worker,
-            initargs=(threads,),
+            initargs=(threads, self.channel.queue),
         )
-        self.workers = workers
 
 
 @contextmanager
@@ -233,8 +261,9 @@ def process_pool(workers: int) -> Iterator[Executor]:
         yield pool
 
 
-def _start_worker(threads: int) -> None:
+def _start_worker(threads: int, queue: "Queue[Message]") -> None:
     end_with_parent()
+    initialize(queue)
     torch.set_num_threads(threads)
 
 

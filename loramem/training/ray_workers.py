@@ -3,12 +3,14 @@
 import queue
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any, TypeVar
 
 import ray
 from ray.exceptions import RayError, RayTaskError
 
 from loramem.training.executors import ClusterExecutor
+from loramem.training.steps import Channel, Message, Reporting
 
 TRIES = 3
 """Times that a job is run again whose worker went down with it."""
@@ -22,7 +24,49 @@ class _Worker:
         return function(*args, **kwargs)
 
 
-class RayExecutor(ClusterExecutor):
+class _Inbox:
+    """An actor that keeps what was told until it is asked."""
+
+    def __init__(self) -> None:
+        self.messages = list[Message]()
+
+    def put(self, message: Message) -> None:
+        self.messages.append(message)
+
+    def take(self) -> list[Message]:
+        taken, self.messages = self.messages, []
+        return taken
+
+
+class InboxChannel(Channel):
+    """An actor beside the workers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inbox: Any = None
+
+    def sender(self) -> Callable[[Message], None]:
+        if self.inbox is None:
+            self.inbox = ray.remote(num_cpus=0)(_Inbox).remote()
+        return partial(_put, self.inbox)
+
+    def received(self) -> list[Message]:
+        try:
+            taken: list[Message] = ray.get(self.inbox.take.remote())
+        except RayError:  # it went with its machine: there is no progress any more, and the write goes on
+            return []
+        return taken
+
+    def close(self) -> None:
+        if self.inbox is not None:
+            ray.kill(self.inbox)
+
+
+def _put(inbox: Any, message: Message) -> None:
+    inbox.put.remote(message)
+
+
+class RayExecutor(ClusterExecutor, Reporting):
     """Actors that are started with the first job, as many as fit then, and a thread for each, which waits for it.
 
     Args:
@@ -38,6 +82,7 @@ class RayExecutor(ClusterExecutor):
         self._gpus = float(ray.cluster_resources().get("GPU", 0) >= 1) if num_gpus is None else num_gpus
         self._actors, self._idle = list[Any](), queue.SimpleQueue[Any]()
         self._pool: ThreadPoolExecutor | None = None
+        self.channel = InboxChannel()
 
     def slots(self) -> int:
         there = ray.cluster_resources()
@@ -55,6 +100,7 @@ class RayExecutor(ClusterExecutor):
             self._pool.shutdown(wait=wait, cancel_futures=cancel_futures)
         for actor in self._actors:
             ray.kill(actor)
+        self.channel.close()
 
     def actors(self) -> list[Any]:
         """Handles of the actors, started now if they were not."""

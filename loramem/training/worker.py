@@ -19,6 +19,7 @@ from loramem.records.prompts import Tokenized, tokenize
 from loramem.training.job_folder import job_folder
 from loramem.training.jobs import Delivery, JobBase, ShardJob, TokenizingJob, releases
 from loramem.training.shards import write_shard
+from loramem.training.steps import Teller
 
 DEVICE, MODEL = "LORAMEM_WORKER_DEVICE", "LORAMEM_WORKER_MODEL"
 """Environment of a worker: the device that it takes where the write left it the choice, and where it finds the base
@@ -26,14 +27,17 @@ model if not where the store's process does. What it finds there is compared wit
 _turn = threading.Lock()
 
 
-def run_job(job: ShardJob) -> Delivery:
+def run_job(job: ShardJob, teller: Teller | None = None) -> Delivery:
     """Write a shard and hand its files over.
+
+    Args:
+        teller: Tells how far it is.
 
     Raises what `write_shard` and `base_model` raise.
     """
     with base_model(job.base, job.releases) as adapted, job_folder() as folder:
         served = {dtype: _loaded(job.base, dtype, dtype) for dtype in job.serve}
-        result = write_shard(job, folder, adapted, served=served)
+        result = write_shard(job, folder, adapted, None if teller is None else teller.of(job), served)
         files = dict[str, Mapping[str, bytes]]()
         for shard in result.shards:
             adapted.remove(shard.adapter)
