@@ -25,7 +25,7 @@ from loramem.training.executors import ClusterExecutor
 from loramem.training.worker import run_job
 
 from .conftest import numbers
-from .test_dask import forbid, left, pretend
+from .test_dask import forbid, left, pretend, told_by
 from .test_jobs import contents
 
 RECORDS = numbers(200)
@@ -106,6 +106,10 @@ def test_a_cluster_writes_the_same_adapters_as_this_process_and_keeps_nothing(
     assert pool.given.count(run_job) == pool.given.count(run_pricing) == len(report.adapters) > 7
     assert left(worker_folder) == []
     assert len(set(pool.everywhere(os.getpid))) == 2  # a process of its own for each slot
+
+
+def test_workers_tell_the_steps_of_their_shards(store: MemoryStore, pool: Counting) -> None:
+    told_by(store, pool.executor)
 
 
 def test_a_write_outlives_one_of_its_workers(

@@ -1,8 +1,8 @@
 """The benchmarks run, measure what they say, and run no cell twice."""
 
 import json
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +28,7 @@ from .benchmarks import (
     rounding,
     shard_size,
     store_growth,
+    store_size,
     warm_recall,
     write_grid,
 )
@@ -290,19 +291,44 @@ def test_the_density_in_hindsight_is_the_highest_that_certifies_enough() -> None
     assert first_rank.MIDDLE in first_rank.LADDER
 
 
-def test_a_growing_store_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    @contextmanager
-    def thread(_: int) -> Iterator[ThreadPoolExecutor]:
-        with ThreadPoolExecutor(1) as pool:
-            yield pool
+class Thread(ThreadPoolExecutor):
+    """In place of a process."""
 
-    monkeypatch.setattr(store_growth, "process_pool", thread)
+    def __init__(self) -> None:
+        super().__init__(1)
+
+    def submit(self, fn: Callable[..., object], /, *args: object, **kwargs: object) -> Future:
+        return super().submit(store_growth.timed, fn, *args, **kwargs)
+
+    def took(self) -> store_growth.Took:
+        return replace(super().submit(store_growth.told).result())
+
+
+def test_a_growing_store_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store_growth, "Worker", Thread)
     asked = [str(tmp_path), "--batch", "2", "--records"]
     store_growth.main([*asked, "2"])
-    store_growth.main([*asked, "6"])
+    store_growth.main([*asked, "6", "--stream"])
     lines = [json.loads(line) for line in (tmp_path / store_growth.RESULTS).read_text().splitlines()]
-    assert [line["records"] for line in lines] == [2, 4, 6]
+    assert [(line["records"], line["stream"]) for line in lines] == [(2, False), (4, True), (6, True)]
     assert all(line["exact_match"] == 1 and line["parent_ms"] > 0 for line in lines)
+    assert sum(line["worker_ms"] for line in lines) > 0  # of a stream some is done in the batch before
+
+
+def test_a_store_is_measured_as_it_is_and_smaller(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shard_sizes.Size, "shard_tokens", lambda *_: 10)  # two records of four digits
+    monkeypatch.setattr(store_size, "ran", lambda *_: (1.0, 2.0))
+    monkeypatch.setattr(store_size, "called", lambda *_: (3.0, 4.0))
+    with MemoryStore(tmp_path / "memory", str(base)) as store:
+        store.write(numbers(105))
+    asked = [str(tmp_path), "--sizes", "102,101", "--turns", "1", "--results", str(tmp_path / "results.jsonl")]
+    for _ in range(2):
+        store_size.main(asked)
+        lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+        assert [line["records"] for line in lines] == [105, 103, 101]
+        assert lines[0]["commands"]["stats"] == [1.0, 2.0] and lines[0]["calls"]["delete"] == [3.0, 4.0]
+    with MemoryStore(tmp_path / "memory", create=False) as store:
+        assert len(store) == 105
 
 
 def test_the_parent_model_measures_a_process_and_counts_on(tmp_path: Path) -> None:

@@ -142,6 +142,24 @@ def test_a_cluster_writes_the_same_adapters_as_this_process_and_keeps_nothing(
     assert all(adapter.proof["hardware"] for adapter in adapters)
 
 
+def told_by(store: MemoryStore, executor: ClusterExecutor) -> None:
+    """Write two shards, and see that their steps are told until they are proved."""
+    told: list[WriteProgress] = []
+    report = store.write(numbers(40), executor=executor, progress=told.append)
+    shards = range(1, len(report.adapters) + 1)
+    assert len(shards) == 2
+    for shard in shards:
+        *steps, last = [each for each in told if each.shard == shard]
+        assert steps and last.proved and not any(step.proved for step in steps)
+        assert all(step.records_total == 40 and step.shards == 2 and step.records == last.records for step in steps)
+        assert [step.step for step in steps] == sorted(step.step for step in steps)
+
+
+def test_workers_tell_the_steps_of_their_shards(client: Any, store: MemoryStore) -> None:
+    with dask_executor(client) as executor:
+        told_by(store, executor)
+
+
 def test_metadata_stay_with_the_store(store: MemoryStore, pool: Counting) -> None:
     metadata = {"note": "x" * 100_000}
     store.write([{"key": "with a note", "value": "1", "metadata": metadata}], executor=pool)
