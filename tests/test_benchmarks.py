@@ -316,19 +316,19 @@ def test_a_growing_store_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: p
 
 
 def test_a_store_is_measured_as_it_is_and_smaller(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shard_sizes.Size, "shard_tokens", lambda *_: 10)  # two records of four digits
+    monkeypatch.setattr(shard_sizes.Size, "shard_tokens", lambda *_: 6)  # two records of two digits
     monkeypatch.setattr(store_size, "ran", lambda *_: (1.0, 2.0))
     monkeypatch.setattr(store_size, "called", lambda *_: (3.0, 4.0))
     with MemoryStore(tmp_path / "memory", str(base)) as store:
-        store.write(numbers(105))
-    asked = [str(tmp_path), "--sizes", "102,101", "--turns", "1", "--results", str(tmp_path / "results.jsonl")]
+        store.write(numbers(6, 2))
+    asked = [str(tmp_path), "--sizes", "2,4", "--turns", "1", "--results", str(tmp_path / "results.jsonl")]
     for _ in range(2):
         store_size.main(asked)
         lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
-        assert [line["records"] for line in lines] == [105, 103, 101]
+        assert [line["records"] for line in lines] == [6, 4, 2]
         assert lines[0]["commands"]["stats"] == [1.0, 2.0] and lines[0]["calls"]["delete"] == [3.0, 4.0]
     with MemoryStore(tmp_path / "memory", create=False) as store:
-        assert len(store) == 105
+        assert len(store) == 6
 
 
 def test_the_parent_model_measures_a_process_and_counts_on(tmp_path: Path) -> None:
