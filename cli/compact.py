@@ -7,6 +7,7 @@ import click
 from . import options
 from .output import note, print_facts, print_json
 from .progress import write_bar
+from .workers import WorkerOptions, workers_options
 
 if TYPE_CHECKING:
     from loramem import CompactChoice
@@ -18,12 +19,12 @@ if TYPE_CHECKING:
 )
 @click.option("--all", "which", flag_value="all", help="Rewrite every adapter, whether it pays or not.")
 @options.change_options
-@options.workers_options
+@workers_options
 def command(
     which: "CompactChoice | None",
     store: options.StoreOptions,
     as_json: bool,
-    workers: options.WorkerOptions,
+    workers: WorkerOptions,
 ) -> None:
     """Rewrite small and half-dead adapters of the store (./memory unless named) from the frozen base, in one commit.
 

@@ -5,18 +5,19 @@ import click
 from . import options
 from .output import note, print_json
 from .progress import write_bar
+from .workers import WorkerOptions, workers_options
 
 
 @click.command("erase")
 @click.argument("keys", nargs=-1, required=True, metavar="KEY…")
 @options.change_options
-@options.workers_options
+@workers_options
 @options.namespace_option
 def command(
     keys: tuple[str, ...],
     store: options.StoreOptions,
     as_json: bool,
-    workers: options.WorkerOptions,
+    workers: WorkerOptions,
     namespace: str,
 ) -> None:
     """Delete records of the store (./memory unless named) for real, with every earlier version and their history.

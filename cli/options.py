@@ -3,7 +3,6 @@
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
@@ -18,8 +17,6 @@ from loramem.training.settings import MAX_RANK, WriterSettings
 from .progress import waiting
 
 if TYPE_CHECKING:
-    from concurrent.futures import Executor
-
     from transformers import PreTrainedModel
 
     from loramem import MemoryStore, RankLimits, Record
@@ -82,17 +79,6 @@ _WAIT = click.option(
     default=0.0,
     metavar="SECONDS",
     help="Wait so long for another process that is writing, and for the first worker; by default not at all.",
-)
-_WORKERS = click.option(
-    "--workers", type=click.IntRange(1), help="Write shards in this many processes, which share the cores."
-)
-_DASK = click.option(
-    "--dask",
-    metavar="ADDRESS|local:N",
-    help="Write shards on a Dask cluster: its scheduler's address, or local:N for N processes of this machine.",
-)
-_RAY = click.option(
-    "--ray", metavar="auto|ADDRESS", help="Write shards on a Ray cluster, an actor for each GPU, or CPU without any."
 )
 _ONE_ADAPTER = click.option(
     "--one-adapter",
@@ -182,41 +168,6 @@ def dtype_option(command: Command) -> Command:
         show_default="auto: the store's",
         help="Compute in it; bfloat16 is faster where the processor multiplies it. Values are compared all the same.",
     )(command)
-
-
-@dataclass(frozen=True)
-class WorkerOptions:
-    """Who trains beside this process; one of them at most."""
-
-    processes: int | None = None
-    dask: str | None = None
-    ray: str | None = None
-
-    @contextmanager
-    def executor(self, wait_s: float) -> "Iterator[Executor | None]":
-        """None for this process alone.
-
-        Raises:
-            NoWorkers: A cluster has nobody for so many seconds.
-            ArgumentError: The extra is not installed.
-        """
-        if self.processes is not None:
-            from loramem import process_pool
-
-            with process_pool(self.processes) as pool:
-                yield pool
-        elif self.dask is not None:
-            from loramem import dask_executor
-
-            with dask_executor(self.dask, wait_s=wait_s) as cluster:
-                yield cluster
-        elif self.ray is not None:
-            from loramem import ray_executor
-
-            with ray_executor(self.ray, wait_s=wait_s) as cluster:
-                yield cluster
-        else:
-            yield None
 
 
 @dataclass(frozen=True)
@@ -329,18 +280,6 @@ def change_options(command: Command) -> Command:
 
 def namespace_option(command: Command) -> Command:
     return _NAMESPACE(command)
-
-
-def workers_options(command: Command) -> Command:
-    """--workers, --dask and --ray, as ``workers``, `WorkerOptions`."""
-
-    @wraps(command)
-    def with_workers(*, workers: int | None, dask: str | None, ray: str | None, **others: Any) -> Any:
-        if sum(each is not None for each in (workers, dask, ray)) > 1:
-            raise click.UsageError("Give one of --workers, --dask and --ray.")
-        return command(workers=WorkerOptions(workers, dask, ray), **others)
-
-    return _WORKERS(_DASK(_RAY(with_workers)))
 
 
 def runs_option(command: Command) -> Command:

@@ -5,6 +5,7 @@ import click
 from . import options
 from .output import note, print_facts, print_json
 from .progress import write_bar
+from .workers import WorkerOptions, workers_options
 
 RECALL_INCOMPLETE = 3
 
@@ -12,12 +13,12 @@ RECALL_INCOMPLETE = 3
 @click.command("repair")
 @click.option("--drop-lost", is_flag=True, help="Delete the records whose value nobody knows any more.")
 @options.change_options
-@options.workers_options
+@workers_options
 def command(
     drop_lost: bool,
     store: options.StoreOptions,
     as_json: bool,
-    workers: options.WorkerOptions,
+    workers: WorkerOptions,
 ) -> None:
     """Write damaged adapters and rows of the store (./memory unless named) anew from the values it keeps.
 

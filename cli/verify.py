@@ -5,6 +5,7 @@ import click
 from . import options
 from .output import note, print_facts, print_json
 from .progress import count_bar
+from .workers import WorkerOptions, waited_workers_options
 
 RECALL_INCOMPLETE, DAMAGED = 3, 4
 
@@ -13,19 +14,22 @@ RECALL_INCOMPLETE, DAMAGED = 3, 4
 @click.option("--quick", is_flag=True, help="Structure and hashes alone; the base model is not loaded.")
 @click.option("--resume", is_flag=True, help="Go on where an interrupted verify stopped, if nothing has changed since.")
 @options.store_options
-def command(quick: bool, resume: bool, store: options.StoreOptions, as_json: bool) -> None:
+@waited_workers_options
+def command(quick: bool, resume: bool, store: options.StoreOptions, workers: WorkerOptions, as_json: bool) -> None:
     """Check every file and row of the store (./memory unless named) and decode every record.
 
     Exit code 3 when a record does not come back, 4 when something is damaged.
     """
     if quick and resume:
         raise click.UsageError("--quick decodes nothing that could be resumed: give one of the two.")
+    if quick and workers != WorkerOptions():
+        raise click.UsageError("--quick decodes nothing that others could compute.")
     with store.open() as opened:
         if quick:
             report = opened.verify(quick=True)
         else:
-            with count_bar("records") as progress:
-                report = opened.verify(resume=resume, progress=progress)
+            with workers.executor() as executor, count_bar("records") as progress:
+                report = opened.verify(resume=resume, progress=progress, executor=executor)
     if as_json:
         print_json(report)
     else:

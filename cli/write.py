@@ -11,6 +11,7 @@ from loramem.training.settings import KeepBase
 from . import options
 from .output import kept_facts, note, note_needs_ids, print_facts, print_json, written_facts
 from .progress import write_bar
+from .workers import WorkerOptions, workers_options
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -62,7 +63,7 @@ if TYPE_CHECKING:
     "and q8_0 for llama.cpp on quantised files; each write is proved in all.  [default: bfloat16]",
 )
 @click.option("--seed", default=0, show_default=True, help="Same seed and input, same bytes on one machine.")
-@options.workers_options
+@workers_options
 @click.option(
     "--batch",
     type=click.IntRange(1),
@@ -89,7 +90,7 @@ def command(
     no_values: bool,
     serve: str | None,
     seed: int,
-    workers: options.WorkerOptions,
+    workers: WorkerOptions,
     batch: int | None,
     partial: bool,
     resume: bool,

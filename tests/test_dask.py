@@ -287,6 +287,7 @@ def test_commands_train_on_a_cluster(client: Any, base: Path, tmp_path: Path) ->
     run("write", str(facts), "--model", str(base), "--batch", "3")
     run("erase", "key 1")
     run("compact", "--all")
+    run("verify")
     with MemoryStore(tmp_path / "memory", create=False) as store:
         assert len(store.adapters()) == 1
         assert dict.fromkeys(store) == dict.fromkeys(key for key in numbers(5) if key != "key 1")

@@ -33,6 +33,8 @@ from loramem.store.session import ModelOptions, Session
 from loramem.store.stats import quick_check
 
 if TYPE_CHECKING:
+    from concurrent.futures import Executor
+
     from loramem.models.base_model import BaseModel
 
 _Read = TypeVar("_Read")
@@ -265,7 +267,12 @@ class Memory(Listing):
             return decode_answer(self._session.tokenizer, ids)
 
     def verify(
-        self, *, quick: bool = False, resume: bool = False, progress: Callable[[int, int], None] | None = None
+        self,
+        *,
+        quick: bool = False,
+        resume: bool = False,
+        progress: Callable[[int, int], None] | None = None,
+        executor: "Executor | None" = None,
     ) -> VerifyReport:
         """Check every file and row against its sha256, then decode every record from its adapter.
 
@@ -277,6 +284,7 @@ class Memory(Listing):
             resume: Leave out the adapters that an interrupted verify on this machine had decoded, if nothing has
                 changed since: no row, base model, device or library that decodes. All files are hashed in any case.
             progress: Told how many records of how many are done, after every batch.
+            executor: As of `write`: its processes decode, each an adapter at a time, and keep nothing.
 
         Raises:
             OtherBaseModel: The base model given is not the store's at all.
@@ -291,7 +299,7 @@ class Memory(Listing):
                 return quick_check(self.path, self._index)
             from loramem.store.verify import full_check
 
-            return full_check(self._session, progress, resume=resume)
+            return full_check(self._session, progress, resume=resume, executor=executor)
 
     def _read(self, key: str, namespace: str, read: Callable[[Located], _Read]) -> _Read:
         """What is read of a record where it is; once more where its adapter went in between, as compaction has it."""

@@ -106,6 +106,17 @@ class Reader:
         decoded = self.decode_any(records)
         return [(record, value if record.holds(value) else None) for record, value in decoded]
 
+    def asked(self, records: Sequence[StoredRecord]) -> tuple[tuple[tuple[int, ...], ...], int]:
+        """Prompts of a batch, and new tokens to decode at most: for another process."""
+        return tuple(tuple(self.prompt_ids(record)) for record in records), _most(records)
+
+    def held(
+        self, records: Sequence[StoredRecord], ids: Sequence[Sequence[int]]
+    ) -> list[tuple[StoredRecord, str | None]]:
+        """`try_decode`, of what another process decoded."""
+        texts = [decode_answer(self.adapted.base.tokenizer, row) for row in ids]
+        return [(record, text if record.holds(text) else None) for record, text in zip(records, texts, strict=True)]
+
     def decode_any(self, records: Sequence[StoredRecord]) -> list[tuple[StoredRecord, str]]:
         """Records of one adapter with what was decoded, whether it is the committed value or not: for checks only."""
         decoded = self._decoded(self.index.located(records))
@@ -137,8 +148,7 @@ class Reader:
     def _texts(
         self, records: Sequence[StoredRecord], prompts: Sequence[Sequence[int]], kept: Prefix | None
     ) -> list[str]:
-        most = max(record.answer_tokens for record in records) + 2  # the end token, and one beyond: it must have ended
-        ids = greedy_decode(self.adapted.model, prompts, most, self.template.end_id, kept=kept)
+        ids = greedy_decode(self.adapted.model, prompts, _most(records), self.template.end_id, kept=kept)
         return [decode_answer(self.adapted.base.tokenizer, row) for row in ids]
 
     @cached_property
@@ -214,6 +224,15 @@ class Reader:
         if problems := file_problems(self.store, adapter):
             raise IntegrityError(f"{problems[0]}. Values from it are not returned.", what=adapter.id)
 
+    def files(self, adapter: StoredAdapter) -> dict[str, bytes]:
+        """Content of an adapter's files by name.
+
+        Raises:
+            IntegrityError: They are not what was committed.
+        """
+        self.check(adapter)
+        return {name: (self.store / ADAPTERS / adapter.id / name).read_bytes() for name in adapter.files}
+
     def _current(self, record: StoredRecord) -> StoredRecord:
         current = self.index.find(record.namespace, record.key)
         if current is None or current.digest != record.digest:
@@ -222,6 +241,10 @@ class Reader:
                 key=record.key,
             )
         return current
+
+
+def _most(records: Sequence[StoredRecord]) -> int:
+    return max(record.answer_tokens for record in records) + 2  # the end token, and one beyond: it must have ended
 
 
 def checked(record: StoredRecord, value: str, prompt_tokens: int) -> Recall:

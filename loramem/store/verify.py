@@ -1,10 +1,11 @@
 """The full check: every file and row against its sha256, every record decoded from its adapter."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterable, Iterator
+from concurrent.futures import Executor
+from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
-from itertools import groupby
+from itertools import groupby, islice
 
 from loramem.errors import BaseModelError, IntegrityError
 from loramem.index.connection import sqlite_errors
@@ -18,6 +19,17 @@ from loramem.store.integrity import problems
 from loramem.store.read import cut_batches
 from loramem.store.session import Session
 from loramem.store.verify_progress import VerifyProgress, state_of
+from loramem.training.executors import completed
+from loramem.training.jobs import DecodingBatch, DecodingJob, JobBase, releases
+from loramem.training.worker import run_decoding
+
+Batch = list[StoredRecord]
+Decoded = list[tuple[StoredRecord, str | None]] | IntegrityError
+"""Of a batch, see `Reader.try_decode`; of one that was decoded before, nothing; or why it could not be."""
+Adapters = Iterable[tuple[str, Iterable[Batch]]]
+Found = Iterable[tuple[Batch, Decoded]]
+TOGETHER = 512
+"""Adapters that are sent to an executor before the next are read."""
 
 
 @dataclass
@@ -35,16 +47,22 @@ class Findings:
 
 
 def full_check(
-    session: Session, progress: Callable[[int, int], None] | None = None, *, resume: bool = False
+    session: Session,
+    progress: Callable[[int, int], None] | None = None,
+    *,
+    resume: bool = False,
+    executor: Executor | None = None,
 ) -> VerifyReport:
     """Damage does not raise: the report lists it.
 
     Args:
         progress: Told how many records of how many are done, after every batch.
         resume: Take over what an interrupted check found whole, if nothing changed since; files are all hashed again.
+        executor: Its processes decode; files and rows are looked at here.
 
     Raises:
         OtherBaseModel: The base model given is not the store's at all.
+        WorkerLost: See `completed`.
     """
     started, index, findings = time.monotonic(), session.index, Findings()
     with TemporaryTable() as table:
@@ -59,18 +77,23 @@ def full_check(
                 damaged = findings.damaged or [str(error)]
                 return VerifyReport(records, 0, (), tuple(damaged), time.monotonic() - started)
         found = _base_again(session, findings)
-        verify_progress = VerifyProgress(session.store, state_of(rows, session.manifest, session.base, found))
+        device = str(session.base.device) if executor is None else "workers"
+        state = state_of(rows, session.manifest, session.base, found, device)
+        verify_progress = VerifyProgress(session.store, state)
         if not resume:
             verify_progress.forget()
         known, done, total, resumed = verify_progress.adapters(), 0, table.count(), 0
-        for adapter, batches in groupby(cut_batches(table.records()), key=lambda batch: batch[0].adapter):
+        adapters = groupby(cut_batches(table.records()), key=_adapter)
+        looks = _here(session, adapters, known) if executor is None else _there(session, adapters, known, executor)
+        for adapter, batches in looks:
             before = findings.count()
-            for batch in batches:
-                _check_batch(session, batch, findings, decode=adapter not in known)
+            for batch, decoded in batches:
+                _note(session, batch, decoded, findings)
                 done += len(batch)
                 resumed += len(batch) if adapter in known else 0
                 if progress is not None:
                     progress(done, total)
+                del batch, decoded  # before the next is read
             if adapter not in known and findings.count() == before:
                 verify_progress.note(adapter)
     verify_progress.forget()
@@ -118,24 +141,70 @@ def _whole_records(index: Index, findings: Findings) -> Iterator[StoredRecord]:
             findings.failed.append(str(row["key"]))
 
 
-def _check_batch(session: Session, batch: Sequence[StoredRecord], findings: Findings, *, decode: bool) -> None:
-    """Records of one adapter, decoded; otherwise its files alone are hashed."""
+def _adapter(batch: Batch) -> str:
+    return batch[0].adapter
+
+
+def _here(session: Session, adapters: Adapters, known: Collection[str]) -> Iterator[tuple[str, Found]]:
+    """What this process decodes for each adapter, batch by batch as it is asked for."""
     reader = session.reader
-    try:
-        if not decode:
+
+    def look(batch: Batch) -> Decoded:
+        try:
+            if _adapter(batch) not in known:
+                return reader.try_decode(batch)
             reader.check(session.index.located(batch)[0].adapter)
-            return
-        for record, value in reader.try_decode(batch):
-            if value is None:
-                findings.failed.append(record.key)
-            elif (tokens := reader.count_tokens(value)) != record.answer_tokens:
-                findings.damaged.append(
-                    f"The record {record.key!r} has {tokens} answer tokens, its row says {record.answer_tokens}"
-                )
-    except IntegrityError as error:
-        if batch[0].adapter not in session.index.live():
+        except IntegrityError as error:
+            return error
+        return []
+
+    for adapter, batches in adapters:
+        yield adapter, ((batch, look(batch)) for batch in batches)
+
+
+def _there(
+    session: Session, adapters: Adapters, known: Collection[str], executor: Executor
+) -> Iterator[tuple[str, Found]]:
+    """What an executor's processes decode, adapter by adapter as they are done.
+
+    They get the adapter's files, which were compared with their sha256, and prompts; what they give is compared here.
+    """
+    reader, base, here = session.reader, JobBase.of(session.base, session.planner.device), releases()
+    every = ((id, list(batches)) for id, batches in adapters)
+    while some := list(islice(every, TOGETHER)):
+        sent, jobs = list[list[Batch]](), list[DecodingJob]()
+        for id, batches in some:
+            try:
+                adapter = session.index.located(batches[0])[0].adapter
+                files = reader.files(adapter)
+            except IntegrityError as error:
+                yield id, [(batch, error) for batch in batches]
+                continue
+            if id in known:
+                yield id, [(batch, []) for batch in batches]
+                continue
+            asked = tuple(DecodingBatch(*reader.asked(batch)) for batch in batches)
+            sent.append(batches)
+            jobs.append(DecodingJob(base, id, files, asked, reader.template.end_id, here))
+        with closing(completed(executor, run_decoding, jobs)) as answers:
+            for number, rows in answers:
+                found = zip(sent[number], rows, strict=True)
+                yield jobs[number].adapter, [(batch, reader.held(batch, ids)) for batch, ids in found]
+
+
+def _note(session: Session, batch: Batch, decoded: Decoded, findings: Findings) -> None:
+    if isinstance(decoded, IntegrityError):
+        if _adapter(batch) not in session.index.live():
             findings.changed += len(batch)
             return
         findings.failed += [record.key for record in batch]
-        if not any(error.what in problem for problem in findings.damaged):
-            findings.damaged.append(str(error))
+        if not any(decoded.what in problem for problem in findings.damaged):
+            findings.damaged.append(str(decoded))
+        return
+    for record, value in decoded:
+        if value is None:
+            findings.failed.append(record.key)
+        elif (tokens := session.reader.count_tokens(value)) != record.answer_tokens:
+            findings.damaged.append(
+                f"The record {record.key!r} has {tokens} answer tokens, its row says {record.answer_tokens}"
+            )

@@ -56,19 +56,20 @@ class VerifyProgress:
             log.debug("%s cannot be removed", self.path)
 
 
-def state_of(rows_sum: str, manifest: Manifest, base: BaseModel, found: Fingerprint) -> str:
+def state_of(rows_sum: str, manifest: Manifest, base: BaseModel, found: Fingerprint, device: str) -> str:
     """Hash of everything, files of adapters apart, that decides what verifying an adapter comes to.
 
     Args:
         rows_sum: The sum over the seals of all rows of the index.
         found: Of the base model, as hashed just now.
+        device: What decodes.
     """
     content = {
         "manifest": manifest.sha256,
         "rows": rows_sum,
         "base": asdict(found),
         "dtype": base.dtype,
-        "device": str(base.device),
+        "device": device,
         "versions": {name: version(name) for name in DECODERS},
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

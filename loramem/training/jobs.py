@@ -70,6 +70,27 @@ class PricingJob:
 
 
 @dataclass(frozen=True)
+class DecodingJob:
+    """An adapter, and prompts in batches for which its greedy decoding is asked."""
+
+    base: JobBase
+    adapter: str
+    files: Mapping[str, bytes] = field(repr=False)
+    batches: tuple["DecodingBatch", ...] = field(repr=False)
+    end_id: int
+    releases: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class DecodingBatch:
+    """Prompts that are decoded together."""
+
+    prompts: tuple[tuple[int, ...], ...]
+    most: int
+    """New tokens of each, the end token among them."""
+
+
+@dataclass(frozen=True)
 class ShardJob:
     """All that writing a shard takes."""
 

@@ -10,14 +10,16 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import lru_cache
+from pathlib import Path
 
 from loramem.errors import OtherRelease
 from loramem.models.adapters import AdaptedModel
 from loramem.models.base_model import load_base_model
+from loramem.models.decoding import greedy_decode
 from loramem.models.dtypes import Dtype
 from loramem.records.prompts import Tokenized, tokenize
 from loramem.training.job_folder import job_folder
-from loramem.training.jobs import Delivery, JobBase, ShardJob, TokenizingJob, releases
+from loramem.training.jobs import DecodingJob, Delivery, JobBase, ShardJob, TokenizingJob, releases
 from loramem.training.shards import write_shard
 from loramem.training.steps import Teller
 
@@ -53,6 +55,21 @@ def run_tokenizing(job: TokenizingJob) -> list[Tokenized]:
     with base_model(job.base, job.releases) as adapted:
         base = adapted.base
         return tokenize(job.records, base.tokenizer, job.template, base.max_tokens, base.unreachable, base.vocabulary)
+
+
+def run_decoding(job: DecodingJob) -> list[list[list[int]]]:
+    """Of every prompt of every batch what the adapter gives, without the end token.
+
+    Raises what `base_model` raises.
+    """
+    with base_model(job.base, job.releases) as adapted, job_folder() as folder:
+        for name, content in job.files.items():
+            (folder / Path(name).name).write_bytes(content)
+        adapted.load(job.adapter, folder)
+        try:
+            return [greedy_decode(adapted.model, batch.prompts, batch.most, job.end_id) for batch in job.batches]
+        finally:
+            adapted.remove(job.adapter)
 
 
 @contextmanager

@@ -38,7 +38,7 @@ CALLS = {
     "recall, same adapter": ("store.recall('key 5')", "store.recall('key 6')"),
     "delete": ("", "store.delete('{some}')"),
     "stats": ("", "store.stats()"),
-    "verify, quick": ("import loramem.store.verify", "store.verify(quick=True)"),
+    "verify, quick": ("", "store.verify(quick=True)"),
 }
 """What is done before, and what is timed."""
 TIMED = """
