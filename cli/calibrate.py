@@ -5,12 +5,13 @@ from pathlib import Path
 
 import click
 
-from loramem.planning.runs import KINDS
+from loramem.planning.runs import KINDS, Run
 from loramem.training.settings import OBJECTIVES, ObjectiveName
 
 from . import options
 from .law import show
 from .output import note
+from .workers import WorkerOptions, waited_workers_options
 
 
 @click.command("calibrate")
@@ -48,6 +49,7 @@ from .output import note
 @options.input_options
 @options.runs_option
 @options.model_options
+@waited_workers_options
 def command(
     kind: str | None,
     data: Path | None,
@@ -65,12 +67,14 @@ def command(
     device: str,
     as_json: bool,
     fields: options.InputOptions,
+    workers: WorkerOptions,
 ) -> None:
     """Train adapters of several ranks on answers of several lengths, and fit the memory law to them.
 
     Without options of its own it makes what a first write makes, in about a minute: phone numbers and random tokens
     where writes begin. With any of them, the grid that they name. Every run is kept as it is done; running again goes
-    on where it stopped. What the runs say of the base model is kept too, and plans use it.
+    on where it stopped. What the runs say of the base model is kept too, and plans use it. Workers make the runs of a
+    length each.
     """
     from loramem import embedded
     from loramem.models.adapters import AdaptedModel
@@ -84,12 +88,19 @@ def command(
         default_lengths,
         default_rate,
     )
+    from loramem.planning.calibrate_elsewhere import calibrate_base_there, calibrate_there
     from loramem.planning.calibration import cached, summarise
     from loramem.planning.runs import LAW_OBJECTIVE, by_kind, default_file, read_runs, shipped_file
+    from loramem.training.jobs import JobBase
 
     base = load_base_model(model or embedded.NAME, device=device)
     if not any((kind, data, ranks, lengths, modules, layers, learning_rate, seed, save)) and objective == LAW_OBJECTIVE:
-        calibrate_base(AdaptedModel(base), runs, budget_s=60 * budget_minutes if budget_minutes else BUDGET_S)
+        most_s = 60 * budget_minutes if budget_minutes else BUDGET_S
+        with workers.executor() as executor:
+            if executor is None:
+                calibrate_base(AdaptedModel(base), runs, budget_s=most_s)
+            else:
+                calibrate_base_there(JobBase.of(base, device), runs, executor, budget_s=most_s)
         mine = [run for run in read_runs(runs or default_file()) if run.conditions["base_model"] == base.id]
         show(by_kind([run for run in mine if run.over_features]), as_json=as_json)
         return
@@ -109,16 +120,19 @@ def command(
         tuple(records),
     )
     path = runs or default_file()
-    made = calibrate(
-        base,
-        grid,
-        path,
-        budget_s=60 * budget_minutes if budget_minutes else math.inf,
-        progress=lambda run, left_s: note(
+    most_s = 60 * budget_minutes if budget_minutes else math.inf
+
+    def tell(run: Run, left_s: float) -> None:
+        note(
             f"rank {run.rank}, {run.length} tokens: {run.base_loss:.3f} → {run.final_loss:.3f} nats per token "
             f"({run.steps} steps, {run.elapsed_s:.0f} s; the others at most {left_s / 60:.0f} min)"
-        ),
-    )
+        )
+
+    with workers.executor() as executor:
+        if executor is None:
+            made = calibrate(base, grid, path, budget_s=most_s, progress=tell)
+        else:
+            made = calibrate_there(JobBase.of(base, device), grid, path, executor, budget_s=most_s, progress=tell)
     # What replaces the shipped calibration must hold what that one holds; a file of its own says what its runs say.
     ours = [] if save else read_runs(shipped_file())
     known = summarise(bare_calibration(base), {run.identity: run for run in [*ours, *read_runs(path)]}.values())

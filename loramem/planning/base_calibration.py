@@ -14,8 +14,9 @@
 import logging
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -28,7 +29,7 @@ from loramem.planning import calibration
 from loramem.planning.calibrate import bare_calibration, base_conditions, encode_sample
 from loramem.planning.calibration import Calibration, cached, summarise
 from loramem.planning.feature_samples import CONDITIONS, FeatureSample
-from loramem.planning.runs import LAW_OBJECTIVE, append_run, default_file, identity, read_runs, shipped_file
+from loramem.planning.runs import LAW_OBJECTIVE, Run, append_run, default_file, identity, read_runs, shipped_file
 from loramem.records.prompts import EncodedRecord
 from loramem.training.shard_training import NOT_UNDERSTOOD, features_of
 
@@ -92,17 +93,40 @@ def calibrate_base(adapted: AdaptedModel, runs: Path | None = None, *, budget_s:
     Args:
         runs: JSON lines; the user's cache unless given.
 
+    Raises what `calibrated` raises.
+
+    Raises:
+        OSError: The cache cannot be written.
+    """
+    out = runs or default_file()
+    known = (*read_runs(shipped_file()), *read_runs(out))
+    return keep(calibrated(adapted, known, partial(append_run, out), budget_s=budget_s))
+
+
+def keep(found: Calibration) -> Calibration:
+    """The same, kept in the user's cache."""
+    found.save(cached(found.base_weights))
+    return found
+
+
+def calibrated(
+    adapted: AdaptedModel, before: Iterable[Run], made: Callable[[Run], None], *, budget_s: float = BUDGET_S
+) -> Calibration:
+    """Make the points that were not made before, and say what all of them say.
+
+    Args:
+        made: Gets each as it is done.
+
     Raises:
         UnsupportedBaseModel: No adapter of this model sits behind its last attention.
         RecordError: The tokenizer cannot express a kind of data, and neither the other.
-        OSError: The cache cannot be written.
     """
-    started, out, cut_short = time.monotonic(), runs or default_file(), False
+    started, cut_short = time.monotonic(), False
     base, placement = adapted.base, adapted.ladder[0]
     if len(adapted.ladder) == 1:
         raise UnsupportedBaseModel(f"{type(base.model).__name__} has no placement behind its last attention.")
     samples = _samples(adapted, placement, FEATURE_SHARE * budget_s / len(FILLS))
-    known = {run.identity: run for run in (*read_runs(shipped_file()), *read_runs(out))}
+    known = {run.identity: run for run in before}
     conditions = {**base_conditions(base), "objective": LAW_OBJECTIVE, **CONDITIONS}
     paces = list[float]()  # seconds per position of the points that were made
     for sample, length in _in_turn(samples):
@@ -117,7 +141,7 @@ def calibrate_base(adapted: AdaptedModel, runs: Path | None = None, *, budget_s:
                     cut_short = True
                     break
                 known[name] = run = prefix.run(adapted, rank, placement, conditions)
-                append_run(out, run)
+                made(run)
                 paces.append(run.elapsed_s / len(prefix.features))
                 log.info(
                     "%s, rank %d, %d tokens: %.2f to %.2f nats per token, %.1f s",
@@ -125,10 +149,8 @@ def calibrate_base(adapted: AdaptedModel, runs: Path | None = None, *, budget_s:
                 )
             if known[name].certified:
                 break
-    found = replace(summarise(bare_calibration(base), known.values()), complete=not cut_short)
-    found.save(cached(found.base_weights))
     log.info("%s is calibrated: %d points in %.0f s", base.id, len(paces), time.monotonic() - started)
-    return found
+    return replace(summarise(bare_calibration(base), known.values()), complete=not cut_short)
 
 
 def _samples(adapted: AdaptedModel, placement: Placement, budget_s: float) -> list[tuple[FeatureSample, Sequence[int]]]:

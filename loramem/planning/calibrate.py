@@ -94,6 +94,13 @@ class CalibrationGrid:
                     f"{name} must be whole numbers above 0, at least one, not {numbers}", argument=name, value=numbers
                 )
 
+    def is_known(self, done: Iterable[Run], rank: int, length: int) -> bool:
+        """Whether runs that were made leave one of this rank and length nothing to say: lower ranks were enough, here
+        or for more."""
+        law = self.objective == LAW_OBJECTIVE
+        enough = (run for run in done if (run.saturated if law else run.certified))
+        return any(run.rank <= rank and run.length >= length for run in enough)
+
 
 def calibrate(
     base: BaseModel,
@@ -124,17 +131,12 @@ def calibrate(
     started, slowest = time.monotonic(), 0.0  # seconds per answer token
     known = {run.identity: run for run in read_runs(out)}
     adapted, done = AdaptedModel(base), list[Run]()
-
-    def enough(run: Run) -> bool:
-        """Whether higher ranks at the same length, or shorter ones, have nothing left to say."""
-        return run.saturated if grid.objective == LAW_OBJECTIVE else run.certified
-
     ahead = sum(grid.lengths) * len(set(grid.ranks))  # answer tokens of all runs that are left
     for length in spread(grid.lengths):
         bench = Bench(adapted, grid, length)
         for rank in sorted(set(grid.ranks)):
             ahead -= length
-            if any(enough(run) and run.rank <= rank and run.length >= bench.length for run in done):
+            if grid.is_known(done, rank, bench.length):
                 continue
             name = bench.identity(rank)
             if name not in known:
