@@ -312,6 +312,9 @@ def test_a_growing_store_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: p
     lines = [json.loads(line) for line in (tmp_path / store_growth.RESULTS).read_text().splitlines()]
     assert [(line["records"], line["stream"]) for line in lines] == [(2, False), (4, True), (6, True)]
     assert all(line["exact_match"] == 1 and line["parent_ms"] > 0 for line in lines)
+    with MemoryStore(tmp_path / "memory", create=False) as store:
+        steps = [adapter.training["steps"] for adapter in store.adapters()]
+    assert [line["steps"] for line in store_growth.with_steps(tmp_path)] == steps
     assert sum(line["worker_ms"] for line in lines) > 0  # of a stream some is done in the batch before
 
 

@@ -2,8 +2,9 @@
 
 Of every batch a line of growth.jsonl in FOLDER says what a record took on the processor, in the process that has the
 store and in the worker, and what memory that process has. Run again it goes on where it stopped, also in the middle of
-a batch. ``--stream`` gives all to one call of `write_batches`, whose batches overlap. What commands take on the store:
-`tests.benchmarks.store_size`.
+a batch. ``--stream`` gives all to one call of `write_batches`, whose batches overlap. ``--steps`` says what adapters of
+each batch took, as the store has it, beside what the worker took for a record and step. What commands take on the
+store: `tests.benchmarks.store_size`.
 
 The base is random, of width 64 with three layers, and values are two digits: so many records as can be, no more. On a
 larger base a record takes the worker longer and the parent the same.
@@ -14,10 +15,13 @@ import json
 import random
 import sys
 import time
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from loramem import MemoryStore, WriteReport
@@ -121,6 +125,23 @@ def grow(folder: Path, most: int, batch: int, minutes: float, *, stream: bool = 
             started, mine, theirs = time.monotonic(), time.process_time(), now
 
 
+def with_steps(folder: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a growth, with mean rank and steps of the adapters that hold the records of each batch."""
+    with MemoryStore(folder / "memory", create=False) as store:
+        adapters = store.adapters()
+    ends = list(accumulate(adapter.proof["records"] for adapter in adapters))
+    for line in map(json.loads, (folder / RESULTS).read_text().splitlines()):
+        last = bisect_right(ends, line["records"])
+        mine = adapters[last - line["adapters"] : last]
+        steps = fmean(adapter.training["steps"] for adapter in mine)
+        yield {
+            **line,
+            "rank": fmean(adapter.rank for adapter in mine),
+            "steps": steps,
+            "worker_ms_of_a_step": line["worker_ms"] / steps,
+        }
+
+
 def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
@@ -128,7 +149,12 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--batch", type=int, default=2_000)
     parser.add_argument("--minutes", type=float, default=1e9, help="Begin no batch after so many.")
     parser.add_argument("--stream", action="store_true", help="One call of write_batches; --minutes has no effect.")
+    parser.add_argument("--steps", action="store_true", help="Only say what the batches of a growth took.")
     options = parser.parse_args(arguments)
+    if options.steps:
+        for line in with_steps(options.folder):
+            print(json.dumps(line))
+        return
     options.folder.mkdir(exist_ok=True, parents=True)
     print(f"{usable_cores()} cores")
     for line in grow(options.folder, options.records, options.batch, options.minutes, stream=options.stream):
