@@ -455,6 +455,7 @@ def _keeping(
         keep_base = next((keep for keep in before if keep is not None), None)
     if keep_base:
         keep = KeepBase() if keep_base is True else keep_base
+        keep = replace(keep, neurons=request.rank or keep.neurons)
         request = replace(request, settings=replace(request.settings, keep_base=keep))
     # An adapter that is active for everything knows no key of another.
     return replace(request, one_adapter=request.one_adapter or request.settings.keep_base is not None)

@@ -119,7 +119,8 @@ def _check_fields(given: dict[str, Any], defaults: WriterSettings | KeepBase) ->
     known = asdict(defaults)
     for name, value in given.items():
         kind = type(known.get(name))
-        if name not in known or type(value) not in ((float, int) if kind is float else (kind,)):
+        kinds = {float: (float, int), type(None): (type(None), int)}.get(kind, (kind,))
+        if name not in known or type(value) not in kinds:
             raise ValueError(f"{name} is not a setting, or not of its type")
 
 

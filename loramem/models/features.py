@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from loramem.errors import UnsupportedBaseModel
-from loramem.models.batches import Batch, answer_logits, shuffled
+from loramem.models.batches import Batch, Batches, answer_logits, shuffled
 from loramem.models.decoding import forced_batch, greedy_decode
 from loramem.models.layers import LastLayer
 from loramem.records.prompts import EncodedRecord
@@ -75,18 +75,18 @@ class _Collected(Exception):
 
 
 @torch.no_grad()
-def collect(model: PreTrainedModel, records: Sequence[EncodedRecord], batch_records: int = PASS_RECORDS) -> Features:
+def collect(model: PreTrainedModel, records: Sequence[EncodedRecord], batches: Batches | None = None) -> Features:
     """Features of records, in their order: one pass through every layer but the last MLP, a common prefix run once.
 
     Args:
-        batch_records: Most in one batch.
+        batches: Indices that are run together, each in one batch; the second composition of a proof if None.
 
     Raises:
         UnsupportedBaseModel: The last layer has no single attention, or its attention does more after its projection.
     """
     last = LastLayer.of(model)
     parts: dict[int, Features] = {}
-    for indices in shuffled(records, batch_records, PASS_TOKENS):
+    for indices in shuffled(records, PASS_RECORDS, PASS_TOKENS) if batches is None else batches:
         batch = forced_batch(model, [records[index] for index in indices])
         seen = _run_to_the_last_attention(model, last, batch)
         columns = slice(-batch.targets.shape[1] - 1, -1)  # the column before a target predicts it
@@ -102,7 +102,7 @@ def collect(model: PreTrainedModel, records: Sequence[EncodedRecord], batch_reco
 
 @torch.no_grad()
 def collect_decoding(
-    model: PreTrainedModel, records: Sequence[EncodedRecord], features: Features, batches: Sequence[Sequence[int]]
+    model: PreTrainedModel, records: Sequence[EncodedRecord], features: Features, batches: Batches
 ) -> Features:
     """Features of the same positions as decoding meets them, token by token in the given batches of indices: products
     of another shape round otherwise. Of records that are in no batch those that are known.

@@ -31,7 +31,9 @@ class WriteRequest:
     def first_rank(self) -> int | None:
         """What every adapter begins with, where that is no matter of the plan."""
         keep = self.settings.keep_base
-        return self.rank if keep is None or self.rank is not None else min(keep.neurons, self.settings.max_rank)
+        if self.rank is not None or keep is None or keep.neurons is None:
+            return self.rank
+        return min(keep.neurons, self.settings.max_rank)
 
     @property
     def limits(self) -> RankLimits:

@@ -22,6 +22,8 @@ DAMPING = 1e-2
 NEAR, ASIDE, BEYOND, LOOKS = 3e-2, 8.0, 4.0, 3
 """Weight of a position that is looked at by itself, beside 1 of all in the mean; where a row has to be below at these,
 and by how much more it is pulled; how often they are looked for. Measured: docs/keeping.md."""
+INSIDE, STEPS = 5.0, 20
+"""Weight of what lacks within answers, beside 1 of what lacks elsewhere; and how many steps are taken at most."""
 
 
 @dataclass(frozen=True)
@@ -39,14 +41,12 @@ class Moments:
         second = torch.stack([share * (rows.T @ rows) for rows, share in weighted]).sum(0)
         return cls(second, torch.stack([share * rows.sum(0) for rows, share in weighted]).sum(0))
 
-    def inverse(self) -> Tensor:
-        """M⁻¹, damped; in float64."""
+    def damped(self) -> Tensor:
+        """E[x xᵀ] + λI, in float64."""
         second, mean = self.second.double(), self.mean.double()
         variance = (second.diagonal() - mean.square()).mean()
-        damped = second.clone()
-        damped.diagonal().add_(DAMPING * variance.clamp(min=0) + torch.finfo(self.second.dtype).tiny)
-        inverse: Tensor = torch.linalg.inv(damped)
-        return inverse
+        second.diagonal().add_(DAMPING * variance.clamp(min=0) + torch.finfo(self.second.dtype).tiny)
+        return second
 
 
 def through(groups: Sequence[Tensor], others: Moments, opened: float, shut: float, near: Tensor) -> Tensor:
@@ -60,36 +60,78 @@ def through(groups: Sequence[Tensor], others: Moments, opened: float, shut: floa
     Returns:
         (groups, d).
     """
-    inverse, mean, one_by_one = others.inverse(), others.mean.double(), near.double()
-    rows = list[Tensor]()
-    for group in groups:
-        inside = group.double()
-        seen = torch.zeros(len(one_by_one), dtype=torch.bool, device=near.device)
-        row = _solved(inside, inverse, inverse @ (-shut * mean), opened)
-        for _ in range(LOOKS):
-            seen |= one_by_one @ row > -ASIDE
-            chosen = one_by_one[seen]  # (M + NEAR·ZᵀZ)⁻¹ by Woodbury's identity: Z are few
-            reached = inverse @ chosen.T
-            middle = chosen @ reached
-            middle.diagonal().add_(1 / NEAR)
-            updated = inverse - reached @ torch.linalg.solve(middle, reached.T)
-            pulled = -shut * mean - NEAR * (ASIDE + BEYOND) * chosen.sum(0)
-            row = _solved(inside, updated, updated @ pulled, opened)
-        rows.append(row)
-    return torch.stack(rows).float()
+    second, pulled = others.damped(), -shut * others.mean.double()
+    factor = torch.linalg.cholesky(second)
+    rows = torch.stack([_solved(group.double(), factor, pulled, opened) for group in groups])
+    seen = torch.zeros(len(near), len(groups), dtype=torch.bool, device=near.device)
+    for _ in range(LOOKS):
+        seen |= (near.float() @ rows.T.float()) > -ASIDE
+        for number, group in enumerate(groups):
+            chosen = near[seen[:, number]].float()
+            factor = torch.linalg.cholesky(second + NEAR * (chosen.T @ chosen))
+            aside = pulled - NEAR * (ASIDE + BEYOND) * chosen.sum(0)
+            rows[number] = _solved(group.double(), factor, aside, opened)
+    return rows.float()
 
 
-def _solved(inside: Tensor, inverse: Tensor, free: Tensor, opened: float) -> Tensor:
-    """The row (d,) nearest to ``free`` by the inverse's measure that is ``opened`` at all positions (n, d) inside."""
-    reached = inside @ inverse
-    gram = reached @ inside.T
+def _solved(inside: Tensor, factor: Tensor, pulled: Tensor, opened: float) -> Tensor:
+    """Of the rows w (d,) that are ``opened`` at all positions (n, d) inside, the one with the least wᵀMw − 2·w·pulled.
+
+    Args:
+        factor: L of M = L·Lᵀ.
+    """
+    solved = torch.cholesky_solve(torch.cat([pulled[:, None], inside.T], 1), factor)
+    free, reached = solved[:, 0], solved[:, 1:]
+    gram = inside @ reached
     gram.diagonal().add_(1e-6 * gram.diagonal().mean())
-    row: Tensor = free + torch.linalg.solve(gram, opened - inside @ free) @ reached
+    row: Tensor = free + reached @ torch.linalg.solve(gram, opened - inside @ free)
     return row
 
 
-def between(inside: Moments, others: Moments, opened: float, shut: float) -> Tensor:
-    """One row (d,): near ``opened`` inside and near −``shut`` at the others, in the mean of squares of both."""
-    both = Moments(others.second + inside.second, others.mean + inside.mean)
-    row: Tensor = both.inverse() @ (opened * inside.mean - shut * others.mean).double()
-    return row.float()
+def between(groups: Sequence[Tensor], others: Tensor, weights: Tensor, opened: float, shut: float) -> Tensor:
+    """A row for each group of positions (n, d): at least ``opened`` there, at most −``shut`` at the others (m, d), as
+    far as the mean of squares of what lacks can be made small.
+
+    A support vector machine with squared hinge loss and no bias, by Newton's steps over those that lack something
+    (Keerthi and DeCoste, JMLR 6, 2005).
+
+    Args:
+        weights: (m,) of the others, their sum 1.
+
+    Returns:
+        (groups, d).
+    """
+    mean = weights @ others
+    every = (others * weights[:, None]).T @ others
+    ridge = DAMPING * float((every.diagonal() - mean.square()).mean().clamp(min=0)) + torch.finfo(others.dtype).tiny
+    eye = ridge * torch.eye(len(mean), device=others.device, dtype=torch.float64)
+    rows = list[Tensor]()
+    for group in groups:
+        weight = INSIDE / len(group)
+        within, lacks, gram, pull = group, torch.ones(len(others), dtype=torch.bool, device=others.device), every, mean
+        for _ in range(STEPS):
+            whole = gram.double() + weight * (within.T @ within).double() + eye
+            row = torch.linalg.solve(whole, (opened * weight * within.sum(0) - shut * pull).double()).to(others)
+            before, lacks = lacks, others @ row > -shut
+            within = group[group @ row < opened]
+            if torch.equal(lacks, before):
+                break
+            some = others[lacks] * weights[lacks, None]
+            gram, pull = some.T @ others[lacks], some.sum(0)
+        rows.append(row)
+    return torch.stack(rows)
+
+
+def parts(positions: Tensor, places: Tensor, others: Moments, count: int) -> Tensor:
+    """Which of so many parts each position (n, d) belongs to, (n,): k-means where the others are white, from the means
+    of places (n,) that are near one another. Each part is told from the others by a hyperplane more easily than all."""
+    white = positions.double() @ torch.linalg.cholesky(torch.linalg.inv(others.damped()))
+    order = places.argsort(stable=True)
+    labels = torch.empty_like(places)
+    labels[order] = torch.arange(len(places), device=places.device) * count // len(places)
+    for _ in range(STEPS):
+        centres = torch.stack([white[labels == label].mean(0) for label in labels.unique().tolist()])
+        before, labels = labels, torch.cdist(white, centres).argmin(1)
+        if torch.equal(labels, before):
+            break
+    return labels

@@ -10,6 +10,7 @@ What an adapter leaves of the base is measured on the adapter as saved (`loramem
 """
 
 import logging
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -25,7 +26,7 @@ from loramem.models.features import Features
 from loramem.models.neurons import LastMlp
 from loramem.models.placement import Placement
 from loramem.training.feature_writer import FeatureRun
-from loramem.training.gates import Moments, between, through
+from loramem.training.gates import Moments, between, parts, through
 from loramem.training.neutral import QUESTIONS, TEXT, UNKNOWN, Neutral
 from loramem.training.progress import ProgressCallback, Training
 from loramem.training.settings import WriterSettings
@@ -42,17 +43,23 @@ SHARES = {
 }
 """Of what gates of first positions are set against, by kind and whether an answer begins there: nothing is as near to
 a key as another key."""
-ELSEWHERE = {(TEXT, False): 0.3, (QUESTIONS, False): 0.3, (QUESTIONS, True): 0.3, (UNKNOWN, False): 0.1}
-"""The same of what no key of the records' form is asked at: there their value is nothing as well."""
 ANYWHERE = {(TEXT, False): 0.3, (QUESTIONS, False): 0.3, (QUESTIONS, True): 0.15, (UNKNOWN, False): 0.1,
             (UNKNOWN, True): 0.15}  # fmt: skip
 """And of what gates within answers are set against."""
+USED = {(TEXT, False): 0.3, (QUESTIONS, False): 0.5, (QUESTIONS, True): 0.1, (UNKNOWN, True): 0.1}
+"""Of what the neurons that go are of least use to: most of what a base says are answers to questions."""
 FIRST_OPEN, FIRST_SHUT = 6.0, 54.0
 """Gates of first positions there and, in the mean, at neutral ones. Steep: a key with a letter exchanged is nine tenths
 of the way from any other key to the key itself."""
-WITHIN_OPEN, WITHIN_SHUT = 6.0, 14.0
-FIRST_SHARE = 0.78
-"""Of the neurons at most that open where answers begin."""
+WITHIN_OPEN, WITHIN_SHUT = 6.0, 30.0
+"""Gates within answers there, at least, and at neutral positions, at most."""
+PASSED, LEAKS = -2.0, 2e-3
+"""Above what a gate lets something through, and the share of neutral positions at which one may."""
+EACH = 3
+"""Neurons of a part of what is within answers, at least: digits take a rank of three (docs/law.md)."""
+WITHIN, OF_RECORDS, OF_NEURONS = 24, 0.75, 1 / 11
+"""Neurons that open within answers, as long as three eighths of all are as many; those that open where they begin, of the
+number of records; and at most of all neurons, as what goes is missed. Measured: docs/keeping.md."""
 READ = 16_384
 """Neutral positions of a pass."""
 SAMPLED, SLOPES, STEP = 250, 4, 0.05
@@ -72,15 +79,14 @@ class Shut:
         self._inputs = dict[tuple[str, bool], Tensor]()
         used, metric = torch.zeros(self.mlp.width), information(adapted, neutral, self.mlp)
         for kind, part in neutral.kinds.items():
-            inputs = list[Tensor]()
-            for rows in torch.arange(len(part)).split(READ):
-                hidden, _ = inputs_of(adapted, _at(part.features, rows), self.mlp)
-                used += self.mlp.use(hidden, metric).cpu()
-                inputs.append(hidden.to(torch.bfloat16))
-            every = torch.cat(inputs)
             begins = torch.zeros_like(part.first) if kind == TEXT else part.first  # in text no answer begins
             for first in (False, True):
-                self._inputs[kind, first] = every[begins == first]
+                rows, place = (begins == first).nonzero().flatten(), (kind, first)
+                self._inputs[place] = torch.zeros(len(rows), len(metric), dtype=torch.bfloat16, device=metric.device)
+                for some in torch.arange(len(rows)).split(READ) if len(rows) else ():
+                    hidden, _ = inputs_of(adapted, _at(part.features, rows[some]), self.mlp)
+                    used += self.mlp.use(hidden, metric).cpu() * USED.get(place, 0.0) / len(rows)
+                    self._inputs[place][some] = hidden.to(torch.bfloat16)
         self.least_used = used.argsort()
         """(width,) neurons, those first whose loss would change the base's predictions least at neutral positions."""
 
@@ -91,12 +97,14 @@ class Shut:
     @property
     def everywhere(self) -> Tensor:
         """All neutral positions, (n, d)."""
-        return torch.cat(list(self._inputs.values()))
+        return torch.cat(list(self._inputs.values())).float()
 
-    @property
-    def unknown(self) -> Tensor:
-        """Where the answer to an unknown key begins, (n, d)."""
-        return self._inputs[UNKNOWN, True].float()
+    def weights(self, shares: dict[tuple[str, bool], float]) -> Tensor:
+        """Of each of `everywhere`, by the share of its kind; their sum is 1."""
+        parts = [torch.full((len(rows),), shares.get(kind, 0.0) / max(1, len(rows))) for kind, rows in
+                 self._inputs.items()]  # fmt: skip
+        weights = torch.cat(parts).to(self.everywhere.device)
+        return weights / weights.sum()
 
 
 @torch.no_grad()
@@ -130,6 +138,18 @@ def information(adapted: AdaptedModel, neutral: Neutral, mlp: LastMlp) -> Tensor
 def inputs_of(adapted: AdaptedModel, features: Features, mlp: LastMlp) -> tuple[Tensor, Tensor]:
     """What enters the last MLP and what it gives at all positions, (N, d) each."""
     return Ending(adapted.model, features.to(adapted.model.dtype)).block_values(mlp.block)
+
+
+def first_rank(adapted: AdaptedModel, records: int) -> int:
+    """Of an adapter for so many records, where none is asked for: they take no more neurons than they need.
+
+    Raises:
+        UnsupportedBaseModel: See `LastMlp.of`.
+    """
+    with adapted.disabled():
+        mlp = LastMlp.of(adapted.model)
+    needed = math.ceil(OF_RECORDS * records) + min(WITHIN, records + 4)
+    return mlp.ranks_per_neuron * min(needed, max(1, int(OF_NEURONS * mlp.width)))
 
 
 def alike(targets: Tensor, count: int) -> list[Tensor]:
@@ -196,31 +216,56 @@ class KeepingRun(FeatureRun):
         begins = torch.ones_like(owners, dtype=torch.bool)
         begins[1:] = owners[1:] != owners[:-1]
         first, within = inputs[begins].float(), inputs[~begins].float()
-        many = len(self.neurons)
-        count = max(1, min(len(first), int(FIRST_SHARE * many)))
+        many, everywhere = len(self.neurons), self.shut.everywhere
+        count = max(1, min(len(first), many - min(WITHIN, 3 * many // 8)))
         groups = alike(self.targets[begins], count)
-        against = self.shut.moments(SHARES)
-        gates = through([first[each] for each in groups], against, FIRST_OPEN, FIRST_SHUT, self.shut.everywhere)
-        inside = between(Moments.of([(within, 1.0)]), self.shut.moments(ANYWHERE), WITHIN_OPEN, WITHIN_SHUT)
-        asked = Moments.of([(torch.cat([first, self.shut.unknown]), 1.0)])
-        form = between(asked, self.shut.moments(ELSEWHERE, (within, 0.1)), 1.0, 0.0)
+        keys, against = [first[each] for each in groups], self.shut.moments(SHARES)
+        gates = through(keys, against, FIRST_OPEN, FIRST_SHUT, everywhere)
+        values = through(keys, against, 1.0, 0.0, everywhere[:0])
+        places = torch.arange(len(owners), device=owners.device) - begins.nonzero().flatten()[begins.cumsum(0) - 1]
+        inside = self._within(within, places[~begins], everywhere, many - count)
         random = random_rows(many - count, factor, self.settings.seed + self.rank).to(gates)
         gate, value = self.shut.roles
         wanted = [matrix.clone() for matrix in base_in]
         frozen = [torch.ones(len(matrix), dtype=torch.bool, device=matrix.device) for matrix in base_in]
         module, output = gate
         per = self.shut.mlp.outputs[module]
-        wanted[module][output::per] = torch.cat([gates, inside.expand(many - count, -1)])
+        wanted[module][output::per] = torch.cat([gates, inside])
         if value is not None:
             module, output = value
             per = self.shut.mlp.outputs[module]
-            wanted[module][output::per] = torch.cat([form.expand(count, -1), random])
+            wanted[module][output::per] = torch.cat([values, random])
         else:  # one row is gate and value
             wanted[module][output::per][count:] += random
         trained = torch.ones(many, dtype=torch.bool)
         trained[:count] = torch.tensor([len(self.targets[begins][each].unique()) > 1 for each in groups])
         frozen[module][output::per] = ~trained.to(gates.device)
         return wanted, frozen
+
+    def _within(self, within: Tensor, places: Tensor, everywhere: Tensor, neurons: int) -> Tensor:
+        """Gates (neurons, d) within answers: one for all positions where that parts them from neutral ones, or one for
+        each of more and more parts of them.
+
+        Args:
+            within, places: (n, d) positions within answers, and which of its answer each is, (n,).
+        """
+        against, weights = self.shut.moments(ANYWHERE), self.shut.weights(ANYWHERE)
+        count = 1
+        while len(within):
+            labels = parts(within, places, against, count)
+            groups = [within[labels == label] for label in labels.unique()]
+            rows = between(groups, everywhere, weights, WITHIN_OPEN, WITHIN_SHUT)
+            least = min(float((group @ row).min()) for group, row in zip(groups, rows, strict=True))
+            leaks = float(weights @ ((everywhere @ rows.T).amax(1) > PASSED).float())
+            log.info("gates of %d parts: at least %.1f within answers, open at %.2g elsewhere", count, least, leaks)
+            if 2 * EACH * count > neurons or (least >= WITHIN_OPEN / 2 and leaks <= LEAKS):
+                break
+            count *= 2
+        else:
+            return everywhere.new_zeros(neurons, everywhere.shape[1])
+        sizes = torch.tensor([len(group) for group in groups]).cumsum(0) / len(within)
+        spare = (sizes * (neurons - len(groups))).round().long().diff(prepend=torch.zeros(1, dtype=torch.long))
+        return rows.repeat_interleave(1 + spare.to(rows.device), 0)
 
     def free_gates(self) -> None:
         """Train all rows from now on: a base whose hidden states part records badly may need it, at some price."""

@@ -21,8 +21,9 @@ from loramem._util.cache import cache_folder
 from loramem.embedded.corpus import standard_library
 from loramem.models.adapters import AdaptedModel
 from loramem.models.base_model import BaseModel
+from loramem.models.batches import group_by_length
 from loramem.models.decoding import greedy_decode
-from loramem.models.features import Features, collect
+from loramem.models.features import PASS_RECORDS, PASS_TOKENS, Features, collect
 from loramem.records.prompts import EncodedRecord
 from loramem.records.questions import asking
 from loramem.records.record import Record
@@ -189,7 +190,7 @@ def _positions(base: BaseModel, sequences: Sequence[EncodedRecord]) -> Positions
     parts, first = list[Features](), list[Tensor]()
     for start in range(0, len(sequences), COLLECTED):
         some = sequences[start : start + COLLECTED]
-        found = collect(base.model, some)
+        found = collect(base.model, some, group_by_length(some, range(len(some)), PASS_RECORDS, PASS_TOKENS))
         slim = replace(found, mixed=found.attended[:, :0])
         parts.append(slim.to(torch.bfloat16))
         lengths = torch.tensor([len(each.answer_ids) for each in some], device=found.targets.device)

@@ -16,9 +16,9 @@ from transformers import PreTrainedModel
 from loramem._util.out_of_memory import is_out_of_memory
 from loramem.errors import UnsupportedBaseModel
 from loramem.models.adapters import AdaptedModel
-from loramem.models.batches import Batches, answer_logits, make_batch
+from loramem.models.batches import Batches, answer_logits, make_batch, shuffled
 from loramem.models.ending import Ending
-from loramem.models.features import Features, collect, collect_decoding
+from loramem.models.features import PASS_TOKENS, Features, collect, collect_decoding
 from loramem.models.layers import linear_paths
 from loramem.models.neurons import LastMlp
 from loramem.models.placement import Placement
@@ -220,7 +220,7 @@ def with_other_batches(
     if features is None or len(models) > 1 or models[0].model.dtype == torch.float32:
         return features
     with models[0].disabled():
-        return [*features, collect(models[0].model, records, OTHER_BATCH_RECORDS)]
+        return [*features, collect(models[0].model, records, shuffled(records, OTHER_BATCH_RECORDS, PASS_TOKENS))]
 
 
 def outcomes_of(adapted: AdaptedModel, records: Sequence[EncodedRecord], count: int = OUTCOMES) -> list[Features]:

@@ -23,6 +23,7 @@ from loramem.models.ending import Ending
 from loramem.models.features import Features
 from loramem.records.prompts import EncodedRecord
 from loramem.training.jobs import ShardJob, ShardResult, TrainedShard
+from loramem.training.keeping import first_rank
 from loramem.training.kept import harmed, measure, misses, shown
 from loramem.training.neutral import Material
 from loramem.training.neutral import material as neutral_material
@@ -111,15 +112,17 @@ def _keeping_adapter(
     Raises:
         BaseHarmed: It does not, at any rank that may be tried.
     """
-    keep = job.settings.keep_base
-    for rank in rank_choices(job.rank, max(job.rank, job.settings.max_rank)):
+    keep, first, most = job.settings.keep_base, job.rank, job.settings.max_rank
+    if keep is not None and keep.neurons is None:
+        first = min(first_rank(adapted, len(indices)), most)
+    for rank in rank_choices(first, max(first, most)):
         shard, stubborn = _write_adapter(job, folder, adapted, served, indices, progress, caution, rank)
         if keep is None or shard is None or shard.kept is None or not (missed := misses(shard.kept, keep)):
             break
         log.info("at rank %d more of the base is changed than is allowed: %s", rank, shown(missed))
         if keep.on_miss == "report":
             break
-        if keep.on_miss == "fail" or shard.training.rank >= job.settings.max_rank or shard.training.rank < rank:
+        if keep.on_miss == "fail" or shard.training.rank >= most or shard.training.rank < rank:
             raise harmed(missed, shard.training.rank)
     return shard, stubborn
 
