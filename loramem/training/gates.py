@@ -108,16 +108,15 @@ def between(groups: Sequence[Tensor], others: Tensor, weights: Tensor, opened: f
     rows = list[Tensor]()
     for group in groups:
         weight = INSIDE / len(group)
-        within, lacks, gram, pull = group, torch.ones(len(others), dtype=torch.bool, device=others.device), every, mean
+        within, some, gram, pull = group, None, every, mean
         for _ in range(STEPS):
             whole = gram.double() + weight * (within.T @ within).double() + eye
             row = torch.linalg.solve(whole, (opened * weight * within.sum(0) - shut * pull).double()).to(others)
-            before, lacks = lacks, others @ row > -shut
-            within = group[group @ row < opened]
-            if torch.equal(lacks, before):
+            before, some = some, (others @ row > -shut, group @ row < opened)
+            if before is not None and all(map(torch.equal, before, some)):
                 break
-            some = others[lacks] * weights[lacks, None]
-            gram, pull = some.T @ others[lacks], some.sum(0)
+            lacking = others[some[0]] * weights[some[0], None]
+            within, gram, pull = group[some[1]], lacking.T @ others[some[0]], lacking.sum(0)
         rows.append(row)
     return torch.stack(rows)
 

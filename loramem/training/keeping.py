@@ -58,8 +58,8 @@ PASSED, LEAKS = -2.0, 2e-3
 EACH = 3
 """Neurons of a part of what is within answers, at least: digits take a rank of three (docs/law.md)."""
 WITHIN, OF_RECORDS, OF_NEURONS = 24, 0.75, 1 / 11
-"""Neurons that open within answers, as long as three eighths of all are as many; those that open where they begin, of the
-number of records; and at most of all neurons, as what goes is missed. Measured: docs/keeping.md."""
+"""Neurons that open within answers, as long as three eighths of all are as many; those that open where they begin, of
+the number of records; and at most of all neurons, as what goes is missed. Measured: docs/keeping.md."""
 READ = 16_384
 """Neutral positions of a pass."""
 SAMPLED, SLOPES, STEP = 250, 4, 0.05
