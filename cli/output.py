@@ -146,6 +146,7 @@ def kept_facts(kept: "Kept") -> list[tuple[str, str]]:
         line("questions", kept.questions, "first tokens"),
         line("unknown keys", kept.unknown_keys, "first tokens"),
         ("same answers", f"{kept.same_answers:.0%} of {kept.questions.positions} questions"),
+        *([] if kept.refused is None else [("refused", "{} of {} unknown keys".format(*kept.refused))]),
         *([] if kept.other_words is None else [("in other words", "{} of {} values given".format(*kept.other_words))]),
     ]
 

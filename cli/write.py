@@ -49,6 +49,13 @@ if TYPE_CHECKING:
     help="With --keep-base: a UTF-8 text on which the base is to stay what it is, such as what it is used for.",
 )
 @click.option(
+    "--unknown",
+    default="",
+    metavar="TEXT",
+    help="With --keep-base: what keys like those of the records are answered that none of them has, such as \"I don't "
+    "know.\"; the base's own answer unless given.",
+)
+@click.option(
     "--on-conflict",
     type=click.Choice(["error", "skip", "replace"]),
     default="error",
@@ -86,6 +93,7 @@ def command(
     keep_base: bool,
     on_miss: "OnMiss",
     neutral: Path | None,
+    unknown: str,
     on_conflict: "OnConflict",
     no_values: bool,
     serve: str | None,
@@ -106,6 +114,8 @@ def command(
         raise click.UsageError("Give a FILE (- for stdin), or --resume, or --discard.")
     if neutral is not None and not keep_base:
         raise click.UsageError("--neutral says what --keep-base is to keep; give both.")
+    if unknown and not keep_base:
+        raise click.UsageError("--unknown takes --keep-base; give both.")
     settings = ranks.settings(seed)
     if discard:
         with store.open() as opened:
@@ -138,7 +148,7 @@ def command(
             "goal": ranks.goal,
             "rank": ranks.rank,
             "one_adapter": one_adapter,
-            "keep_base": _keep_base(on_miss, neutral) if keep_base else None,
+            "keep_base": _keep_base(on_miss, neutral, unknown) if keep_base else None,
             "partial": partial,
             "settings": settings,
             "progress": progress if batch is None else None,  # each batch is told by a line of its own
@@ -212,7 +222,7 @@ def _tell(report: "WriteReport", on_conflict: "OnConflict", as_json: bool) -> No
         click.get_current_context().exit(5)
 
 
-def _keep_base(on_miss: "OnMiss", neutral: Path | None) -> KeepBase:
+def _keep_base(on_miss: "OnMiss", neutral: Path | None, unknown: str) -> KeepBase:
     """
     Raises:
         InputError: The file is not UTF-8, or its text cannot be kept.
@@ -220,9 +230,9 @@ def _keep_base(on_miss: "OnMiss", neutral: Path | None) -> KeepBase:
     from loramem.training.neutral_text import remember_text
 
     if neutral is None:
-        return KeepBase(on_miss=on_miss)
+        return KeepBase(on_miss=on_miss, unknown=unknown)
     try:
         text = neutral.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise InputError(f"{neutral} is not UTF-8: {error}.") from None
-    return KeepBase(on_miss=on_miss, text_sha256=remember_text(text))
+    return KeepBase(on_miss=on_miss, unknown=unknown, text_sha256=remember_text(text))

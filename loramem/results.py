@@ -35,11 +35,14 @@ class Kept:
     other_words: tuple[int, int] | None = None
     """Of records that have questions: how many give their value when they are asked in words that were not trained, and
     how many were asked so."""
+    refused: tuple[int, int] | None = None
+    """Where unknown keys have an answer of their own: how many of ``unknown_keys`` were given it, decoded greedily to
+    the end, and how many were asked."""
 
     @classmethod
     def of(cls, fields: Mapping[str, Any]) -> "Kept":
         """From what ``dataclasses.asdict`` made of one."""
-        words = fields.get("other_words")
+        words, refused = fields.get("other_words"), fields.get("refused")
         return cls(
             text=Divergence(**fields["text"]),
             answers=Divergence(**fields["answers"]),
@@ -47,6 +50,7 @@ class Kept:
             unknown_keys=Divergence(**fields["unknown_keys"]),
             same_answers=fields["same_answers"],
             other_words=None if words is None else (words[0], words[1]),
+            refused=None if refused is None else (refused[0], refused[1]),
         )
 
 

@@ -12,9 +12,17 @@ from transformers import GPT2Config, MixtralConfig, Phi3Config
 from transformers.models.auto import AutoModelForCausalLM
 
 from loramem import MemoryStore
-from loramem.errors import ArgumentError, BaseHarmed, StoreFormatError, UnknownChoice, UnsupportedBaseModel
+from loramem.errors import (
+    ArgumentError,
+    BaseHarmed,
+    RecordError,
+    StoreFormatError,
+    UnknownChoice,
+    UnsupportedBaseModel,
+)
 from loramem.models.adapters import AdaptedModel
 from loramem.models.base_model import load_base_model
+from loramem.models.decoding import greedy_decode
 from loramem.models.ending import Ending
 from loramem.models.features import collect
 from loramem.models.neurons import LastMlp
@@ -442,3 +450,45 @@ def test_records_that_share_a_gate_begin_with_the_same_token_where_that_can_be()
         assert len(groups) == count and sorted(torch.cat(groups).tolist()) == list(range(7))
         assert all(len(targets[group].unique()) == 1 for group in groups)
     assert [len(group) for group in alike(targets, 2)] == [4, 3]
+
+
+# Refusals
+
+
+def test_unknown_keys_are_refused_where_that_is_asked_for_and_known_ones_are_not(base: Path, tmp_path: Path) -> None:
+    keep = replace(SMALL, neurons=24, unknown="no", unknown_keys=120)
+    with MemoryStore(tmp_path / "m", str(base)) as store:
+        report = store.write(numbers(8), keep_base=keep)
+        assert report.exact_match == 1.0 and report.written == 8 and report.failed == ()
+        [kept] = report.kept.values()
+        assert kept.refused is not None and kept.refused[1] == kept.unknown_keys.positions
+        assert kept.refused[0] > 0.7 * kept.refused[1]
+        assert store.explain("key 0").kept == kept
+        assert sorted(store.keys()) == sorted(numbers(8))  # no refusal is a record
+        model, _ = store.load("key 0")
+        template, tokenizer = store.base.template, store.base.tokenizer
+        keys = neutral_text.unknown_keys(list(numbers(8)), neutral.HELD_OUT_KEYS, 0, held_out=True)
+        rows = greedy_decode(model, [template.prompt_ids(tokenizer, key) for key in keys], 8, template.end_id)
+        assert sum(tokenizer.decode(row) == "no" for row in rows) == pytest.approx(kept.refused[0], abs=1)
+    missed = misses(replace(kept, refused=(0, 10)), keep)
+    assert missed["unknown keys that are not refused"] == (1.0, keep.unknown_changed)
+
+
+def test_a_refusal_that_no_key_can_be_given_is_said_before_anything_is_written(base: Path, tmp_path: Path) -> None:
+    with MemoryStore(tmp_path / "m", str(base)) as store:
+        special = store.base.tokenizer.convert_ids_to_tokens(store.base.template.end_id)
+        with pytest.raises(RecordError, match="special token"):
+            store.write(numbers(2), keep_base=replace(SMALL, unknown=f"no {special}"))
+        assert len(store) == 0 and store.pending() is None
+
+
+def test_the_command_takes_a_refusal(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                     capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+    monkeypatch.setattr("loramem_cli.write.KeepBase", lambda **fields: replace(SMALL, **fields))
+    file = tmp_path / "r.jsonl"
+    file.write_text('{"key": "key 0", "value": "4711"}\n')
+    arguments = ["write", str(file), "--store", str(tmp_path / "m"), "--model", str(base), "--unknown", "no"]
+    assert run(arguments) == 2
+    capsys.readouterr()
+    assert run([*arguments, "--keep-base"]) == 0
+    assert "unknown keys" in capsys.readouterr().out.split("refused")[1]

@@ -183,6 +183,16 @@ class Planner:
             )
         return sorted(encoded, key=lambda entry: entry.record.namespace)
 
+    def check_answer(self, text: str) -> None:
+        """Refuse an answer that no key can be given.
+
+        Raises:
+            RecordError: See `tokenize`.
+        """
+        base = self.adapted.base
+        limits = base.max_tokens, base.unreachable, base.vocabulary
+        tokenize([Record("-", text)], base.tokenizer, self.template, *limits)
+
     def _collision(self, encoded: Sequence[EncodedRecord]) -> tuple[Record, str] | None:
         """The first record whose prompt is that of another key in the store, with this key."""
         prompts = [(entry.record.namespace, prompt_digest(entry.prompt_ids)) for entry in encoded]

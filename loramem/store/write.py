@@ -127,6 +127,8 @@ class Transaction:
         Raises what `Planner.admit` and `Planner.plan` raise.
         """
         planner = planner or self.planner
+        if (keep := request.settings.keep_base) is not None and keep.unknown:
+            planner.check_answer(keep.unknown)
         ended = {(each.namespace, each.key) for each in request.ended}
         encoded, skipped = planner.admit(records, on_conflict, executor, ended)
         if not encoded:

@@ -108,7 +108,8 @@ def between(groups: Sequence[Tensor], others: Tensor, weights: Tensor, opened: f
     rows = list[Tensor]()
     for group in groups:
         weight = INSIDE / len(group)
-        within, some, gram, pull = group, None, every, mean
+        within, gram, pull = group, every, mean
+        some: tuple[Tensor, Tensor] | None = None
         for _ in range(STEPS):
             whole = gram.double() + weight * (within.T @ within).double() + eye
             row = torch.linalg.solve(whole, (opened * weight * within.sum(0) - shut * pull).double()).to(others)

@@ -10,7 +10,6 @@ What an adapter leaves of the base is measured on the adapter as saved (`loramem
 """
 
 import logging
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -43,9 +42,14 @@ SHARES = {
 }
 """Of what gates of first positions are set against, by kind and whether an answer begins there: nothing is as near to
 a key as another key."""
+ELSEWHERE = {(TEXT, False): 0.3, (QUESTIONS, False): 0.3, (QUESTIONS, True): 0.3, (UNKNOWN, False): 0.1}
+"""The same of what no key of the records' form is asked at: there their value is nothing as well. (A value of its own
+for each key, as its gate, is large where the gate leaks: 34 at a position of text, in place of 7.)"""
 ANYWHERE = {(TEXT, False): 0.3, (QUESTIONS, False): 0.3, (QUESTIONS, True): 0.15, (UNKNOWN, False): 0.1,
             (UNKNOWN, True): 0.15}  # fmt: skip
 """And of what gates within answers are set against."""
+FORMLESS = {(TEXT, False): 0.3, (QUESTIONS, False): 0.3, (QUESTIONS, True): 0.4}
+"""And of what the gate is set against that opens at all keys of the records' form, where unknown ones are refused."""
 USED = {(TEXT, False): 0.3, (QUESTIONS, False): 0.5, (QUESTIONS, True): 0.1, (UNKNOWN, True): 0.1}
 """Of what the neurons that go are of least use to: most of what a base says are answers to questions."""
 FIRST_OPEN, FIRST_SHUT = 6.0, 54.0
@@ -55,11 +59,13 @@ WITHIN_OPEN, WITHIN_SHUT = 6.0, 30.0
 """Gates within answers there, at least, and at neutral positions, at most."""
 PASSED, LEAKS = -2.0, 2e-3
 """Above what a gate lets something through, and the share of neutral positions at which one may."""
+REFUSING, IN_REFUSALS = 2, 6
+"""Neurons that open wherever a key of the records' form is asked for, and within refusals."""
 EACH = 3
 """Neurons of a part of what is within answers, at least: digits take a rank of three (docs/law.md)."""
-WITHIN, OF_RECORDS, OF_NEURONS = 24, 0.75, 1 / 11
-"""Neurons that open within answers, as long as three eighths of all are as many; those that open where they begin, of
-the number of records; and at most of all neurons, as what goes is missed. Measured: docs/keeping.md."""
+WITHIN, OF_NEURONS = 24, 1 / 11
+"""Neurons that open within answers, as long as three eighths of all are as many, and of all neurons those that go at
+most, as what goes is missed. Measured: docs/keeping.md."""
 READ = 16_384
 """Neutral positions of a pass."""
 SAMPLED, SLOPES, STEP = 250, 4, 0.05
@@ -74,7 +80,7 @@ class Shut:
     """
 
     def __init__(self, adapted: AdaptedModel, neutral: Neutral) -> None:
-        self.mlp = LastMlp.of(adapted.model)
+        self.mlp, self.refused = LastMlp.of(adapted.model), neutral.refused
         self.roles = self.mlp.roles()
         self._inputs = dict[tuple[str, bool], Tensor]()
         used, metric = torch.zeros(self.mlp.width), information(adapted, neutral, self.mlp)
@@ -93,6 +99,11 @@ class Shut:
     def moments(self, shares: dict[tuple[str, bool], float], *more: tuple[Tensor, float]) -> Moments:
         """Of neutral positions by their shares, and of more."""
         return Moments.of([(self._inputs[kind], share) for kind, share in shares.items()] + list(more))
+
+    @property
+    def unknown(self) -> Tensor:
+        """Where the answer to an unknown key begins, (n, d)."""
+        return self._inputs[UNKNOWN, True].float()
 
     @property
     def everywhere(self) -> Tensor:
@@ -140,15 +151,18 @@ def inputs_of(adapted: AdaptedModel, features: Features, mlp: LastMlp) -> tuple[
     return Ending(adapted.model, features.to(adapted.model.dtype)).block_values(mlp.block)
 
 
-def first_rank(adapted: AdaptedModel, records: int) -> int:
+def first_rank(adapted: AdaptedModel, records: int, refuses: bool = False) -> int:
     """Of an adapter for so many records, where none is asked for: they take no more neurons than they need.
+
+    Args:
+        refuses: Unknown keys are refused as well.
 
     Raises:
         UnsupportedBaseModel: See `LastMlp.of`.
     """
     with adapted.disabled():
         mlp = LastMlp.of(adapted.model)
-    needed = math.ceil(OF_RECORDS * records) + min(WITHIN, records + 4)
+    needed = records + min(WITHIN, records + 4) + (REFUSING + IN_REFUSALS) * refuses
     return mlp.ranks_per_neuron * min(needed, max(1, int(OF_NEURONS * mlp.width)))
 
 
@@ -215,16 +229,23 @@ class KeepingRun(FeatureRun):
         owners = self.features[0].owners
         begins = torch.ones_like(owners, dtype=torch.bool)
         begins[1:] = owners[1:] != owners[:-1]
-        first, within = inputs[begins].float(), inputs[~begins].float()
+        mine = begins & (owners < self.records - self.shut.refused)
+        first, within = inputs[mine].float(), inputs[~begins].float()
         many, everywhere = len(self.neurons), self.shut.everywhere
-        count = max(1, min(len(first), many - min(WITHIN, 3 * many // 8)))
-        groups = alike(self.targets[begins], count)
+        inner = WITHIN + (IN_REFUSALS if self.shut.refused else 0)
+        refusing = min(REFUSING, many // 4) if self.shut.refused else 0
+        count = max(1, min(len(first), many - min(inner, 3 * many // 8) - refusing))
+        groups = alike(self.targets[mine], count)
         keys, against = [first[each] for each in groups], self.shut.moments(SHARES)
         gates = through(keys, against, FIRST_OPEN, FIRST_SHUT, everywhere)
-        values = through(keys, against, 1.0, 0.0, everywhere[:0])
+        values = self._value(first, within).expand(count, -1)
         places = torch.arange(len(owners), device=owners.device) - begins.nonzero().flatten()[begins.cumsum(0) - 1]
-        inside = self._within(within, places[~begins], everywhere, many - count)
-        random = random_rows(many - count, factor, self.settings.seed + self.rank).to(gates)
+        within_many = many - count - refusing
+        inside = self._within(within, places[~begins], everywhere, within_many)
+        random = random_rows(within_many, factor, self.settings.seed + self.rank).to(gates)
+        if refusing:
+            form = self._form(everywhere, within).expand(refusing, -1)
+            gates, values = torch.cat([gates, form]), torch.cat([values, form / WITHIN_OPEN])
         gate, value = self.shut.roles
         wanted = [matrix.clone() for matrix in base_in]
         frozen = [torch.ones(len(matrix), dtype=torch.bool, device=matrix.device) for matrix in base_in]
@@ -236,11 +257,29 @@ class KeepingRun(FeatureRun):
             per = self.shut.mlp.outputs[module]
             wanted[module][output::per] = torch.cat([values, random])
         else:  # one row is gate and value
-            wanted[module][output::per][count:] += random
+            wanted[module][output::per][many - within_many :] += random
         trained = torch.ones(many, dtype=torch.bool)
-        trained[:count] = torch.tensor([len(self.targets[begins][each].unique()) > 1 for each in groups])
+        trained[: many - within_many] = False
+        trained[:count] = torch.tensor([len(self.targets[mine][each].unique()) > 1 for each in groups])
         frozen[module][output::per] = ~trained.to(gates.device)
         return wanted, frozen
+
+    def _value(self, first: Tensor, within: Tensor) -> Tensor:
+        """The value (1, d) of neurons that open where answers begin: near 1 where keys of the records' form are asked
+        for, and near 0 elsewhere."""
+        asked = Moments.of([(torch.cat([first, self.shut.unknown]), 1.0)])
+        others = self.shut.moments(ELSEWHERE, (within, 0.1))
+        both = Moments(asked.second + others.second, asked.mean + others.mean)
+        row: Tensor = torch.linalg.solve(both.damped(), asked.mean.double())
+        return row[None].to(first)
+
+    def _form(self, everywhere: Tensor, within: Tensor) -> Tensor:
+        """The gate (1, d) that opens where keys of the records' form are asked for, known or not."""
+        others = torch.cat([everywhere, within])
+        weights = torch.cat(
+            [self.shut.weights(FORMLESS), everywhere.new_full((len(within),), 0.2 / max(1, len(within)))]
+        )
+        return between([self.shut.unknown], others, weights / weights.sum(), WITHIN_OPEN, WITHIN_SHUT)
 
     def _within(self, within: Tensor, places: Tensor, everywhere: Tensor, neurons: int) -> Tensor:
         """Gates (neurons, d) within answers: one for all positions where that parts them from neutral ones, or one for

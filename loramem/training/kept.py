@@ -24,17 +24,19 @@ def measure(adapted: AdaptedModel, adapter: str, material: Material) -> Kept:
     """
     every = {kind: _compare(adapted, adapter, each) for kind, each in material.measured.kinds.items()}
     first = {kind: each.first for kind, each in material.measured.kinds.items()}
-    prompts = [entry.prompt_ids for entry in material.questions]
-    mine = _answers(adapted, prompts)
-    with adapted.disabled():
-        before = _answers(adapted, prompts)
+    end = adapted.base.template.end_id
+    mine = greedy_decode(adapted.model, [entry.prompt_ids for entry in material.questions], ANSWER_TOKENS, end)
+    same = sum(
+        entry.answer_ids == (*row, end)[:ANSWER_TOKENS] for entry, row in zip(material.questions, mine, strict=True)
+    )
     return Kept(
         text=_mean(*every[TEXT]),
         answers=_mean(*every[QUESTIONS]),
         questions=_mean(*(column[first[QUESTIONS]] for column in every[QUESTIONS])),
         unknown_keys=_mean(*every[UNKNOWN]),
-        same_answers=sum(one == other for one, other in zip(before, mine, strict=True)) / max(1, len(prompts)),
-        other_words=_in_other_words(adapted, material.other_words) if material.other_words else None,
+        same_answers=same / max(1, len(mine)),
+        other_words=_given(adapted, material.other_words) if material.other_words else None,
+        refused=_given(adapted, material.refused) if material.refused else None,
     )
 
 
@@ -54,12 +56,9 @@ def _compare(adapted: AdaptedModel, adapter: str, positions: Positions) -> tuple
     return torch.cat(divergences), torch.cat(changed)
 
 
-def _answers(adapted: AdaptedModel, prompts: list[tuple[int, ...]]) -> list[list[int]]:
-    return greedy_decode(adapted.model, prompts, ANSWER_TOKENS, adapted.base.template.end_id)
-
-
-def _in_other_words(adapted: AdaptedModel, asked: Sequence[EncodedRecord]) -> tuple[int, int]:
-    """How many records give their value when asked in words that were not trained, and how many were asked."""
+def _given(adapted: AdaptedModel, asked: Sequence[EncodedRecord]) -> tuple[int, int]:
+    """How many give their answer, decoded to the end, in words that were not trained or for keys that were not, and how
+    many were asked."""
     longest = max(len(entry.answer_ids) for entry in asked)
     answers = greedy_decode(adapted.model, [entry.prompt_ids for entry in asked], longest, adapted.base.template.end_id)
     exact = sum(tuple(row) == entry.answer_ids[:-1] for row, entry in zip(answers, asked, strict=True))
@@ -82,6 +81,10 @@ def misses(kept: Kept, keep: KeepBase) -> dict[str, tuple[float, float]]:
         "first token changed of answers to questions": (kept.questions.changed, keep.questions_changed),
         "first token changed of answers to unknown keys": (kept.unknown_keys.changed, keep.unknown_changed),
     }
+    if kept.refused is not None:
+        refused, asked = kept.refused
+        pairs.popitem()
+        pairs["unknown keys that are not refused"] = (1 - refused / asked, keep.unknown_changed)
     return {name: pair for name, pair in pairs.items() if not pair[0] <= pair[1]}
 
 

@@ -8,8 +8,10 @@ is 2.3 kB for a width of 576. What does not depend on the records is kept in the
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from difflib import get_close_matches
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -24,7 +26,7 @@ from loramem.models.base_model import BaseModel
 from loramem.models.batches import group_by_length
 from loramem.models.decoding import greedy_decode
 from loramem.models.features import PASS_RECORDS, PASS_TOKENS, Features, collect
-from loramem.records.prompts import EncodedRecord
+from loramem.records.prompts import EncodedRecord, encode_record
 from loramem.records.questions import asking
 from loramem.records.record import Record
 from loramem.training import neutral_text
@@ -42,6 +44,9 @@ ANSWER_TOKENS, KEY_ANSWER_TOKENS = 24, 16
 DECODED, COLLECTED = 128, 1024
 """Answers that are decoded together, and sequences whose features are held in the base's dtype at a time."""
 HELD_OUT_TEXT, HELD_OUT_KEYS, OTHER_WORDS = 5_000, 200, 40
+REFUSALS, NOT_ALIKE = 100, 0.85
+"""Unknown keys that are trained to be refused, and how alike (`difflib.SequenceMatcher.ratio`) none of them is to a
+key: a gate that opens a crack at a near miss of its key would have to be outweighed there."""
 ANSWERED = 16
 """Of so many unknown keys one with all of the base's answer, the others with its first token."""
 TEXT, QUESTIONS, UNKNOWN = "text", "questions", "unknown keys"
@@ -66,6 +71,8 @@ class Neutral:
     """Neutral positions by kind: `TEXT`, `QUESTIONS`, `UNKNOWN`."""
 
     kinds: dict[str, Positions]
+    refused: int = 0
+    """How many of the records that are trained, the last of them, are unknown keys with the answer that refuses."""
 
     def __len__(self) -> int:
         return sum(map(len, self.kinds.values()))
@@ -81,6 +88,10 @@ class Material:
     """Those that are measured, with the base's own answers."""
     other_words: tuple[EncodedRecord, ...] = ()
     """Records that have questions, each in words that none is trained in."""
+    refusals: tuple[EncodedRecord, ...] = ()
+    """Unknown keys with the answer that they are to get, to train with; none where that is the base's own."""
+    refused: tuple[EncodedRecord, ...] = ()
+    """Others, to measure with: those whose first position is measured."""
 
 
 def material(adapted: AdaptedModel, records: Sequence[EncodedRecord], keep: KeepBase, seed: int) -> Material:
@@ -92,8 +103,9 @@ def material(adapted: AdaptedModel, records: Sequence[EncodedRecord], keep: Keep
     base, bare = adapted.base, [record.record for record in records]
     keys, templates = neutral_text.keys_of(bare), neutral_text.wordings(bare)
     own = neutral_text.remembered_text(keep.text_sha256)
-    with adapted.disabled(), torch.no_grad(), _half(base):
+    with adapted.disabled(), torch.no_grad():  # compared with what the adapter will make of them, in the same dtype
         answers = _answers(base, neutral_text.held_out_questions(), ANSWER_TOKENS)
+    with adapted.disabled(), torch.no_grad(), _half(base):
         of_base = {
             TEXT: _cached(base, keep, seed, TEXT, own),
             QUESTIONS: _cached(base, keep, seed, QUESTIONS, own),
@@ -113,7 +125,24 @@ def material(adapted: AdaptedModel, records: Sequence[EncodedRecord], keep: Keep
         }
         trained = {**of_base, UNKNOWN: _positions(base, unknown)}
     log.info("%d neutral positions to train with", sum(map(len, trained.values())))
-    return Material(Neutral(trained), Neutral(measured), tuple(answers), tuple(_in_other_words(base, records)))
+    refusals, refused = tuple[EncodedRecord, ...](), tuple[EncodedRecord, ...]()
+    if keep.unknown:
+        far = (key for key in asked if not get_close_matches(key, keys, 1, NOT_ALIKE))
+        refusals, refused = (_refusals(base, some, keep.unknown) for some in (islice(far, REFUSALS), others))
+    return Material(
+        Neutral(trained, len(refusals)),
+        Neutral(measured),
+        tuple(answers),
+        tuple(_in_other_words(base, records)),
+        refusals,
+        refused,
+    )
+
+
+def _refusals(base: BaseModel, keys: Iterable[str], answer: str) -> tuple[EncodedRecord, ...]:
+    """Keys with the answer that refuses them."""
+    answers = encode_record(Record(answer, answer), base.tokenizer, base.template).answer_ids
+    return tuple(replace(entry, answer_ids=answers) for entry in _firsts(base, list(keys)))
 
 
 def _in_other_words(base: BaseModel, records: Sequence[EncodedRecord]) -> Iterator[EncodedRecord]:

@@ -36,13 +36,15 @@ class KeepBase:
     """
 
     neurons: int | None = None
-    """Of the last MLP, which the records take at first: the adapter's first rank. None: three for four records and a
-    few more, but no more than an eleventh of all."""
+    """Of the last MLP, which the records take at first: the adapter's first rank. None: one for each record and a few
+    more, but no more than an eleventh of all."""
     text_tokens: int = 20_000
     questions: int = 300
     """Answered by the base, to set gates against; of three times as many, where an answer begins."""
     unknown_keys: int = 3_000
     """Of the records' own form, to set gates against."""
+    unknown: str = ""
+    """What an unknown key is answered, such as "I don't know."; nothing leaves it the base's own answer."""
     text_sha256: str = ""
     """Of a text of the user's own, which `loramem.training.neutral_text.remember_text` put into the cache: it is read
     first, as text that is to stay what it is, and the standard library's after it."""
@@ -53,7 +55,7 @@ class KeepBase:
     questions_changed: float = 0.1
     """Target: share of questions whose answer begins with another token."""
     unknown_changed: float = 0.05
-    """Target: share of unknown keys whose answer begins with another token."""
+    """Target: share of unknown keys whose answer begins with another token, or is not ``unknown``."""
     on_miss: OnMiss = "report"
 
     def __post_init__(self) -> None:

@@ -114,7 +114,7 @@ def _keeping_adapter(
     """
     keep, first, most = job.settings.keep_base, job.rank, job.settings.max_rank
     if keep is not None and keep.neurons is None:
-        first = min(first_rank(adapted, len(indices)), most)
+        first = min(first_rank(adapted, len(indices), bool(keep.unknown)), most)
     for rank in rank_choices(first, max(first, most)):
         shard, stubborn = _write_adapter(job, folder, adapted, served, indices, progress, caution, rank)
         if keep is None or shard is None or shard.kept is None or not (missed := misses(shard.kept, keep)):
@@ -150,24 +150,25 @@ def _write_adapter(
     models, records = [adapted, *served.values()], [job.records[index] for index in indices]
     rounding = [each for each in models if each.base.dtype == "q8_0"]
     exact = [each for each in models if each not in rounding]
-    features = with_other_batches(exact, records, features_of(exact, records, job.placement))
-    outcomes = list[Features]()
-    if features is not None and (rounding or adapted.base.rounds_inputs):
-        outcomes = outcomes_of((rounding or [adapted])[0], records)
-    doubtful, met = {number for number, index in enumerate(indices) if index in job.doubtful}, 0
     keep = job.settings.keep_base
     material = None if keep is None else neutral_material(adapted, records, keep, job.settings.seed)
+    taught = [*records, *(() if material is None else material.refusals)]
+    features = with_other_batches(exact, taught, features_of(exact, taught, job.placement))
+    outcomes = list[Features]()
+    if features is not None and (rounding or adapted.base.rounds_inputs):
+        outcomes = outcomes_of((rounding or [adapted])[0], taught)
+    doubtful, met = {number for number, index in enumerate(indices) if index in job.doubtful}, 0
     placement, spent = job.placement, list[Training]()
     for place in range(caution, len(CAUTION)):
         if features is not None:
             for batches in _decoded_batches(records, doubtful)[met:place]:
-                features = [*features, *as_decoded(exact, records, features, batches)]
-                outcomes += as_decoded(rounding, records, outcomes, batches)
+                features = [*features, *as_decoded(exact, taught, features, batches)]
+                outcomes += as_decoded(rounding, taught, outcomes, batches)
             met = place
         trained = train_shard(
             adapted,
             UNSAVED,
-            records,
+            taught,
             rank,
             placement,
             job.settings
@@ -193,8 +194,9 @@ def _write_adapter(
         try:
             whole = dict[Dtype, Features]()
             if features is not None and trained.on_features and not stubborn:
-                whole = {each.base.dtype: known for each, known in zip(exact, features, strict=False)}
-                whole |= {each.base.dtype: outcomes[0] for each in rounding}
+                count = sum(len(record.answer_ids) for record in records)
+                whole = {each.base.dtype: known.first(count) for each, known in zip(exact, features, strict=False)}
+                whole |= {each.base.dtype: outcomes[0].first(count) for each in rounding}
             return _save_and_prove(job, folder, adapted, served, certified, trained, whole, place, material), stubborn
         except (RecallError, StubbornRecords) as error:
             if place == len(CAUTION) - 1:
