@@ -48,8 +48,6 @@ for each key, as its gate, is large where the gate leaks: 34 at a position of te
 ANYWHERE = {(TEXT, False): 0.3, (QUESTIONS, False): 0.3, (QUESTIONS, True): 0.15, (UNKNOWN, False): 0.1,
             (UNKNOWN, True): 0.15}  # fmt: skip
 """And of what gates within answers are set against."""
-FORMLESS = {(TEXT, False): 0.3, (QUESTIONS, False): 0.3, (QUESTIONS, True): 0.4}
-"""And of what the gate is set against that opens at all keys of the records' form, where unknown ones are refused."""
 USED = {(TEXT, False): 0.3, (QUESTIONS, False): 0.5, (QUESTIONS, True): 0.1, (UNKNOWN, True): 0.1}
 """Of what the neurons that go are of least use to: most of what a base says are answers to questions."""
 FIRST_OPEN, FIRST_SHUT = 6.0, 54.0
@@ -61,6 +59,8 @@ PASSED, LEAKS = -2.0, 2e-3
 """Above what a gate lets something through, and the share of neutral positions at which one may."""
 REFUSING, IN_REFUSALS = 2, 6
 """Neurons that open wherever a key of the records' form is asked for, and within refusals."""
+FORM_SHUT, ASKED = 14.0, 10.0
+"""How far the first of these are shut elsewhere, and the weight of where they are to be open beside 1 of elsewhere."""
 EACH = 3
 """Neurons of a part of what is within answers, at least: digits take a rank of three (docs/law.md)."""
 WITHIN, OF_NEURONS = 24, 1 / 11
@@ -190,6 +190,9 @@ class KeepingRun(FeatureRun):
         self.shut = shut
         super().__init__(*args)
 
+    spared: Tensor
+    """(N,) where a refusal begins at which no gate opens: no training reaches it, and none waits for it."""
+
     def begin(self, layers: Sequence[LoraLayer], grown_from: int) -> list[Site]:
         """B of the projections into the neurons and A of the one out of them pick the neurons; gates are set; what is
         within answers is trained, and what comes out everywhere. With more neurons all begin anew."""
@@ -229,6 +232,7 @@ class KeepingRun(FeatureRun):
         owners = self.features[0].owners
         begins = torch.ones_like(owners, dtype=torch.bool)
         begins[1:] = owners[1:] != owners[:-1]
+        self.spared = torch.zeros_like(begins)
         mine = begins & (owners < self.records - self.shut.refused)
         first, within = inputs[mine].float(), inputs[~begins].float()
         many, everywhere = len(self.neurons), self.shut.everywhere
@@ -238,14 +242,15 @@ class KeepingRun(FeatureRun):
         groups = alike(self.targets[mine], count)
         keys, against = [first[each] for each in groups], self.shut.moments(SHARES)
         gates = through(keys, against, FIRST_OPEN, FIRST_SHUT, everywhere)
-        values = self._value(first, within).expand(count, -1)
+        value_row = self._form(first, within, 1.0, 0.0)
         places = torch.arange(len(owners), device=owners.device) - begins.nonzero().flatten()[begins.cumsum(0) - 1]
         within_many = many - count - refusing
         inside = self._within(within, places[~begins], everywhere, within_many)
         random = random_rows(within_many, factor, self.settings.seed + self.rank).to(gates)
         if refusing:
-            form = self._form(everywhere, within).expand(refusing, -1)
-            gates, values = torch.cat([gates, form]), torch.cat([values, form / WITHIN_OPEN])
+            form = self._form(first, within, WITHIN_OPEN, FORM_SHUT, ASKED)
+            gates = torch.cat([gates, form.expand(refusing, -1)])
+            self.spared = begins & ~mine & (inputs.float() @ form[0] < WITHIN_OPEN / 2)
         gate, value = self.shut.roles
         wanted = [matrix.clone() for matrix in base_in]
         frozen = [torch.ones(len(matrix), dtype=torch.bool, device=matrix.device) for matrix in base_in]
@@ -255,7 +260,7 @@ class KeepingRun(FeatureRun):
         if value is not None:
             module, output = value
             per = self.shut.mlp.outputs[module]
-            wanted[module][output::per] = torch.cat([values, random])
+            wanted[module][output::per] = torch.cat([value_row.expand(len(gates), -1), random])
         else:  # one row is gate and value
             wanted[module][output::per][many - within_many :] += random
         trained = torch.ones(many, dtype=torch.bool)
@@ -264,22 +269,14 @@ class KeepingRun(FeatureRun):
         frozen[module][output::per] = ~trained.to(gates.device)
         return wanted, frozen
 
-    def _value(self, first: Tensor, within: Tensor) -> Tensor:
-        """The value (1, d) of neurons that open where answers begin: near 1 where keys of the records' form are asked
-        for, and near 0 elsewhere."""
+    def _form(self, first: Tensor, within: Tensor, opened: float, shut: float, weight: float = 1.0) -> Tensor:
+        """A row (1, d) near ``opened`` where keys of the records' form are asked for, known or not, and near −``shut``
+        elsewhere, in the mean of squares: a hinge would leave it eight times as large at most keys as at some."""
         asked = Moments.of([(torch.cat([first, self.shut.unknown]), 1.0)])
         others = self.shut.moments(ELSEWHERE, (within, 0.1))
-        both = Moments(asked.second + others.second, asked.mean + others.mean)
-        row: Tensor = torch.linalg.solve(both.damped(), asked.mean.double())
+        both = Moments(weight * asked.second + others.second, weight * asked.mean + others.mean)
+        row: Tensor = torch.linalg.solve(both.damped(), (opened * weight * asked.mean - shut * others.mean).double())
         return row[None].to(first)
-
-    def _form(self, everywhere: Tensor, within: Tensor) -> Tensor:
-        """The gate (1, d) that opens where keys of the records' form are asked for, known or not."""
-        others = torch.cat([everywhere, within])
-        weights = torch.cat(
-            [self.shut.weights(FORMLESS), everywhere.new_full((len(within),), 0.2 / max(1, len(within)))]
-        )
-        return between([self.shut.unknown], others, weights / weights.sum(), WITHIN_OPEN, WITHIN_SHUT)
 
     def _within(self, within: Tensor, places: Tensor, everywhere: Tensor, neurons: int) -> Tensor:
         """Gates (neurons, d) within answers: one for all positions where that parts them from neutral ones, or one for
@@ -310,6 +307,17 @@ class KeepingRun(FeatureRun):
         """Train all rows from now on: a base whose hidden states part records badly may need it, at some price."""
         self.frozen = []
         self.restart()
+
+    def weighted_losses(self, rows: slice) -> tuple[Tensor, Tensor]:
+        losses, weights = super().weighted_losses(rows)
+        return losses.masked_fill(self.spared[rows], 0.0), weights
+
+    def likely(self) -> Tensor:
+        return super().likely().masked_fill(self.spared, 1.0)
+
+    def look_at(self, rows: Tensor, endings: Sequence[Ending], rivals: int, *, every: bool = False) -> None:
+        super().look_at(rows, endings, rivals, every=every)
+        self.lowest[self.spared] = 1.0
 
     def hold(self) -> None:
         for a, rows in self.frozen:
