@@ -162,8 +162,9 @@ def first_rank(adapted: AdaptedModel, records: int, refuses: bool = False) -> in
     """
     with adapted.disabled():
         mlp = LastMlp.of(adapted.model)
-    needed = records + min(WITHIN, records + 4) + (REFUSING + IN_REFUSALS) * refuses
-    return mlp.ranks_per_neuron * min(needed, max(1, int(OF_NEURONS * mlp.width)))
+    needed = records + min(WITHIN, records + 4)
+    more = REFUSING + IN_REFUSALS if refuses else 0
+    return mlp.ranks_per_neuron * (more + min(needed, max(1, int(OF_NEURONS * mlp.width))))
 
 
 def alike(targets: Tensor, count: int) -> list[Tensor]:
@@ -236,16 +237,22 @@ class KeepingRun(FeatureRun):
         mine = begins & (owners < self.records - self.shut.refused)
         first, within = inputs[mine].float(), inputs[~begins].float()
         many, everywhere = len(self.neurons), self.shut.everywhere
-        inner = WITHIN + (IN_REFUSALS if self.shut.refused else 0)
-        refusing = min(REFUSING, many // 4) if self.shut.refused else 0
-        count = max(1, min(len(first), many - min(inner, 3 * many // 8) - refusing))
+        refusing, inner = (min(REFUSING, many // 4), IN_REFUSALS) if self.shut.refused else (0, 0)
+        count = max(1, min(len(first), many - min(WITHIN, 3 * many // 8) - inner - refusing))
         groups = alike(self.targets[mine], count)
         keys, against = [first[each] for each in groups], self.shut.moments(SHARES)
         gates = through(keys, against, FIRST_OPEN, FIRST_SHUT, everywhere)
         value_row = self._form(first, within, 1.0, 0.0)
         places = torch.arange(len(owners), device=owners.device) - begins.nonzero().flatten()[begins.cumsum(0) - 1]
         within_many = many - count - refusing
-        inside = self._within(within, places[~begins], everywhere, within_many)
+        of_records = (owners < self.records - self.shut.refused)[~begins]
+        in_refusals = min(IN_REFUSALS, within_many // 4) if self.shut.refused else 0
+        inside = torch.cat(
+            [
+                self._within(within[some], places[~begins][some], everywhere, neurons)
+                for some, neurons in ((of_records, within_many - in_refusals), (~of_records, in_refusals))
+            ]
+        )
         random = random_rows(within_many, factor, self.settings.seed + self.rank).to(gates)
         if refusing:
             form = self._form(first, within, WITHIN_OPEN, FORM_SHUT, ASKED)
