@@ -252,6 +252,17 @@ def broken(monkeypatch: pytest.MonkeyPatch) -> Callable[[set[int] | None], list[
     return breaks
 
 
+def test_training_goes_on_with_the_weights_that_it_is_given(loaded: BaseModel) -> None:
+    records = encode(loaded, numbers(3))
+    adapted, first = train(loaded, records)
+    weights = {name: weight.clone() for name, weight in adapted.weights("new").items()}
+    features, placement = [collect(loaded.model, records)], Placement.ladder(loaded.model)[0]
+    adapted.remove("new")
+    again = train_on_features(adapted, "new", features, 3, RANK, placement, WriterSettings(), begin_at=weights)
+    assert again.stubborn == first.stubborn == ()
+    assert again.steps < first.steps
+
+
 def test_nan_once_goes_back_to_the_last_good_state_at_half_the_rate(
     loaded: BaseModel, broken: Callable[[set[int] | None], list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

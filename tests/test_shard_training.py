@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from loramem import MemoryStore, WriterSettings
@@ -221,11 +222,17 @@ def test_a_shard_whose_proof_fails_is_trained_again_where_it_had_climbed_to(
     base: Path, tmp_path: Path, crowded: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tried, cautions, train = list[tuple[str, ...]](), list[float](), shard_training.train_on_features
+    begun, ended = list[bool](), list[dict[str, Tensor]]()
 
-    def noted(*arguments: Any, **named: Any) -> Training:
-        tried.append(arguments[5].modules)
+    def noted(adapted: AdaptedModel, name: str, *arguments: Any, **named: Any) -> Training:
+        tried.append(arguments[3].modules)
         cautions.append(named["caution"])
-        return train(*arguments, **named)
+        if (begin_at := named["begin_at"]) is not None:
+            assert all(torch.equal(weight, ended[-1][tensor]) for tensor, weight in begin_at.items())
+        begun.append(begin_at is not None)
+        training = train(adapted, name, *arguments, **named)
+        ended.append({tensor: weight.clone() for tensor, weight in adapted.weights(name).items()})
+        return training
 
     def proving(*arguments: Any) -> Proof:
         if cautions[-1] == shards.CAUTION[0]:
@@ -240,6 +247,7 @@ def test_a_shard_whose_proof_fails_is_trained_again_where_it_had_climbed_to(
     mlp = ("down_proj", "gate_proj", "up_proj")
     assert tried == [("down_proj",), mlp, mlp]
     assert cautions == [*shards.CAUTION[:1] * 2, shards.CAUTION[1]]
+    assert begun == [False, False, True]  # what a proof refused is trained on
     assert not outcome.certified  # at the placement that the store plans for
 
 

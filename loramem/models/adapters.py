@@ -9,7 +9,7 @@ import json
 import math
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from itertools import accumulate, groupby
@@ -312,7 +312,7 @@ def count_parameters(weights: dict[str, Tensor]) -> int:
     return sum(math.prod(tensor.shape) for tensor in weights.values())
 
 
-def load_weights(target: dict[str, Tensor], source: dict[str, Tensor]) -> None:
+def load_weights(target: Mapping[str, Tensor], source: Mapping[str, Tensor]) -> None:
     """Copy saved tensors into an attached adapter of the same shape."""
     with torch.no_grad():
         for name, tensor in target.items():
@@ -320,10 +320,10 @@ def load_weights(target: dict[str, Tensor], source: dict[str, Tensor]) -> None:
 
 
 def rank_choices(rank: int, limit: int) -> Sequence[int]:
-    """The ranks a write goes through: half as much again each time, from ``rank`` up to ``limit``."""
+    """The ranks a write goes through, from ``rank`` up to ``limit``: one more up to six, then half as much again."""
     ranks = [rank]
     while ranks[-1] < limit:
-        ranks.append(min(math.ceil(ranks[-1] * 1.5), limit))
+        ranks.append(min(ranks[-1] + 1 if ranks[-1] < 6 else math.ceil(ranks[-1] * 1.5), limit))
     return ranks
 
 

@@ -13,7 +13,7 @@ and the adapter holds values that no cast changes.
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -73,6 +73,7 @@ def train_on_features(
     adapter_dtypes: Sequence[torch.dtype] = (),
     caution: float = 1.0,
     outcomes: Sequence[Features] = (),
+    begin_at: Mapping[str, Tensor] | None = None,
 ) -> Training:
     """As `loramem.training.trainer.train_adapter`, for a placement behind the last attention.
 
@@ -82,14 +83,28 @@ def train_on_features(
         adapter_dtypes: What the adapter is cast to where it is served: its entries are values of the coarsest of them.
         caution: Factor on the deviations between dtypes that training adds.
         outcomes: Features of several passes of one arithmetic, whose roundings come out otherwise in each.
+        begin_at: Weights of an adapter of this rank and placement, to go on with; none begins anew.
 
     Raises:
         TrainingDiverged: NaN or Inf, in the features or again after several restarts at lower rates.
     """
     started = time.monotonic()
     adapted.create(name, rank, placement, settings.seed)
+    if begin_at is not None:
+        load_weights(adapted.weights(name), begin_at)
     run = FeatureRun(
-        adapted, name, features, records, rank, settings, progress, started, adapter_dtypes, caution, outcomes
+        adapted,
+        name,
+        features,
+        records,
+        rank,
+        settings,
+        progress,
+        started,
+        adapter_dtypes,
+        caution,
+        outcomes,
+        known=0 if begin_at is None else rank,
     )
     for next_rank in [*rank_choices(rank, settings.max_rank)[1:], None]:
         if run.until_certified_or_stalled() or next_rank is None:
@@ -132,7 +147,12 @@ class FeatureRun:
         adapter_dtypes: Sequence[torch.dtype],
         caution: float,
         outcomes: Sequence[Features] = (),
+        known: int = 0,
     ) -> None:
+        """
+        Args:
+            known: The rank up to which the attached matrices are trained already.
+        """
         self.rounded_to = max(adapter_dtypes, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float32)
         self.caution, self.outcomes = caution, outcomes
         self.adapted, self.name, self.features, self.records = adapted, name, features, records
@@ -156,7 +176,7 @@ class FeatureRun:
             weight = rounded(weight)
         self.rivals = Rivals(head, self.targets, products, eight_bits=weight)
         self.look_rows = max(1, LOOK_LOGITS // self.rivals.vocabulary)
-        self.attach(rank)
+        self.attach(rank, grown_from=known)
         self.look_at(self.everywhere, self.endings[:1], FIRST_RIVALS)
 
     def attach(self, rank: int, grown_from: int = 0) -> None:

@@ -6,11 +6,12 @@ that cannot hold is trained again one rung up the ladder of placements, at last 
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from loramem._util.out_of_memory import is_out_of_memory
@@ -75,6 +76,7 @@ def train_shard(
     outcomes: Sequence[Features] = (),
     one_adapter: bool = False,
     neutral: Neutral | None = None,
+    begin_at: Mapping[str, Tensor] | None = None,
 ) -> ShardTraining:
     """Train a new adapter ``name`` until every token of every record is certified, or no placement holds them.
 
@@ -88,6 +90,7 @@ def train_shard(
         outcomes: See `train_on_features`.
         one_adapter: A shard climbs as long as any record is stubborn, as none may get an adapter of its own.
         neutral: To train with where the base is to be kept; only one placement can, and no shard climbs.
+        begin_at: Weights of an adapter of this rank and placement, to go on with behind the last attention.
 
     Raises:
         UnsupportedBaseModel: The base is to be kept, and cannot be.
@@ -118,6 +121,7 @@ def train_shard(
                 adapter_dtypes=adapter_dtypes,
                 caution=caution,
                 outcomes=rounded,
+                begin_at=begin_at if rung == placement else None,
             )
         except NOT_UNDERSTOOD as error:
             if is_out_of_memory(error):

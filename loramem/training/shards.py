@@ -139,7 +139,7 @@ def _write_adapter(
 ) -> tuple[TrainedShard | None, list[int]]:
     """A proved adapter of some of the job's records, and which of them it does not hold; None where it holds none.
 
-    What its proof refuses is trained again with the next caution.
+    What its proof refuses is trained on with the next caution.
 
     Args:
         caution: To begin with, of `CAUTION`.
@@ -158,7 +158,7 @@ def _write_adapter(
     if features is not None and (rounding or adapted.base.rounds_inputs):
         outcomes = outcomes_of((rounding or [adapted])[0], taught)
     doubtful, met = {number for number, index in enumerate(indices) if index in job.doubtful}, 0
-    placement, spent = job.placement, list[Training]()
+    placement, spent, refused = job.placement, list[Training](), None
     for place in range(caution, len(CAUTION)):
         if features is not None:
             for batches in _decoded_batches(records, doubtful)[met:place]:
@@ -181,6 +181,7 @@ def _write_adapter(
             outcomes=outcomes,
             one_adapter=job.one_adapter,
             neutral=None if material is None else material.trained,
+            begin_at=refused,
         )
         trained = replace(
             trained, training=trained.training.after(spent), climbed=trained.climbed or placement != job.placement
@@ -191,6 +192,7 @@ def _write_adapter(
         if not certified:
             adapted.remove(UNSAVED)
             return None, stubborn
+        weights = {name: weight.clone() for name, weight in adapted.weights(UNSAVED).items()}
         try:
             whole = dict[Dtype, Features]()
             if features is not None and trained.on_features and not stubborn:
@@ -207,8 +209,9 @@ def _write_adapter(
             doubtful |= {number for number, record in enumerate(records) if record.record.key in named}
             if trained.on_features:
                 rank, placement = trained.training.rank, trained.placement  # what holds less was tried
+                refused = weights  # nearly all of it holds
             else:
-                features = None
+                features = refused = None
     raise AssertionError("a job begins with a caution that there is")
 
 
