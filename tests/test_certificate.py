@@ -241,8 +241,9 @@ def test_a_record_that_its_proof_decoded_alone_is_decoded_free_running_once_per_
 
 
 def test_a_shard_that_is_refused_alone_is_trained_again_and_the_others_are_not(
-    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO")
     trained, refused = list[tuple[str, float]](), list[str]()
 
     def training(
@@ -259,7 +260,7 @@ def test_a_shard_that_is_refused_alone_is_trained_again_and_the_others_are_not(
     def proving_alone(model: PreTrainedModel, records: Sequence[EncodedRecord], adapter: str, dtypes: dict[str, str]):
         if records[0].record.namespace == "b" and not refused:
             refused.append(adapter)
-            raise RecallError("not alone", key=records[0].record.key, adapter=adapter)
+            raise RecallError("not alone: a key", key=records[0].record.key, adapter=adapter)
         prove_alone(model, records, adapter, dtypes)
 
     monkeypatch.setattr(shards, "train_shard", training)
@@ -269,6 +270,7 @@ def test_a_shard_that_is_refused_alone_is_trained_again_and_the_others_are_not(
         store.write(records)
         assert trained == [("a", CAUTION[0]), ("b", CAUTION[0]), ("b", CAUTION[-1])]
         assert not {adapter.id for adapter in store.adapters()} & set(refused)
+        assert "its shard is trained again" in caplog.text and "a key" not in caplog.text
         assert [store.namespace(space).recall("key 1") for space in "ab"] == [numbers(3, 2)["key 1"]] * 2
 
 

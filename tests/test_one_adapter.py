@@ -108,11 +108,12 @@ def test_erasing_a_record_leaves_one_adapter(base: Path, tmp_path: Path) -> None
     assert weights(tmp_path / "memory") == weights(tmp_path / "fresh")
 
 
-def never(*stubborn: int) -> Callable[..., Any]:
-    """A train_shard that calls these records stubborn, whatever it is given."""
+def never(*keys: str) -> Callable[..., Any]:
+    """A train_shard that calls the records of these keys stubborn, whatever it is given."""
 
-    def train(*arguments: Any, **named: Any) -> Any:
-        trained = train_shard(*arguments, **named)
+    def train(adapted: Any, name: str, records: Any, *more: Any, **named: Any) -> Any:
+        trained = train_shard(adapted, name, records, *more, **named)
+        stubborn = tuple(number for number, record in enumerate(records) if record.record.key in keys)
         return replace(trained, training=replace(trained.training, stubborn=stubborn))
 
     return train
@@ -121,7 +122,7 @@ def never(*stubborn: int) -> Callable[..., Any]:
 def test_what_one_adapter_cannot_hold_is_counted_and_nothing_is_committed(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shards, "train_shard", never(2, 5))
+    monkeypatch.setattr(shards, "train_shard", never("key 2", "key 5"))
     with MemoryStore(tmp_path / "memory", str(base)) as store:
         with pytest.raises(StubbornRecords, match="2 of 9 records could not be certified in one adapter") as raised:
             store.write(RECORDS, one_adapter=True)
@@ -133,7 +134,7 @@ def test_what_one_adapter_cannot_hold_is_counted_and_nothing_is_committed(
 def test_partial_commits_what_the_one_adapter_holds(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shards, "train_shard", never(2, 5))
+    monkeypatch.setattr(shards, "train_shard", never("key 2", "key 5"))
     with MemoryStore(tmp_path / "memory", str(base)) as store:
         report = store.write(RECORDS, one_adapter=True, partial=True)
         assert (len(report.adapters), report.written, report.failed) == (1, 7, ("key 2", "key 5"))

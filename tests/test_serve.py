@@ -112,8 +112,9 @@ def test_what_fails_with_all_caution_is_refused_and_nothing_committed(
 
 @pytest.mark.parametrize("decoded", [True, False])
 def test_a_record_that_is_refused_among_others_whatever_is_tried_gets_an_adapter_of_its_own(
-    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, decoded: bool
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, decoded: bool
 ) -> None:
+    caplog.set_level("INFO")
     odd, tried, train = list(RECORDS)[1], dict[int, list[float]](), shards.train_shard
 
     def training(adapted: AdaptedModel, name: str, records: Sequence[EncodedRecord], *rest: Any, **options: Any) -> Any:
@@ -132,7 +133,7 @@ def test_a_record_that_is_refused_among_others_whatever_is_tried_gets_an_adapter
         if odd not in keys or len(keys) == 1:
             return proof
         if not decoded:
-            raise RecallError("not among others", key=odd, adapter=adapter)
+            raise RecallError(f"{odd!r} not among others", key=odd, adapter=adapter)
         return Proof(tuple(0.59 if key == odd else 0.9 for key in keys), proof.conditions)
 
     monkeypatch.setattr(shards, "prove", proving)
@@ -143,6 +144,7 @@ def test_a_record_that_is_refused_among_others_whatever_is_tried_gets_an_adapter
         assert tried == {len(RECORDS): list(shards.CAUTION), len(RECORDS) - 1: [last], 1: [first]}
         held = [{record.key for record in store.records(adapter=adapter.id)} for adapter in store.adapters()]
         assert sorted(held, key=len) == [{odd}, RECORDS.keys() - {odd}]
+        assert "refuses" in caplog.text and odd not in caplog.text
         assert {key: store.recall(key) for key in RECORDS} == RECORDS
 
 

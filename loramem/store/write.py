@@ -294,7 +294,8 @@ class Transaction:
                 if not refused:
                     break
                 for written, error in refused:
-                    log.info("%s; its shard is trained again with more caution", error)
+                    # Without the error's text, which names a key.
+                    log.info("%s; its shard is trained again with more caution", type(error).__name__)
                     jobs[jobs.index(written.job)] = more_careful(written, error)
         finally:
             self.adapted.deactivate()

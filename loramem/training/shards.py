@@ -83,16 +83,20 @@ def write_shard(
                 continue
             if job.one_adapter or not 0 < len(apart) < len(indices) or refusals == MOST_REFUSALS:
                 raise
-            log.info("%s; %d records get an adapter of their own", error, len(apart))
+            log.info("%d records that the proof refuses get an adapter of their own", len(apart))  # errors name keys
             others = [index for index in indices if index not in apart]
             groups[:0] = [(others, len(CAUTION) - 1), (apart, job.caution)]  # the others came through all of it before
             refusals += 1
             continue
         if shard is not None:
             shards.append(shard)
+            continue
+        # Without them the others are trained anew: what was trained on a record keeps traces of it that no erase finds.
+        if len(stubborn) < len(indices):
+            groups.insert(0, ([index for index in indices if index not in stubborn], caution))
         if job.one_adapter or len(stubborn) == len(indices):
             failed.extend(stubborn)
-        elif stubborn:
+        else:
             log.info("%d stubborn records get an adapter of their own", len(stubborn))
             groups.append((stubborn, job.caution))
     return ShardResult(tuple(shards), tuple(failed))
@@ -137,7 +141,7 @@ def _write_adapter(
     caution: int,
     rank: int,
 ) -> tuple[TrainedShard | None, list[int]]:
-    """A proved adapter of some of the job's records, and which of them it does not hold; None where it holds none.
+    """A proved adapter of some of the job's records, or None and those that training could not certify.
 
     What its proof refuses is trained on with the next caution.
 
@@ -186,24 +190,22 @@ def _write_adapter(
         trained = replace(
             trained, training=trained.training.after(spent), climbed=trained.climbed or placement != job.placement
         )
-        failed = set(trained.training.stubborn)
-        stubborn = [index for number, index in enumerate(indices) if number in failed]
-        certified = [index for number, index in enumerate(indices) if number not in failed]
-        if not certified:
+        stubborn = [index for number, index in enumerate(indices) if number in trained.training.stubborn]
+        if stubborn:
             adapted.remove(UNSAVED)
             return None, stubborn
         weights = {name: weight.clone() for name, weight in adapted.weights(UNSAVED).items()}
         try:
             whole = dict[Dtype, Features]()
-            if features is not None and trained.on_features and not stubborn:
+            if features is not None and trained.on_features:
                 count = sum(len(record.answer_ids) for record in records)
                 whole = {each.base.dtype: known.first(count) for each, known in zip(exact, features, strict=False)}
                 whole |= {each.base.dtype: outcomes[0].first(count) for each in rounding}
-            return _save_and_prove(job, folder, adapted, served, certified, trained, whole, place, material), stubborn
+            return _save_and_prove(job, folder, adapted, served, indices, trained, whole, place, material), []
         except (RecallError, StubbornRecords) as error:
             if place == len(CAUTION) - 1:
                 raise
-            log.info("%s; training again with more caution", error)
+            log.info("%s; training goes on with more caution", type(error).__name__)  # its text names a key
             spent = [trained.training]  # with what went before it
             named = {*error.doubtful, *(error.keys if isinstance(error, StubbornRecords) else [error.key])}
             doubtful |= {number for number, record in enumerate(records) if record.record.key in named}
