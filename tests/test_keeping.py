@@ -168,7 +168,7 @@ def test_training_moves_no_gate_and_each_record_has_one_that_opens_where_its_ans
     with torch.enable_grad():
         for _ in range(3):
             run.train_step()
-    torch.testing.assert_close(weights_now(run)[0], gates)
+    torch.testing.assert_close(weights_now(run)[0], gates, atol=1e-4, rtol=1e-4)  # whitened and back
     with run.adapted.disabled():
         inputs, _ = Ending(run.adapted.model, run.features[0]).block_values(run.shut.mlp.block)
     owners = run.features[0].owners

@@ -1,7 +1,6 @@
 """One adapter for all records of a namespace, for whoever serves a single LoRA."""
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,9 @@ from loramem.models.placement import Placement
 from loramem.training import shard_training, shards
 from loramem.training.feature_writer import train_on_features
 from loramem.training.progress import Training
-from loramem.training.shard_training import train_shard
 
 from .conftest import numbers
+from .stubborn import stubborn
 
 RECORDS = numbers(9)
 DEFAULT = WriterSettings()
@@ -108,21 +107,10 @@ def test_erasing_a_record_leaves_one_adapter(base: Path, tmp_path: Path) -> None
     assert weights(tmp_path / "memory") == weights(tmp_path / "fresh")
 
 
-def never(*keys: str) -> Callable[..., Any]:
-    """A train_shard that calls the records of these keys stubborn, whatever it is given."""
-
-    def train(adapted: Any, name: str, records: Any, *more: Any, **named: Any) -> Any:
-        trained = train_shard(adapted, name, records, *more, **named)
-        stubborn = tuple(number for number, record in enumerate(records) if record.record.key in keys)
-        return replace(trained, training=replace(trained.training, stubborn=stubborn))
-
-    return train
-
-
 def test_what_one_adapter_cannot_hold_is_counted_and_nothing_is_committed(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shards, "train_shard", never("key 2", "key 5"))
+    monkeypatch.setattr(shards, "train_shard", stubborn("key 2", "key 5"))
     with MemoryStore(tmp_path / "memory", str(base)) as store:
         with pytest.raises(StubbornRecords, match="2 of 9 records could not be certified in one adapter") as raised:
             store.write(RECORDS, one_adapter=True)
@@ -134,7 +122,7 @@ def test_what_one_adapter_cannot_hold_is_counted_and_nothing_is_committed(
 def test_partial_commits_what_the_one_adapter_holds(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shards, "train_shard", never("key 2", "key 5"))
+    monkeypatch.setattr(shards, "train_shard", stubborn("key 2", "key 5"))
     with MemoryStore(tmp_path / "memory", str(base)) as store:
         report = store.write(RECORDS, one_adapter=True, partial=True)
         assert (len(report.adapters), report.written, report.failed) == (1, 7, ("key 2", "key 5"))

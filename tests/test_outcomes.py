@@ -19,6 +19,7 @@ from loramem.training.progress import Training
 from loramem.training.shard_training import ShardTraining, train_shard
 
 from .conftest import numbers
+from .stubborn import stubborn
 
 
 @pytest.fixture(autouse=True)
@@ -127,18 +128,6 @@ def test_a_base_that_is_never_trained_where_it_was_planned_teaches_nothing_of_th
         assert timings.seconds_per_visit(store.base.fingerprint.weights[:12], "cpu") is not None  # as of all its writes
 
 
-def stubborn(times: int):
-    """A train_shard that calls the first record stubborn, that many times."""
-    left = [times]
-
-    def train(*arguments: object, **named: object) -> ShardTraining:
-        trained = train_shard(*arguments, **named)  # type: ignore[arg-type]
-        left[0] -= 1
-        return replace(trained, training=replace(trained.training, stubborn=(0,))) if left[0] >= 0 else trained
-
-    return train
-
-
 @pytest.mark.usefixtures("impatient")
 def test_a_failed_write_leaves_uncertified_outcomes_and_nothing_else(base: Path, tmp_path: Path) -> None:
     settings = WriterSettings(max_rank=1)
@@ -158,7 +147,7 @@ def test_a_failed_write_leaves_uncertified_outcomes_and_nothing_else(base: Path,
 def test_records_that_needed_an_adapter_of_their_own_were_not_certified_together(
     base: Path, tmp_path: Path, monkeypatch, partial: bool
 ) -> None:
-    monkeypatch.setattr(shards, "train_shard", stubborn(1 + partial))
+    monkeypatch.setattr(shards, "train_shard", stubborn("key 1", times=1 + partial))
     with MemoryStore(tmp_path / "memory", str(base)) as store:
         report = store.write(numbers(4), partial=partial)
         assert len(report.failed) == partial

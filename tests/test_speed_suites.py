@@ -327,7 +327,7 @@ def test_a_shard_on_a_random_base_of_a_given_shape_is_measured_by_phase_and_writ
 
 
 def test_a_shard_that_is_too_large_to_be_written_is_stepped_over(base: Path) -> None:
-    result, row = quick_shard(12, str(base))
+    result, row = quick_shard(40, str(base))
     assert result["steps"] == large_base.STEPS
     assert result["step_ms"] > 0
     assert (row["base"], row["written"], row["proof s"]) == (base.name, "-", "-")

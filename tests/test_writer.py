@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +18,15 @@ from loramem.models.ending import Ending
 from loramem.models.layers import decoder_layers
 from loramem.models.placement import Placement
 from loramem.models.trunk import Trunk
-from loramem.records.prompts import EncodedRecord, encode_records
+from loramem.records.prompts import encode_records
 from loramem.records.record import as_records
 from loramem.training import shard_training, shards, trainer
 from loramem.training.progress import WriteProgress
 from loramem.training.settings import OBJECTIVES
-from loramem.training.shard_training import ShardTraining, train_shard
 from loramem.training.trainer import NetworkSchedule
 
 from .conftest import numbers
+from .stubborn import stubborn
 
 
 @pytest.fixture
@@ -232,25 +231,8 @@ def test_the_rank_grows_when_progress_stops(base: Path, tmp_path: Path) -> None:
         assert report.exact_match == 1.0
 
 
-def stubborn_key(key: str, times: int):
-    """A train_shard that calls one record stubborn, that many times."""
-    left = [times]
-
-    def train(
-        adapted: AdaptedModel, name: str, records: list[EncodedRecord], *more: Any, **named: Any
-    ) -> ShardTraining:
-        trained = train_shard(adapted, name, records, *more, **named)
-        found = tuple(number for number, record in enumerate(records) if record.record.key == key)
-        if found and left[0] > 0:
-            left[0] -= 1
-            return replace(trained, training=replace(trained.training, stubborn=found))
-        return trained
-
-    return train
-
-
 def test_stubborn_records_get_an_adapter_of_their_own(base: Path, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(shards, "train_shard", stubborn_key("key 2", 1))
+    monkeypatch.setattr(shards, "train_shard", stubborn("key 2", times=1))
     with MemoryStore(tmp_path / "memory", str(base)) as store:
         report = store.write(numbers(4))
         assert report.written == 4
@@ -261,7 +243,7 @@ def test_stubborn_records_get_an_adapter_of_their_own(base: Path, tmp_path: Path
 def test_an_adapter_is_trained_on_the_records_that_it_holds_alone(base: Path, tmp_path: Path, monkeypatch) -> None:
     """Else it kept traces of a stubborn record's value, which erasing the record would leave."""
     others = {key: value for key, value in numbers(4).items() if key != "key 2"}
-    monkeypatch.setattr(shards, "train_shard", stubborn_key("key 2", 1))
+    monkeypatch.setattr(shards, "train_shard", stubborn("key 2", times=1))
     with MemoryStore(tmp_path / "memory", str(base)) as store, MemoryStore(tmp_path / "fresh", str(base)) as fresh:
         report = store.write(numbers(4), rank=4)
         assert len(report.adapters) == 2
@@ -269,7 +251,7 @@ def test_an_adapter_is_trained_on_the_records_that_it_holds_alone(base: Path, tm
 
 
 def test_partial_commits_what_was_certified_and_names_the_rest(base: Path, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(shards, "train_shard", stubborn_key("key 0", 2))
+    monkeypatch.setattr(shards, "train_shard", stubborn("key 0"))
     with MemoryStore(tmp_path / "memory", str(base)) as store:
         report = store.write(numbers(4), partial=True)
         assert (report.written, report.failed) == (3, ("key 0",))
