@@ -209,7 +209,7 @@ def test_llama_cpp_is_asked_on_each_file_of_a_base(
         ("tiny-qwen3-F32.gguf", "3/3"),
         ("tiny-qwen3-F16.gguf", "3/3"),
     ]
-    assert float(rows[0][3]) == pytest.approx(float(rows[0][4]), abs=0.01)
+    assert float(rows[0][3]) == pytest.approx(float(rows[0][4]), abs=0.1)  # its cache of keys has half precision
 
 
 def test_a_job_is_trained_at_one_rank_after_the_other_until_one_fails(base: Path, tmp_path: Path) -> None:
