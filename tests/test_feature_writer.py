@@ -252,6 +252,23 @@ def broken(monkeypatch: pytest.MonkeyPatch) -> Callable[[set[int] | None], list[
     return breaks
 
 
+@pytest.mark.parametrize(("records", "rounds", "damping"), [(3, False, 0.1), (30, False, 1e-3), (30, True, 0.1)])
+def test_faint_directions_count_where_there_are_more_positions_than_inputs_and_no_rounding_to_eight_bits(
+    loaded: BaseModel, records: int, rounds: bool, damping: float
+) -> None:
+    adapted, features = AdaptedModel(loaded), collect(loaded.model, encode(loaded, numbers(records)))
+    adapted.create("new", 2, Placement.ladder(loaded.model)[0], 0)
+    outcomes = [features] * rounds
+    run = feature_writer.FeatureRun(
+        adapted, "new", [features], records, 2, WriterSettings(), None, 0.0, (), 1.0, outcomes
+    )
+    [layer], [site] = adapted.lora_layers("new"), run.sites
+    moments = run.ending.moments(layer)
+    assert (len(features.targets) > len(moments)) == (records == 30)
+    added = (site.factor @ site.factor.T - moments).diagonal().mean() / moments.diagonal().mean()
+    assert float(added) == pytest.approx(damping, rel=0.02)
+
+
 def test_training_goes_on_with_the_weights_that_it_is_given(loaded: BaseModel) -> None:
     records = encode(loaded, numbers(3))
     adapted, first = train(loaded, records)

@@ -16,12 +16,10 @@ from loramem.models.adapters import AdaptedModel
 from loramem.models.ending import Ending, Head
 from loramem.models.features import Features
 from loramem.models.placement import Placement
-from loramem.training.whitening import Site, WhitenedAdam, random_rows, whitening_factor
+from loramem.training.whitening import STRONG_DAMPING, Site, WhitenedAdam, random_rows, whitening_factor
 
 STEPS, RATE = 160, 0.4
 """Of a run, and the share of an adapter's entries that a step can change at first; measured in docs/law.md."""
-DAMPING = 0.1
-"""Of the whitened coordinates: what the points that ship were run with; a write takes less."""
 CONSTANT = 0.3
 """Share of the steps at the full rate; from there it falls linearly."""
 LOOKS = (0, 4, 12, 24, 48, 96)
@@ -62,7 +60,7 @@ def _converge(adapted: AdaptedModel, features: Features, rank: int, steps: int, 
     sites = []
     for layer in layers:
         a, b = layer.lora_A[NAME].weight, layer.lora_B[NAME].weight
-        factor = whitening_factor(ending.moments(layer), DAMPING)
+        factor = whitening_factor(ending.moments(layer), STRONG_DAMPING)  # as the points that ship
         with torch.no_grad():
             a.copy_(random_rows(rank, factor, seed + rank))
         sites.append(Site(a, b, factor, ending.scale(layer) / layer.scaling[NAME]))

@@ -33,7 +33,7 @@ from loramem.training.progress import ProgressCallback, Training, WriteProgress
 from loramem.training.rivals import Rivals
 from loramem.training.settings import WriterSettings
 from loramem.training.trainer import autocast_dtype
-from loramem.training.whitening import DAMPING, Site, WhitenedAdam, random_rows, whitening_factor
+from loramem.training.whitening import DAMPING, STRONG_DAMPING, Site, WhitenedAdam, random_rows, whitening_factor
 
 log = logging.getLogger(__name__)
 
@@ -58,8 +58,6 @@ IDLE_DECAY, IDLE_SPARE, IDLE_STEPS = 40, 80, 160
 """Steps without progress after which the rate is halved, after which what is certified need not have more to spare, and
 after which the rank grows. The final norm bounds some tokens of small bases between the two."""
 MIN_DECAY = 1 / 16
-DAMPING_OF_OUTCOMES = 0.1
-"""Where roundings to eight bits are trained over: they move faint directions by as much as records differ there."""
 
 
 def train_on_features(
@@ -199,8 +197,10 @@ class FeatureRun:
         sites = []
         for layer in layers:
             a, b = layer.lora_A[self.name].weight, layer.lora_B[self.name].weight
-            damping = DAMPING_OF_OUTCOMES if self.outcomes else DAMPING
-            factor = whitening_factor(self.finite(self.ending.moments(layer)), damping)
+            moments = self.finite(self.ending.moments(layer))
+            # Roundings to eight bits move faint directions by as much as records differ there.
+            faint = len(self.targets) > len(moments) and not self.outcomes
+            factor = whitening_factor(moments, DAMPING if faint else STRONG_DAMPING)
             with torch.no_grad():
                 a[grown_from:] = random_rows(self.rank - grown_from, factor, self.settings.seed + self.rank)
             sites.append(Site(a, b, factor, self.ending.scale(layer) / layer.scaling[self.name]))

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.linalg import cholesky, solve_triangular
 
-DAMPING = 1e-3
+DAMPING, STRONG_DAMPING = 1e-3, 0.1
 """λ as a share of an input's mean second moment, most of which is the mean that all records share: directions in which
-two records differ have a thousandth of it. With a tenth training hardly moved in these (docs/lab/engine.md)."""
+two records differ have a thousandth of it. With a tenth, training of more positions than inputs hardly moves in these;
+fewer positions are told apart without them, in fewer steps (docs/lab/engine.md)."""
 BETAS = (0.9, 0.95)
 
 
