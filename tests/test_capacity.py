@@ -191,15 +191,15 @@ def test_a_plan_without_a_law_says_that_it_guesses() -> None:
 
 
 def test_the_goal_small_begins_at_even_odds_and_fast_at_twice_the_rank_of_19_to_1() -> None:
-    for law_rank, small, sure in ((0.9, 2, 4), (1.4, 3, 6), (2.4, 5, 11), (0.2, 1, 1)):
+    for law_rank, small, fast in ((0.9, 2, 8), (1.4, 3, 12), (2.4, 5, 21), (0.2, 1, 2)):
         # Even odds at twice the law's rank; 19 to 1 at 2 · 19^(1/4) = 4.18 times.
         vocabulary = vocabulary_for(law_rank)
-        assert (small, sure) == (math.ceil(2 * law_rank), math.ceil(2 * 19**0.25 * law_rank))
+        assert (small, fast) == (math.ceil(2 * law_rank), math.ceil(2 * 2 * 19**0.25 * law_rank))
         [shard] = plan([500], 100.0, KNOWN, vocabulary, goal="small").shards
         assert shard.rank == small
         assert shard.success is not None and shard.success >= 0.5
         [shard] = plan([500], 100.0, KNOWN, vocabulary).shards
-        assert shard.rank == 2 * sure
+        assert shard.rank == fast
         assert shard.success is not None and shard.success >= 0.95
 
 

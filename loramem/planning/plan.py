@@ -259,25 +259,33 @@ def _one_adapter(
     return replace(plan, shards=(shard,), calibrated=there.calibrated, warnings=_warnings([shard], there))
 
 
-def _needed(price: Price, inputs: PlanInputs, goal: GoalName, rank: int | None) -> int:
-    """The least rank worth trying; the least that can hold it at all if the rank is given."""
-    least = math.ceil(price.cost_bits / (MOST_BITS * inputs.parameters_per_rank))
+def _needed(price: Price, inputs: PlanInputs, goal: GoalName, rank: int | None) -> float:
+    """The least rank worth trying, not yet rounded up; the least that can hold it at all if the rank is given."""
+    least = price.cost_bits / (MOST_BITS * inputs.parameters_per_rank)
     if rank is not None:
         return least
     if inputs.law is not None and inputs.boundary is not None:
         law_rank = inputs.law.rank_alone(price.vocabulary)
         return max(least, inputs.boundary.rank_for(GOALS[goal].probability, law_rank))
-    return math.ceil(price.cost_bits / (GOALS["small"].density * inputs.parameters_per_rank))
+    return price.cost_bits / (GOALS["small"].density * inputs.parameters_per_rank)
 
 
-def _first_rank(price: Price, needed: int, inputs: PlanInputs, goal: GoalName) -> int:
-    """The needed one and what a goal spares beside it."""
+def _first_rank(price: Price, needed: float, inputs: PlanInputs, goal: GoalName) -> int:
+    """The needed one and what a goal spares beside it.
+
+    Rounded up once, after all factors: shards that need hardly less would otherwise begin two ranks lower.
+    """
     aim = GOALS[goal]
     if inputs.law is not None and inputs.boundary is not None:
-        wanted = math.ceil(inputs.room * aim.times * needed)
+        wanted = inputs.room * aim.times * needed
     else:
-        wanted = math.ceil(inputs.room * price.cost_bits / (aim.density * inputs.parameters_per_rank))
-    return max(needed, min(wanted, int(inputs.size.width / 2)), 1)
+        wanted = inputs.room * price.cost_bits / (aim.density * inputs.parameters_per_rank)
+    return max(_whole(needed), min(_whole(wanted), int(inputs.size.width / 2)), 1)
+
+
+def _whole(rank: float) -> int:
+    """Rounded up, but for what floats leave behind."""
+    return math.ceil(rank - 1e-9)
 
 
 def _shard(
@@ -285,7 +293,7 @@ def _shard(
     records: int,
     length: int,
     price: Price,
-    needed: int,
+    needed: float,
     inputs: PlanInputs,
     goal: GoalName,
     rank: int | None,

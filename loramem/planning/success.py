@@ -58,8 +58,8 @@ class SuccessBoundary:
     """A fitted boundary.
 
     >>> boundary = fit([Trial(share, share > 1.5) for share in (0.5, 0.8, 1.2, 1.4, 1.6, 2.0, 3.0)])
-    >>> round(boundary.probability(8, law_rank=4.0), 2), boundary.rank_for(0.9, law_rank=4.0)
-    (0.97, 8)
+    >>> round(boundary.probability(8, law_rank=4.0), 2), round(boundary.rank_for(0.9, law_rank=4.0), 2)
+    (0.97, 7.19)
     """
 
     need: float
@@ -83,8 +83,8 @@ class SuccessBoundary:
         """
         return _sigmoid(self._log_odds(rank, law_rank))
 
-    def rank_for(self, probability: float, law_rank: float) -> int:
-        """The least rank at which this is the probability, at least 1: ⌈κ · r_law · (P / (1 − P))^(1/s)⌉.
+    def rank_for(self, probability: float, law_rank: float) -> float:
+        """The rank, a real number, at which this is the probability: κ · r_law · (P / (1 − P))^(1/s).
 
         Raises:
             BoundaryError: The probability is not between 0 and 1, or out of reach; otherwise as `probability`.
@@ -96,7 +96,7 @@ class SuccessBoundary:
         log_rank = math.log(self.need * max(law_rank, LEAST_LAW_RANK)) + log_odds / self.steepness
         if log_rank > 40:
             raise BoundaryError(f"A probability of {probability} would take a rank of e^{log_rank:.0f}.")
-        return max(1, math.ceil(math.exp(log_rank) - 1e-9))
+        return math.exp(log_rank)
 
     def extrapolates(self, rank: float, law_rank: float) -> bool:
         """Whether no trial had so low or so high a rank beside the law's."""
