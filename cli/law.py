@@ -174,8 +174,13 @@ def _show_writes(store: Path) -> None:
 
 
 def _write_row(one: "Outcome", inputs: "PlanInputs") -> tuple[str, ...]:
+    from loramem.planning.success import crowded
+
     law_rank = inputs.law.rank(one.vocabulary).rank if inputs.law and one.vocabulary else None
-    expected = inputs.boundary.probability(one.rank, law_rank) if inputs.boundary and law_rank is not None else None
+    expected = None
+    if inputs.boundary and law_rank is not None:
+        in_shard = crowded(law_rank, one.length, one.parameters / one.rank)
+        expected = inputs.boundary.probability(one.rank, in_shard)
     return (
         str(one.rank),
         f"{one.length:,}",

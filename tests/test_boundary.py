@@ -131,7 +131,7 @@ def test_the_fit_is_the_best_of_its_neighbourhood() -> None:
     def loss(need: float, steepness: float) -> float:
         odds = [(trial.share / need) ** steepness for trial in trials]
         data = sum(math.log1p(1 / o if trial.certified else o) for o, trial in zip(odds, trials, strict=True))
-        return data + ((math.log(need / 1.6) / 0.3) ** 2 + (math.log(steepness / 8) / 0.8) ** 2) / 2
+        return data + ((math.log(need / 2.4) / 0.3) ** 2 + (math.log(steepness / 8) / 0.8) ** 2) / 2
 
     best = (found.need, found.steepness)
     for step in (0.9, 0.99, 1.01, 1.1):
@@ -158,7 +158,7 @@ def test_without_a_failure_the_boundary_is_usable_and_says_what_it_is() -> None:
     boundary = fit(at_shares([0.6, 0.8, 1, 2, 3, 4], [True] * 6))
     assert "Every outcome was certified" in boundary.warnings[0]
     assert 0.3 < boundary.need < 1.6
-    assert boundary.probability(1, 1.0) > 0.5
+    assert boundary.probability(2.4, 1.0) > 0.5
 
 
 @pytest.mark.parametrize("most", [1.5, 3.0])
@@ -170,9 +170,9 @@ def test_without_a_success_the_boundary_asks_for_more_than_was_tried(most: float
 
 
 def test_trials_of_one_share_leave_the_steepness_to_the_prior() -> None:
-    boundary = fit(at_shares([1.6] * 6, [True, False] * 3))
+    boundary = fit(at_shares([2.4] * 6, [True, False] * 3))
     assert boundary.steepness == pytest.approx(8, rel=0.1)
-    assert boundary.need == pytest.approx(1.6, rel=0.1)
+    assert boundary.need == pytest.approx(2.4, rel=0.1)
     assert "steepness is the prior's guess" in boundary.warnings[0]
 
 

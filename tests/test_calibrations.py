@@ -364,7 +364,7 @@ def test_the_shipped_calibration_is_of_one_base_model_alone() -> None:
 
 
 def saved(**changed: object) -> str:
-    return json.dumps({"format": 2, **asdict(KNOWN), **changed})
+    return json.dumps({"format": 3, **asdict(KNOWN), **changed})
 
 
 @pytest.mark.parametrize(
@@ -398,10 +398,10 @@ def test_a_damaged_calibration_is_refused_in_one_line_that_names_it(content: str
 
 def test_another_format_is_refused_with_both_numbers() -> None:
     cached(WEIGHTS).parent.mkdir(parents=True)
-    cached(WEIGHTS).write_text(saved(format=3))
+    cached(WEIGHTS).write_text(saved(format=4))
     with pytest.raises(InputError) as caught:
         load(WEIGHTS)
-    assert str(caught.value) == (f"{cached(WEIGHTS)} has format 3, this version of loramem reads 2. Calibrate again.")
+    assert str(caught.value) == (f"{cached(WEIGHTS)} has format 4, this version of loramem reads 3. Calibrate again.")
 
 
 def test_what_an_older_version_left_in_the_cache_is_as_if_it_were_not_there() -> None:

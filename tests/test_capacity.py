@@ -169,7 +169,7 @@ def test_fast_takes_no_rank_above_half_the_modules_width_unless_it_is_needed() -
     assert plan([5], needed).shards[0].rank == plan([5], needed, goal="small").shards[0].rank == half + 5
     assert plan([5], above, rank=half + 1).shards[0].rank == half + 1
     needed = vocabulary_for((half + 5) / 4.18)
-    assert plan([5], inputs=KNOWN, vocabulary=needed).shards[0].rank == half + 5
+    assert plan([PARAMETERS], inputs=KNOWN, vocabulary=needed).shards[0].rank == half + 5
 
 
 def test_each_shard_has_a_rank_of_its_own() -> None:
@@ -195,10 +195,10 @@ def test_the_goal_small_begins_at_even_odds_and_fast_at_twice_the_rank_of_19_to_
         # Even odds at twice the law's rank; 19 to 1 at 2 · 19^(1/4) = 4.18 times.
         vocabulary = vocabulary_for(law_rank)
         assert (small, fast) == (math.ceil(2 * law_rank), math.ceil(2 * 2 * 19**0.25 * law_rank))
-        [shard] = plan([500], 100.0, KNOWN, vocabulary, goal="small").shards
+        [shard] = plan([PARAMETERS], 100.0, KNOWN, vocabulary, goal="small").shards
         assert shard.rank == small
         assert shard.success is not None and shard.success >= 0.5
-        [shard] = plan([500], 100.0, KNOWN, vocabulary).shards
+        [shard] = plan([PARAMETERS], 100.0, KNOWN, vocabulary).shards
         assert shard.rank == fast
         assert shard.success is not None and shard.success >= 0.95
 
@@ -216,9 +216,19 @@ def test_the_goal_fast_never_takes_a_lower_rank_than_small(cost: float, vocabula
         assert fast >= small
 
 
+def test_the_same_variety_takes_more_rank_the_more_tokens_share_an_adapter() -> None:
+    vocabulary = vocabulary_for(10.0)
+    ranks = {
+        tokens: plan([tokens], 100.0, KNOWN, vocabulary, goal="small").shards[0].rank for tokens in (100, 1000, 4000)
+    }
+    # Even odds at twice the law's rank, times (tokens / parameters of a rank)^0.15.
+    assert ranks == {100: math.ceil(20 * 0.1**0.15), 1000: 20, 4000: math.ceil(20 * 4**0.15)}
+    assert ranks == {100: 15, 1000: 20, 4000: 25}
+
+
 def test_the_chance_of_a_plan_is_that_of_all_its_shards_together() -> None:
     # Rank 2 is even odds where the law's rank is 1; odds of 2⁴ where it is a half.
-    giant = SHARD_TOKENS
+    giant = PARAMETERS
     result = plan_write([giant, giant], varied([1000.0, 500.0], [1.0, 0.5]), KNOWN, rank=2)
     assert [shard.success for shard in result.shards] == [pytest.approx(1 / 2), pytest.approx(16 / 17)]
     assert result.success == pytest.approx(8 / 17)
@@ -318,10 +328,10 @@ def test_shards_are_parted_only_as_long_as_they_need_less_for_it() -> None:
     # Whatever their number, phone numbers ask for eleven tokens.
     result = plan([5] * 20, 1.0, KNOWN, vocabulary_for(3.0), goal="small", limits=RankLimits(4))
     assert [shard.rank for shard in result.shards] == [4]
-    # Of random tokens half as many records ask for half as many.
+    # Of random tokens a third of the records ask for a third as many.
     parted = plan_write([5] * 20, varied([1.0] * 20, [0.3] * 20), KNOWN, goal="small", limits=RankLimits(4))
     assert held(parted) == list(range(20))
-    assert {shard.rank for shard in parted.shards} <= {3, 4} and len(parted.shards) == 4
+    assert {shard.rank for shard in parted.shards} <= {3, 4} and len(parted.shards) == 3
 
 
 def test_a_record_that_needs_more_alone_gets_the_highest_rank() -> None:

@@ -23,11 +23,11 @@ from loramem.planning.limits import ANY_RANK, GoalName, RankLimits
 from loramem.planning.plan import Plan, PlanInputs, Price, plan_write
 from loramem.planning.rank_law import KindSamples, RankLaw, Sample
 from loramem.planning.runs import RANK_KIND, Run
-from loramem.planning.success import SuccessBoundary, Trial
+from loramem.planning.success import SuccessBoundary, Trial, crowded
 from loramem.planning.visits import Pace
 from loramem.records.outcome import Outcome
 
-FORMAT = 2
+FORMAT = 3
 UNKNOWN = "unknown"
 """The kind of a store's own writes where no kind is calibrated to compare them with."""
 SHIPPED = embedded.base_path().parent / "calibration.json"
@@ -272,7 +272,9 @@ def outcomes_of(run: Run) -> list[Outcome]:
 def trials_of(outcomes: Iterable[Outcome], law: RankLaw) -> list[Trial]:
     """Outcomes as the success boundary sees them; those of which no vocabulary was noted say nothing."""
     return [
-        Trial.of(one.rank, law.rank_alone(one.vocabulary), one.certified)
+        Trial.of(
+            one.rank, crowded(law.rank_alone(one.vocabulary), one.length, one.parameters / one.rank), one.certified
+        )
         for one in outcomes
         if one.vocabulary is not None
     ]

@@ -24,7 +24,7 @@ from loramem.errors import DoesNotFit
 from loramem.models.shard_sizes import Size, cut
 from loramem.planning.limits import ANY_RANK, GOALS, GoalName, RankLimits, check_request
 from loramem.planning.rank_law import LawRank, RankLaw
-from loramem.planning.success import SuccessBoundary
+from loramem.planning.success import SuccessBoundary, crowded
 from loramem.planning.visits import Pace
 
 OPTIMISTIC_BITS, MOST_BITS = 2.0, 3.6  # of cost per parameter
@@ -57,9 +57,12 @@ class PlanInputs:
     def size(self) -> Size:
         return Size(self.parameters_per_rank, self.matrices)
 
-    def success(self, rank: int, law_rank: LawRank) -> float | None:
-        """Probability that a write certifies every token at this rank; None where that is another base model's."""
-        return self.boundary.probability(rank, law_rank.rank) if self.calibrated and self.boundary else None
+    def success(self, rank: int, law_rank: LawRank, tokens: int) -> float | None:
+        """Probability that a write of so many answer tokens certifies every one at this rank; None where that is
+        another base model's."""
+        if not self.calibrated or self.boundary is None:
+            return None
+        return self.boundary.probability(rank, crowded(law_rank.rank, tokens, self.parameters_per_rank))
 
 
 @dataclass(frozen=True)
@@ -187,13 +190,18 @@ def plan_write(
     while True:
         cuts = cut(tokens, inputs.size.shard_tokens(), least)
         parts = [price(first, last) for first, last in cuts]
-        needs = [_needed(part, inputs, goal, rank) for part in parts]
-        several = [need for need, (first, last) in zip(needs, cuts, strict=True) if last - first > 1]
-        wide = max((need for need in several if need > limits.most), default=0)
+        needs = [
+            _needed(part, sum(lengths[first:last]), inputs, goal, rank)
+            for part, (first, last) in zip(parts, cuts, strict=True)
+        ]
+        several = [(need, part) for need, part, (a, b) in zip(needs, parts, cuts, strict=True) if b - a > 1]
+        wide = max((need for need, _ in several if need > limits.most), default=0)
+        # A part is always less crowded; what has to fall is what its variety asks for.
+        varied = max((_needed(part, inputs.parameters_per_rank, inputs, goal, rank) for _, part in several), default=0)
         settled = inputs.law is not None and all(part.cost_bits <= holds for part in parts)
-        if not settled or wide < best:
+        if not settled or varied < best:
             ranges, prices, needed = cuts, parts, needs
-            best = wide if settled else best
+            best = varied if settled else best
         elif len(cuts) >= 2 * len(ranges):  # fewer records ask for as many different tokens: they may stay together
             break
         if not wide:
@@ -252,20 +260,23 @@ def _one_adapter(
         inputs,
         *(PlanInputs(size.parameters_per_rank, size.matrices, kind=inputs.kind) for size in inputs.above),
     ]
-    tried = [(rung, there, _needed(whole, there, goal, rank)) for rung, there in enumerate(placements)]
+    tried = [(rung, there, _needed(whole, length, there, goal, rank)) for rung, there in enumerate(placements)]
     fitting = [each for each in tried if each[1].size.carries(length + len(lengths)) and each[2] <= limits.most]
     rung, there, needed = [*fitting, tried[-1]][0]
     shard = replace(_shard(0, len(lengths), length, whole, needed, there, goal, rank, limits), rung=rung)
     return replace(plan, shards=(shard,), calibrated=there.calibrated, warnings=_warnings([shard], there))
 
 
-def _needed(price: Price, inputs: PlanInputs, goal: GoalName, rank: int | None) -> float:
-    """The least rank worth trying, not yet rounded up; the least that can hold it at all if the rank is given."""
+def _needed(price: Price, tokens: int, inputs: PlanInputs, goal: GoalName, rank: int | None) -> float:
+    """The least rank worth trying for so many answer tokens, not yet rounded up.
+
+    If the rank is given, the least that can hold them at all.
+    """
     least = price.cost_bits / (MOST_BITS * inputs.parameters_per_rank)
     if rank is not None:
         return least
     if inputs.law is not None and inputs.boundary is not None:
-        law_rank = inputs.law.rank_alone(price.vocabulary)
+        law_rank = crowded(inputs.law.rank_alone(price.vocabulary), tokens, inputs.parameters_per_rank)
         return max(least, inputs.boundary.rank_for(GOALS[goal].probability, law_rank))
     return price.cost_bits / (GOALS["small"].density * inputs.parameters_per_rank)
 
@@ -322,7 +333,7 @@ def _shard(
         size_bytes=4 * parameters + MATRIX_BYTES * inputs.matrices + ADAPTER_BYTES,
         base_loss=price.base_loss,
         vocabulary=price.vocabulary,
-        success=inputs.success(chosen, law_rank) if law_rank else None,
+        success=inputs.success(chosen, law_rank, length) if law_rank else None,
         training_s=visits * length * inputs.seconds_per_visit if visits and inputs.seconds_per_visit else None,
         optimistic_rank=max(1, math.ceil(cost / (OPTIMISTIC_BITS * per_rank))),
         law_rank=law_rank,

@@ -11,6 +11,7 @@ from loramem.planning import calibration
 from loramem.planning.calibration import Calibration
 from loramem.planning.limits import GOALS, GoalName
 from loramem.planning.runs import read_runs
+from loramem.planning.success import crowded
 from loramem.suites.runner import Result
 
 Rule = Callable[[Result, Mapping[str, Any]], float | None]
@@ -72,7 +73,10 @@ def _by_law(known: Mapping[str, Calibration], goal: GoalName) -> Rule:
         placed = base.placed(base.place) if base else None
         if placed is None or placed.law is None or placed.boundary is None:
             return None
-        return aim.times * placed.boundary.rank_for(aim.probability, placed.law.rank(shard["vocabulary"]).rank)
+        law_rank = crowded(
+            placed.law.rank_alone(shard["vocabulary"]), shard["length"], line["result"]["parameters_per_rank"]
+        )
+        return aim.times * placed.boundary.rank_for(aim.probability, law_rank)
 
     return rule
 
