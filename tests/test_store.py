@@ -5,6 +5,8 @@ import logging
 import os
 import threading
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -16,6 +18,9 @@ from loramem.errors import ConflictingRecord, LoramemError, RecordError, StoreFo
 from loramem.index.index import CLOSE_KEYS, Index
 from loramem.index.rows import record_row, stored_record
 from loramem.planning.limits import RankLimits
+from loramem.planning.plan import Plan
+from loramem.store import write
+from loramem.store.planner import Planner
 
 from .conftest import numbers
 from .test_integrity import flip_bit
@@ -314,3 +319,18 @@ def test_whatever_is_accepted_is_recalled(
             assert len(store) == 0
         else:
             assert {key: store.recall(key) for key in records} == records
+
+
+def test_a_write_takes_as_long_as_it_and_its_planning_took(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seconds, plan = [0.0], Planner.plan
+
+    def slowly(planner: Planner, *args: Any, **kwargs: Any) -> Plan:
+        seconds[0] += 100
+        return plan(planner, *args, **kwargs)
+
+    monkeypatch.setattr(write, "time", SimpleNamespace(monotonic=lambda: seconds[0]))
+    monkeypatch.setattr(Planner, "plan", slowly)
+    with MemoryStore(tmp_path / "memory", str(base)) as store:
+        assert store.write(numbers(1)).elapsed_s == 100

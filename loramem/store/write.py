@@ -105,8 +105,9 @@ class Transaction:
         Raises:
             StubbornRecords, TrainingDiverged, RecallError: Nothing was committed, and the journal entry is closed.
         """
+        started = time.monotonic()
         prepared = self.prepare(records, request, on_conflict, executor, learnt=learnt)
-        return self._write(prepared, progress, executor)
+        return self._write(prepared, started, progress, executor)
 
     def prepare(
         self,
@@ -154,11 +155,12 @@ class Transaction:
             ahead: Has some of its jobs.
             learnt: As it was prepared with.
         """
+        started = time.monotonic()
         as_before = self.planner.admits(prepared.records, prepared.training.encoded, on_conflict)
         if not as_before or request != prepared.request:
             ahead.cancel()
             prepared = self.prepare(prepared.records, request, on_conflict, executor, learnt=learnt)
-        return self._write(prepared, progress, executor, ahead)
+        return self._write(prepared, started, progress, executor, ahead)
 
     def training(self, encoded: Sequence[EncodedRecord], plan: Plan, settings: WriterSettings) -> Training:
         """What a plan comes to."""
@@ -181,11 +183,12 @@ class Transaction:
     def _write(
         self,
         prepared: Prepared,
+        started: float,
         progress: ProgressCallback | None,
         executor: Executor | None,
         ahead: Ahead[ShardJob, Delivery] | None = None,
     ) -> WriteReport:
-        training, request, started = prepared.training, prepared.request, time.monotonic()
+        training, request = prepared.training, prepared.request
         if not training.encoded:
             return WriteReport.nothing(prepared.skipped)
         write_id = self.index.begin_write(
