@@ -209,8 +209,26 @@ def test_more_to_spare_is_not_waited_for_as_long_as_a_certificate(loaded: BaseMo
     run.enough = 1.1  # as where the final norm bounds what a token can have
     assert run.until_certified_or_stalled()
     assert run.stubborn_records() == ()
-    assert feature_writer.IDLE_SPARE <= run.step - run.best.step < feature_writer.IDLE_STEPS
+    assert feature_writer.SAME_SPARE <= run.step - run.best.fewer < feature_writer.IDLE_STEPS
     assert min(lowest(loaded, records)) >= settings.certify_threshold
+
+
+def test_many_tokens_join_the_softmax_where_as_many_have_been_open_for_long(loaded: BaseModel) -> None:
+    """Of tokens that are alike the few likeliest stand for a small part of what competes."""
+    records = encode(loaded, numbers(2))
+    adapted = AdaptedModel(loaded)
+    adapted.create("new", RANK, Placement.ladder(loaded.model)[0], 0)
+    features = collect(loaded.model, records)
+    run = feature_writer.FeatureRun(adapted, "new", [features], 2, RANK, WriterSettings(), None, 0.0, (), 1.0)
+    run.enough = 1.1
+    added = list[int]()
+    run.rivals.add = lambda tokens: added.append(tokens.shape[-1])  # type: ignore[method-assign]
+    for open_tokens, steps in ((5, 1), (5, feature_writer.SAME_MANY - 1), (5, 1), (4, 1)):
+        run.step += steps
+        run.note_progress(open_tokens, run.best.loss / 2)  # of which they cost less all the time
+        run.look_at_low(run.likely())
+    new, many = feature_writer.NEW_RIVALS, feature_writer.MANY_RIVALS
+    assert added == [new, new, many, new]
 
 
 def test_a_token_too_unlikely_in_another_dtype_alone_is_stubborn(

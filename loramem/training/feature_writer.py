@@ -38,8 +38,10 @@ from loramem.training.whitening import DAMPING, STRONG_DAMPING, Site, WhitenedAd
 log = logging.getLogger(__name__)
 
 FIRST_RIVALS, NEW_RIVALS, MANY_RIVALS = 5, 3, 64
-"""Likeliest tokens of a position that join the softmax over few: before training, whenever it is too low, and when
-nothing has improved for long, since what the others weigh has no gradient."""
+"""Likeliest tokens of a position that join the softmax over few: before training, whenever it is too low, and when as
+many have been so for `SAME_MANY` steps: what the others weigh has no gradient, and of tokens that a base hardly ever
+saw in training dozens are alike."""
+SAME_MANY = 16
 TRAIN_ROWS = 4096
 LOOK_LOGITS = 2**22
 """Logits of the whole vocabulary that are computed together: what a processor's cache holds, so that only the product
@@ -54,9 +56,11 @@ ROUNDING = 0.07
 """Rounded logits may move a probability of `enough` by so much."""
 LEAST_SHARE = 0.05
 """With few tokens open the rate falls with their share, down to this part of it."""
-IDLE_DECAY, IDLE_SPARE, IDLE_STEPS = 40, 80, 160
-"""Steps without progress after which the rate is halved, after which what is certified need not have more to spare, and
-after which the rank grows. The final norm bounds some tokens of small bases between the two."""
+SAME_SPARE = 40
+"""Steps with as many open tokens after which what is certified need not have more to spare. The final norm bounds some
+tokens of small bases between the two, which they come near ever more slowly."""
+IDLE_DECAY, IDLE_STEPS = 40, 160
+"""Steps without progress after which the rate is halved, and after which the rank grows."""
 MIN_DECAY = 1 / 16
 
 
@@ -129,6 +133,8 @@ class _Best:
     tokens: float = math.inf
     loss: float = math.inf
     step: int = 0
+    fewer: int = 0
+    """When fewer tokens were open than ever before."""
 
 
 class FeatureRun:
@@ -226,7 +232,7 @@ class FeatureRun:
         for site in self.sites:
             site.a.grad = site.b.grad = None
         self.optimizer = WhitenedAdam(self.sites, self.rate, self.rounded_to)
-        self.best, self.decay = _Best(step=self.step), 1.0
+        self.best, self.decay = _Best(step=self.step, fewer=self.step), 1.0
         self.remember()
 
     def remember(self) -> None:
@@ -256,7 +262,7 @@ class FeatureRun:
                 self.remember()
                 likely = self.likely()
                 passed = not self.look_at_low(likely, open_tokens > few) and self.check(NEW_RIVALS, likely.argsort())
-                if self.step - self.best.step >= IDLE_SPARE and float(likely.min()) >= self.settings.certify_threshold:
+                if self.step - self.best.fewer >= SAME_SPARE and float(likely.min()) >= self.settings.certify_threshold:
                     passed = passed or self.certified()
             self.report(0 if passed else open_tokens, loss)
             if passed:
@@ -325,7 +331,7 @@ class FeatureRun:
             return False
         if len(low) > SAMPLE:
             low = low[torch.randperm(len(low), generator=self.generator, device=low.device)[:SAMPLE]]
-        rivals = MANY_RIVALS if self.step - self.best.step >= IDLE_DECAY else NEW_RIVALS
+        rivals = MANY_RIVALS if self.step - self.best.fewer >= SAME_MANY else NEW_RIVALS
         self.look_at(low, self.endings[:1] if many else self.endings, rivals)
         return float(self.lowest[low].min()) < self.enough
 
@@ -393,8 +399,9 @@ class FeatureRun:
     def note_progress(self, open_tokens: int, loss: float) -> None:
         """Progress is fewer open tokens or a loss of theirs 1 % below that of the last progress; without it the rate
         is halved."""
-        if open_tokens < self.best.tokens or loss < 0.99 * self.best.loss:
-            self.best = _Best(min(open_tokens, self.best.tokens), min(loss, self.best.loss), self.step)
+        if (fewer := open_tokens < self.best.tokens) or loss < 0.99 * self.best.loss:
+            since = self.step if fewer else self.best.fewer
+            self.best = _Best(min(open_tokens, self.best.tokens), min(loss, self.best.loss), self.step, since)
         elif (self.step - self.best.step) % IDLE_DECAY == 0:
             self.decay = max(self.decay / 2, MIN_DECAY)
 
