@@ -68,6 +68,8 @@ def _draw(explanation: "Explanation") -> None:
     console.print(Text(printable(explanation.key), style="bold"), values, "", table, "", sep="\n")
     console.print(Text("   ").join(Text.assemble(*parts) for parts in legend))
     print_text(f"lowest p {explanation.min_prob:.4f}, adapter {explanation.adapter}")
+    if explanation.contexts:
+        print_text(f"proved in {explanation.contexts} chats as well")
     if explanation.kept is not None:
         print_facts(kept_facts(explanation.kept))
 

@@ -140,14 +140,18 @@ def kept_facts(kept: "Kept") -> list[tuple[str, str]]:
     def line(name: str, found: "Divergence", of: str) -> tuple[str, str]:
         return name, f"{found.changed:.1%} of {found.positions:,} {of} changed, KL {found.kl:.3f} nats"
 
+    counted = [
+        ("refused", kept.refused, "unknown keys"),
+        ("in other words", kept.other_words, "values given"),
+        ("in other chats", kept.other_contexts, "values given"),
+    ]
     return [
         line("text", kept.text, "likeliest tokens"),
         line("the base's answers", kept.answers, "likeliest tokens"),
         line("questions", kept.questions, "first tokens"),
         line("unknown keys", kept.unknown_keys, "first tokens"),
         ("same answers", f"{kept.same_answers:.0%} of {kept.questions.positions} questions"),
-        *([] if kept.refused is None else [("refused", "{} of {} unknown keys".format(*kept.refused))]),
-        *([] if kept.other_words is None else [("in other words", "{} of {} values given".format(*kept.other_words))]),
+        *((name, f"{count[0]} of {count[1]} {of}") for name, count, of in counted if count is not None),
     ]
 
 

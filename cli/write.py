@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from loramem import OnConflict, WriteReport
     from loramem.models.dtypes import Dtype
+    from loramem.records.contexts import Messages
     from loramem.training.settings import OnMiss
 
 
@@ -29,6 +30,13 @@ if TYPE_CHECKING:
 @options.goal_options
 @options.one_adapter_option
 @options.ask_option
+@click.option(
+    "--context",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Chats in which the records are to be known as well, such as a system message of yours: a JSON list of "
+    "messages in each line, after which the key is the user's next one. Every record is trained and proved in each.",
+)
 @click.option(
     "--keep-base",
     is_flag=True,
@@ -90,6 +98,7 @@ def command(
     ranks: options.RankOptions,
     one_adapter: bool,
     ask: tuple[str, ...],
+    context: Path | None,
     keep_base: bool,
     on_miss: "OnMiss",
     neutral: Path | None,
@@ -117,6 +126,7 @@ def command(
     if unknown and not keep_base:
         raise click.UsageError("--unknown takes --keep-base; give both.")
     settings = ranks.settings(seed)
+    contexts = None if context is None else _contexts(context)
     if discard:
         with store.open() as opened:
             count = opened.discard()
@@ -144,6 +154,7 @@ def command(
     ):
         how: dict[str, Any] = {
             "ask": ask,
+            "contexts": contexts,
             "on_conflict": on_conflict,
             "goal": ranks.goal,
             "rank": ranks.rank,
@@ -204,6 +215,7 @@ def _tell(report: "WriteReport", on_conflict: "OnConflict", as_json: bool) -> No
     print_facts(
         [
             ("written", f"{facts}, every one decoded exactly from the adapter as saved"),
+            *([("in chats", f"{report.contexts}, every record in each as well")] if report.contexts else []),
             ("lowest p", ", ".join([f"{report.min_prob:.3f}", *served])),
             ("adapters", len(report.adapters)),
             ("rank", report.rank),
@@ -220,6 +232,16 @@ def _tell(report: "WriteReport", on_conflict: "OnConflict", as_json: bool) -> No
     if report.failed:
         note(f"{len(report.failed)} records could not be certified: {', '.join(map(repr, report.failed))}")
         click.get_current_context().exit(5)
+
+
+def _contexts(file: Path) -> "list[Messages]":
+    """
+    Raises:
+        InputError: See `read_contexts`.
+    """
+    from loramem.records.contexts import read_contexts
+
+    return [[{"role": role, "content": text} for role, text in context] for context in read_contexts(file)]
 
 
 def _keep_base(on_miss: "OnMiss", neutral: Path | None, unknown: str) -> KeepBase:

@@ -38,19 +38,21 @@ class Kept:
     refused: tuple[int, int] | None = None
     """Where unknown keys have an answer of their own: how many of ``unknown_keys`` were given it, decoded greedily to
     the end, and how many were asked."""
+    other_contexts: tuple[int, int] | None = None
+    """Where records were trained in chats: how many give their value in one that was not trained, and how many were
+    asked so. Questions and unknown keys were asked in the trained chats too, as many in each as without one."""
 
     @classmethod
     def of(cls, fields: Mapping[str, Any]) -> "Kept":
         """From what ``dataclasses.asdict`` made of one."""
-        words, refused = fields.get("other_words"), fields.get("refused")
+        counts = {name: fields.get(name) for name in ("other_words", "refused", "other_contexts")}
         return cls(
             text=Divergence(**fields["text"]),
             answers=Divergence(**fields["answers"]),
             questions=Divergence(**fields["questions"]),
             unknown_keys=Divergence(**fields["unknown_keys"]),
             same_answers=fields["same_answers"],
-            other_words=None if words is None else (words[0], words[1]),
-            refused=None if refused is None else (refused[0], refused[1]),
+            **{name: None if count is None else (count[0], count[1]) for name, count in counts.items()},
         )
 
 
@@ -90,6 +92,9 @@ class WriteReport:
     """Where one adapter was asked for: those that its namespaces have from before. `compact` makes one of all."""
     questions: int = 0
     """Of the records, and of records that were there before."""
+    contexts: int = 0
+    """Chats in each of which every record and question was decoded as well, from the adapters as saved; ``min_prob`` is
+    of these too."""
 
     @property
     def bits_per_parameter(self) -> float:
@@ -143,6 +148,8 @@ class Explanation:
     tokens: tuple[TokenProbability, ...]
     kept: Kept | None = None
     """What its adapter leaves of the base, where it was written to keep it."""
+    contexts: int = 0
+    """Chats in each of which its adapter was proved to give the value as well."""
 
     @property
     def min_prob(self) -> float:

@@ -27,6 +27,7 @@ from loramem.models.ending import Ending
 from loramem.models.features import collect
 from loramem.models.neurons import LastMlp
 from loramem.models.placement import Placement
+from loramem.records.contexts import as_contexts, prompts_in
 from loramem.records.prompts import encode_records
 from loramem.records.record import as_records
 from loramem.results import Kept
@@ -444,12 +445,21 @@ def test_the_command_reads_a_neutral_text(base: Path, tmp_path: Path, monkeypatc
 
 
 def test_records_that_share_a_gate_begin_with_the_same_token_where_that_can_be() -> None:
-    targets = torch.tensor([5, 3, 5, 3, 5, 5, 7])
+    targets, each = torch.tensor([5, 3, 5, 3, 5, 5, 7]), torch.arange(7)
     for count in range(3, 8):
-        groups = alike(targets, count)
+        groups = alike(targets, each, count)
         assert len(groups) == count and sorted(torch.cat(groups).tolist()) == list(range(7))
         assert all(len(targets[group].unique()) == 1 for group in groups)
-    assert [len(group) for group in alike(targets, 2)] == [4, 3]
+    assert [len(group) for group in alike(targets, each, 2)] == [4, 3]
+
+
+def test_what_asks_for_one_key_shares_a_gate_before_other_keys_do() -> None:
+    targets, asks = torch.tensor([5, 5, 3, 5, 5, 3, 5]), torch.tensor([0, 1, 2, 0, 1, 2, 3])
+    groups = [[group.tolist() for group in alike(targets, asks, count)] for count in (4, 3, 2, 7, 9)]
+    assert sorted(groups[0]) == [[0, 3], [1, 4], [2, 5], [6]]
+    assert sorted(map(sorted, groups[1])) in ([[0, 3], [1, 4, 6], [2, 5]], [[0, 1, 3, 4], [2, 5], [6]])
+    assert sorted(map(sorted, groups[2])) == [[0, 1, 3, 4, 6], [2, 5]]
+    assert sorted(groups[3]) == sorted(groups[4]) == [[number] for number in range(7)]
 
 
 # Refusals
@@ -492,3 +502,33 @@ def test_the_command_takes_a_refusal(base: Path, tmp_path: Path, monkeypatch: py
     capsys.readouterr()
     assert run([*arguments, "--keep-base"]) == 0
     assert "unknown keys" in capsys.readouterr().out.split("refused")[1]
+
+
+# Chats
+
+
+def test_the_base_is_kept_in_chats_that_records_are_trained_in(base: Path, tmp_path: Path) -> None:
+    clerk = [{"role": "system", "content": "You are a clerk."}]
+    with MemoryStore(tmp_path / "m", str(base)) as store:
+        report = store.write(numbers(4), keep_base=SMALL, contexts=[clerk])
+        [kept] = report.kept.values()
+        assert (report.written, report.contexts) == (4, 1)
+        assert kept.other_contexts is not None and kept.other_contexts[1] == 4
+        template, tokenizer, context = store.base.template, store.base.tokenizer, as_contexts([clerk])[0]
+        model, _ = store.load("key 0")
+        rows = greedy_decode(model, prompts_in(tokenizer, context, list(numbers(4))), 16, template.end_id)
+        assert [tokenizer.decode(row) for row in rows] == list(numbers(4).values())
+        assert Kept.of(json.loads(json.dumps(asdict(kept)))) == kept
+        assert store.explain("key 0").contexts == 1
+
+
+def test_half_of_the_questions_and_unknown_keys_are_asked_in_the_chat(base: Path) -> None:
+    loaded = load_base_model(str(base))
+    context = (("system", "You are a clerk."),)
+    alone, half, inside = (
+        neutral._prompts(loaded, ["a", "b", "c", "d"], contexts, alone=alone)
+        for contexts, alone in (((), True), ([context], True), ([context], False))
+    )
+    assert [ids == plain for ids, plain in zip(half, alone, strict=True)] == [True, False] * 2
+    assert half[1::2] == inside[1::2] == prompts_in(loaded.tokenizer, context, ["b", "d"])
+    assert inside == prompts_in(loaded.tokenizer, context, ["a", "b", "c", "d"])

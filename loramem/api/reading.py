@@ -232,7 +232,14 @@ class Memory(Listing):
             value = self._session.reader.value(found)
             tokens = self._session.reader.token_probabilities(found, value)
             kept = found.adapter.proof.get("kept")
-            return Explanation(key, value, found.adapter.id, tokens, None if kept is None else Kept.of(kept))
+            return Explanation(
+                key,
+                value,
+                found.adapter.id,
+                tokens,
+                None if kept is None else Kept.of(kept),
+                found.adapter.proof.get("contexts", 0),
+            )
 
         return self._read(key, namespace, explained)
 

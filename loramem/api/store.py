@@ -22,6 +22,7 @@ from loramem.index.index import Index
 from loramem.index.rows import DISCARDED, RENAMED, Ended, PendingWrite
 from loramem.models.dtypes import Dtype, DtypeChoice
 from loramem.planning.limits import GoalName
+from loramem.records.contexts import as_contexts
 from loramem.records.questions import ask as asked_by
 from loramem.records.questions import check_templates, renamed
 from loramem.records.record import Record, RecordLike, as_records, iterate_records
@@ -128,6 +129,7 @@ class MemoryStore(Maintained):
         records: Mapping[str, str] | Iterable[RecordLike],
         *,
         ask: Sequence[str] = (),
+        contexts: Iterable[Sequence[Mapping[str, Any]]] | None = None,
         namespace: str = "",
         on_conflict: OnConflict = "error",
         goal: GoalName = "fast",
@@ -147,6 +149,9 @@ class MemoryStore(Maintained):
             records: A mapping, pairs, dicts with "key" and "value", or `Record`s; without any, nothing is written.
             ask: Questions with ``{key}`` in the place of the key, less a colon at its end, that every record is to
                 answer beside those it has: each is trained, certified and recalled as a key is.
+            contexts: Chats, each a list of messages such as ``{"role": "system", "content": "…"}``, in which a server
+                is to answer with the value too: keys and questions are trained and certified as the user's next message
+                in each. Nothing changes for recall. None: those of the newest adapter of the records' namespaces.
             namespace: For entries that do not name one, such as "team/project".
             on_conflict: What becomes of a record whose key is there with another value: "error" refuses the write,
                 "skip" keeps the old value, "replace" ends it in the same commit that brings the new one.
@@ -176,15 +181,16 @@ class MemoryStore(Maintained):
             RecallError: A saved adapter did not decode what training had certified; nothing was committed.
             OutOfMemory: A batch did not fit into memory; the write waits to be resumed or discarded.
             UnknownChoice: No such goal or conflict rule.
-            ArgumentError: A rank above the highest allowed, or a question without ``{key}``.
+            ArgumentError: A rank above the highest allowed, a question without ``{key}``, or a context that is no chat,
+                or none that the base model's template takes.
         """
         check_templates(ask)
-        request = WriteRequest(goal, rank, settings or WriterSettings(), one_adapter, partial)
+        request = WriteRequest(goal, rank, _in_contexts(settings, contexts), one_adapter, partial)
         request.check()
         check_choice("on_conflict", on_conflict, get_args(OnConflict))
         with self._lock, self._writing():
             given = list(asked_by(as_records(records, namespace), ask))
-            request = _keeping(self._index, request, keep_base, given)
+            request = _as_before(self._index, request, keep_base, contexts, given)
             return self._session.transaction.write(given, request, on_conflict, progress, executor)
 
     def write_batches(
@@ -193,6 +199,7 @@ class MemoryStore(Maintained):
         *,
         batch: int = BATCH_RECORDS,
         ask: Sequence[str] = (),
+        contexts: Iterable[Sequence[Mapping[str, Any]]] | None = None,
         namespace: str = "",
         on_conflict: OnConflict = "error",
         goal: GoalName = "fast",
@@ -232,14 +239,14 @@ class MemoryStore(Maintained):
         check_templates(ask)
         given = asked_by(iterate_records(records, namespace), ask)
         parts = iter(lambda: list(islice(given, batch)), [])
-        request = WriteRequest(goal, rank, settings or WriterSettings(), one_adapter, partial)
+        request = WriteRequest(goal, rank, _in_contexts(settings, contexts), one_adapter, partial)
         request.check()
         check_choice("on_conflict", on_conflict, get_args(OnConflict))
         if executor is not None:
             from loramem.store.batches import write_batches
 
             def keeping(index: Index, records: Sequence[Record]) -> WriteRequest:
-                return _keeping(index, request, keep_base, records)
+                return _as_before(index, request, keep_base, contexts, records)
 
             transaction, writing = self._session.transaction, self._exclusively
             yield from write_batches(transaction, writing, parts, keeping, on_conflict, progress, executor)
@@ -249,7 +256,7 @@ class MemoryStore(Maintained):
             with self._exclusively():
                 transaction = self._session.transaction
                 before, learnt = learnt, transaction.planner.learnt()  # as where batches overlap
-                asked = _keeping(self._index, request, keep_base, part)
+                asked = _as_before(self._index, request, keep_base, contexts, part)
                 report = transaction.write(part, asked, on_conflict, progress, learnt=before)
             yield report
 
@@ -291,7 +298,7 @@ class MemoryStore(Maintained):
                 commit_records(self._index, [replace(known, metadata=kept)])
                 return WriteReport.nothing(1)
             record = Record(known.key, value, namespace, kept)
-            request = _keeping(self._index, request, keep_base, [record])
+            request = _as_before(self._index, request, keep_base, None, [record])
             return self._session.transaction.write([record], request, "replace", progress)
 
     def rename(
@@ -331,7 +338,7 @@ class MemoryStore(Maintained):
                 questions=renamed(asked, key, new_key),
                 question_of=known.question_of,
             )
-            request = _keeping(self._index, request, keep_base, [record])
+            request = _as_before(self._index, request, keep_base, None, [record])
             return self._session.transaction.write([record], request, progress=progress)
 
     def delete(self, keys: str | Iterable[str], namespace: str = "") -> int:
@@ -441,21 +448,40 @@ class MemoryStore(Maintained):
         return pending
 
 
-def _keeping(
-    index: Index, request: WriteRequest, keep_base: bool | KeepBase | None, records: Iterable[Record]
+def _in_contexts(
+    settings: WriterSettings | None, contexts: Iterable[Sequence[Mapping[str, Any]]] | None
+) -> WriterSettings:
+    """
+    Raises:
+        ArgumentError: See `as_contexts`.
+    """
+    settings = settings or WriterSettings()
+    return settings if contexts is None else replace(settings, contexts=as_contexts(contexts))
+
+
+def _as_before(
+    index: Index,
+    request: WriteRequest,
+    keep_base: bool | KeepBase | None,
+    contexts: object | None,
+    records: Iterable[Record],
 ) -> WriteRequest:
-    """A request that keeps the base, if that is asked for or what the namespaces of these records do.
+    """A request that keeps the base and is for chats, if that is asked for or what the namespaces of these records do.
 
     Args:
         index: Over whichever connection.
+        contexts: None unless the request's settings have what was asked for.
     """
-    if keep_base is None and request.settings.keep_base is None:
-        newest = (index.newest_adapter(namespace) for namespace in sorted({record.namespace for record in records}))
-        before = (WriteRequest.of_adapter(adapter.training).settings.keep_base for adapter in newest if adapter)
-        keep_base = next((keep for keep in before if keep is not None), None)
+    settings, namespaces = request.settings, sorted({record.namespace for record in records})
+    newest = [adapter for namespace in namespaces if (adapter := index.newest_adapter(namespace)) is not None]
+    before = [WriteRequest.of_adapter(adapter.training).settings for adapter in newest]
+    if keep_base is None and settings.keep_base is None:
+        keep_base = next((each.keep_base for each in before if each.keep_base is not None), None)
+    if contexts is None and not settings.contexts:
+        settings = replace(settings, contexts=next((each.contexts for each in before if each.contexts), ()))
     if keep_base:
         keep = KeepBase() if keep_base is True else keep_base
-        keep = replace(keep, neurons=request.rank or keep.neurons)
-        request = replace(request, settings=replace(request.settings, keep_base=keep))
+        settings = replace(settings, keep_base=replace(keep, neurons=request.rank or keep.neurons))
     # An adapter that is active for everything knows no key of another.
-    return replace(request, one_adapter=request.one_adapter or request.settings.keep_base is not None)
+    one_adapter = request.one_adapter or settings.keep_base is not None
+    return replace(request, settings=settings, one_adapter=one_adapter)

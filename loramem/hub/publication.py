@@ -24,6 +24,7 @@ from pydantic import (
 from loramem.index.rows import prompt_digest
 from loramem.models.dtypes import Dtype
 from loramem.planning.limits import GoalName
+from loramem.records.contexts import saved_contexts
 from loramem.store.manifest import Manifest
 from loramem.training.settings import RETIRED, RETIRED_KEEPING, KeepBase, WriterSettings
 
@@ -138,7 +139,8 @@ class PublishedTraining(BaseModel):
     @classmethod
     def _settings(cls, given: dict[str, Any]) -> dict[str, Any]:
         given = {name: given[name] for name in given.keys() - RETIRED}
-        plain = {name: value for name, value in given.items() if name != "keep_base"}
+        saved_contexts(given.get("contexts", ()))
+        plain = {name: value for name, value in given.items() if name not in ("keep_base", "contexts")}
         _check_fields(plain, WriterSettings())
         if (keep := given.get("keep_base")) is not None:
             if not isinstance(keep, dict):

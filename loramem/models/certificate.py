@@ -12,7 +12,7 @@ once more, each alone.
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import PreTrainedModel
@@ -38,10 +38,22 @@ class Proof:
     """Per record, in the order given: the lowest teacher-forced probability of its answer tokens and end token."""
     conditions: dict[str, object]
     """dtypes, device and what it is, batch shapes and torch version the proof holds for; JSON-able."""
+    in_contexts: tuple[float, ...] = ()
+    """The same of every record in each chat that it was proved in, those of a record one after another
+    (`loramem.records.contexts`)."""
+
+    @property
+    def every(self) -> tuple[float, ...]:
+        """Of all that was decoded."""
+        return (*self.min_probs, *self.in_contexts)
 
     @property
     def min_prob(self) -> float:
-        return min(self.min_probs)
+        return min(self.every)
+
+    def parted(self, records: int) -> "Proof":
+        """A proof of so many records and then of what they are in chats, as one that knows which is which."""
+        return replace(self, min_probs=self.min_probs[:records], in_contexts=self.min_probs[records:])
 
 
 @dataclass(frozen=True)

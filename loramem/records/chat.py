@@ -60,6 +60,15 @@ def render(tokenizer: Any, turns: Sequence[tuple[str, str]], *, generate: bool, 
     return text
 
 
+def is_dated(tokenizer: Any, turns: Sequence[tuple[str, str]], text: str) -> bool:
+    """Whether the clock had a part in how the chat template showed turns before an answer."""
+    try:
+        # Transformers hands templates the clock as a function of this name, which a variable of the same name hides.
+        return render(tokenizer, turns, generate=True, strftime_now="") != text
+    except Exception:  # it was called
+        return True
+
+
 def token_ids(tokenizer: Any, texts: Iterable[str]) -> Iterator[list[int]]:
     """Ids of many texts, without special tokens around them; several times faster than one by one."""
     rest = iter(texts)
@@ -101,12 +110,7 @@ def _unsteady(tokenizer: Any, around: Around, placeholder: str) -> str | None:
         text = _message(tokenizer, placeholder)
     except Exception:  # a template is a program, and may raise anything
         return REFUSED
-    try:
-        # Transformers hands templates the clock as a function of this name, which a variable of the same name hides.
-        dated = _message(tokenizer, placeholder, strftime_now="") != text
-    except Exception:
-        dated = True
-    if dated:
+    if is_dated(tokenizer, [("user", placeholder)], text):
         return DATED
     parts = text.split(placeholder)
     if len(parts) != 2 or [*map(tuple, token_ids(tokenizer, parts))] != [around.prefix_ids, around.suffix_ids]:
@@ -114,8 +118,8 @@ def _unsteady(tokenizer: Any, around: Around, placeholder: str) -> str | None:
     return None
 
 
-def _message(tokenizer: Any, key: str, **variables: Any) -> str:
-    return render(tokenizer, [("user", key)], generate=True, **variables)
+def _message(tokenizer: Any, key: str) -> str:
+    return render(tokenizer, [("user", key)], generate=True)
 
 
 def _messages(tokenizer: Any, keys: Iterable[str]) -> Iterator[str | None]:

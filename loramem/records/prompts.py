@@ -169,10 +169,12 @@ class EncodedRecord:
     """The value's tokens and the end token: all of them are trained and certified."""
     prompt: Mapping[str, Any] | None = None
     """What the index keeps of the prompt (`loramem.records.chat.Chat.kept`); None for a plain prompt."""
+    in_contexts: tuple[tuple[int, ...], ...] = ()
+    """Prompts in which the value is trained and proved as well (`loramem.records.contexts`)."""
 
     def bare(self) -> "EncodedRecord":
         """What training reads of it: no metadata, nothing that the index keeps of the prompt."""
-        return EncodedRecord(self.record.bare(), self.prompt_ids, self.answer_ids)
+        return EncodedRecord(self.record.bare(), self.prompt_ids, self.answer_ids, in_contexts=self.in_contexts)
 
     @property
     def length(self) -> int:

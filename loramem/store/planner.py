@@ -24,6 +24,7 @@ from loramem.planning.limits import RankLimits
 from loramem.planning.plan import Plan, PlanInputs, Price, plan_groups
 from loramem.planning.pricing import Priced, priced, run_pricing
 from loramem.planning.sampled_prices import SAMPLE, Prices, priced_by
+from loramem.records.contexts import Context, with_contexts
 from loramem.records.outcome import Outcome
 from loramem.records.prompts import EncodedRecord, Tokenized, settle, tokenize
 from loramem.records.questions import asked_apart
@@ -192,6 +193,13 @@ class Planner:
         base = self.adapted.base
         limits = base.max_tokens, base.unreachable, base.vocabulary
         tokenize([Record("-", text)], base.tokenizer, self.template, *limits)
+
+    def in_contexts(self, encoded: Sequence[EncodedRecord], contexts: Sequence[Context]) -> Sequence[EncodedRecord]:
+        """Records with their prompts in chats. Raises what `with_contexts` raises."""
+        if not contexts:
+            return encoded
+        base = self.adapted.base
+        return with_contexts(encoded, contexts, base.tokenizer, self.template, base.max_tokens, base.vocabulary)
 
     def _collision(self, encoded: Sequence[EncodedRecord]) -> tuple[Record, str] | None:
         """The first record whose prompt is that of another key in the store, with this key."""

@@ -18,10 +18,12 @@ from loramem.models.decoding import DECODE_RECORDS, DECODE_TOKENS, answer_probab
 from loramem.models.placement import Placement
 from loramem.models.prefix import Prefix, common_prefix
 from loramem.records.chat import Chat
+from loramem.records.contexts import prompts_in
 from loramem.records.prompts import PromptTemplate, decode_answer, encode_record
 from loramem.records.record import Record
 from loramem.results import Recall, TokenProbability
 from loramem.store.integrity import file_problems
+from loramem.training.settings import WriterSettings
 
 
 class Reader:
@@ -109,6 +111,22 @@ class Reader:
     def asked(self, records: Sequence[StoredRecord]) -> tuple[tuple[tuple[int, ...], ...], int]:
         """Prompts of a batch, and new tokens to decode at most: for another process."""
         return tuple(tuple(self.prompt_ids(record)) for record in records), _most(records)
+
+    def in_contexts(self, records: Sequence[StoredRecord]) -> list[list[StoredRecord]]:
+        """Records of one adapter as each of the chats asks for them that it was proved in; none where keys are digests.
+
+        Raises:
+            IntegrityError: The adapter's row is not what was committed.
+        """
+        adapter = self.index.located(records)[0].adapter
+        if "contexts" not in adapter.proof or self.index.key_salt is not None:
+            return []
+        keys, tokenizer = [record.key for record in records], self.adapted.base.tokenizer
+        return [
+            [replace(record, prompt={"ids": list(ids)}) for record, ids in zip(records, prompts, strict=True)]
+            for context in WriterSettings.saved(adapter.training["settings"]).contexts
+            if (prompts := prompts_in(tokenizer, context, keys))
+        ]
 
     def held(
         self, records: Sequence[StoredRecord], ids: Sequence[Sequence[int]]

@@ -1,7 +1,8 @@
-"""The full check: every file and row against its sha256, every record decoded from its adapter."""
+"""The full check: every file and row against its sha256, every record decoded from its adapter, also in the chats that
+it was proved in."""
 
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Executor
 from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
@@ -152,7 +153,7 @@ def _here(session: Session, adapters: Adapters, known: Collection[str]) -> Itera
     def look(batch: Batch) -> Decoded:
         try:
             if _adapter(batch) not in known:
-                return reader.try_decode(batch)
+                return _everywhere([reader.try_decode(each) for each in (batch, *reader.in_contexts(batch))])
             reader.check(session.index.located(batch)[0].adapter)
         except IntegrityError as error:
             return error
@@ -170,6 +171,10 @@ def _there(
     They get the adapter's files, which were compared with their sha256, and prompts; what they give is compared here.
     """
     reader, base, here = session.reader, JobBase.of(session.base, session.planner.device), releases()
+
+    def asked(batch: Batch) -> list[Batch]:
+        return [batch, *reader.in_contexts(batch)]
+
     every = ((id, list(batches)) for id, batches in adapters)
     while some := list(islice(every, TOGETHER)):
         sent, jobs = list[list[Batch]](), list[DecodingJob]()
@@ -183,13 +188,25 @@ def _there(
             if id in known:
                 yield id, [(batch, []) for batch in batches]
                 continue
-            asked = tuple(DecodingBatch(*reader.asked(batch)) for batch in batches)
+            decoding = tuple(DecodingBatch(*reader.asked(each)) for batch in batches for each in asked(batch))
             sent.append(batches)
-            jobs.append(DecodingJob(base, id, files, asked, reader.template.end_id, here))
+            jobs.append(DecodingJob(base, id, files, decoding, reader.template.end_id, here))
         with closing(completed(executor, run_decoding, jobs)) as answers:
             for number, rows in answers:
-                found = zip(sent[number], rows, strict=True)
-                yield jobs[number].adapter, [(batch, reader.held(batch, ids)) for batch, ids in found]
+                mine = iter(rows)
+                found = [
+                    (batch, _everywhere([reader.held(each, next(mine)) for each in asked(batch)]))
+                    for batch in sent[number]
+                ]
+                yield jobs[number].adapter, found
+
+
+def _everywhere(decoded: Sequence[list[tuple[StoredRecord, str | None]]]) -> Decoded:
+    """Records with their values, where each came back alone and in every chat that it was proved in."""
+    return [
+        (ways[0][0], None if any(value is None for _, value in ways) else ways[0][1])
+        for ways in zip(*decoded, strict=True)
+    ]
 
 
 def _note(session: Session, batch: Batch, decoded: Decoded, findings: Findings) -> None:

@@ -125,7 +125,7 @@ class Transaction:
             planner: Over another connection to the index, for another thread; the transaction's own if None.
             learnt: See `Planner.plan`.
 
-        Raises what `Planner.admit` and `Planner.plan` raise.
+        Raises what `Planner.admit`, `Planner.plan` and `training` raise.
         """
         planner = planner or self.planner
         if (keep := request.settings.keep_base) is not None and keep.unknown:
@@ -163,8 +163,12 @@ class Transaction:
         return self._write(prepared, started, progress, executor, ahead)
 
     def training(self, encoded: Sequence[EncodedRecord], plan: Plan, settings: WriterSettings) -> Training:
-        """What a plan comes to."""
+        """What a plan comes to.
+
+        Raises what `with_contexts` raises.
+        """
         base, ladder, here = JobBase.of(self.adapted.base, self.planner.device), self.planner.ladder(), releases()
+        encoded = self.planner.in_contexts(encoded, settings.contexts)
         jobs = [
             ShardJob(
                 base=base,

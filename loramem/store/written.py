@@ -12,6 +12,7 @@ from loramem.models.certificate import in_doubt, least_certain, prove_alone
 from loramem.models.placement import Placement
 from loramem.planning import calibration
 from loramem.planning.plan import Plan, ShardPlan
+from loramem.records.contexts import asked_in_contexts, owners
 from loramem.records.outcome import Outcome
 from loramem.records.prompts import EncodedRecord
 from loramem.results import WriteReport
@@ -95,12 +96,14 @@ def misrecalled_alone(written: Sequence[Written], models: Sequence[AdaptedModel]
     every = [
         (run, entry, min_prob)
         for run, (one, adapted) in enumerate(runs)
-        for entry, min_prob in zip(one.records, one.shard.proof_in(adapted.base.dtype).min_probs, strict=True)
+        for entry, min_prob in zip(
+            [*one.records, *asked_in_contexts(one.records)], one.shard.proof_in(adapted.base.dtype).every, strict=True
+        )
     ]
     chosen = sorted((every[index] for index in least_certain([min_prob for *_, min_prob in every])), key=itemgetter(0))
     for run, found in groupby(chosen, key=itemgetter(0)):
         (one, adapted), adapter = runs[run], runs[run][0].shard.adapter
-        if len(one.records) == 1:
+        if len(one.records) == 1 and not one.records[0].in_contexts:
             continue
         adapted.load(adapter, one.folder)
         try:
@@ -120,8 +123,9 @@ def more_careful(written: Written, error: RecallError) -> ShardJob:
     refused = next(index for index, entry in enumerate(job.records) if entry.record.key == error.key)
     if shard.caution == caution and (refused in job.doubtful or len(shard.indices) == 1):
         raise error
-    proofs = zip(shard.proof.min_probs, *(proof.min_probs for proof in shard.served.values()), strict=True)
-    doubtful = (shard.indices[number] for number in in_doubt([min(probs) for probs in proofs]))
+    proofs = zip(shard.proof.every, *(proof.every for proof in shard.served.values()), strict=True)
+    owner = owners(written.records)
+    doubtful = (shard.indices[owner[number]] for number in in_doubt([min(probs) for probs in proofs]))
     return replace(job, caution=caution, doubtful=tuple(sorted({*job.doubtful, *doubtful, refused})))
 
 
@@ -176,6 +180,7 @@ def report_of(trained: Trained, skipped: int, elapsed_s: float) -> WriteReport:
             dtype: min(one.shard.served[dtype].min_prob for one in shards) for dtype in sorted(shards[0].shard.served)
         },
         kept={one.shard.adapter: one.shard.kept for one in shards if one.shard.kept is not None},
+        contexts=len(shards[0].job.settings.contexts),
         needs_ids=sum(entry.prompt is not None and not entry.prompt["chat"] for one in shards for entry in one.records),
     )
 

@@ -128,7 +128,7 @@ class ShardJob:
             "base": asdict(self.base.fingerprint),
             "dtype": self.base.dtype,
             "serve": self.serve,
-            "records": [[entry.prompt_ids, entry.answer_ids] for entry in self.records],
+            "records": [[entry.prompt_ids, entry.answer_ids, *entry.in_contexts] for entry in self.records],
             "rank": self.rank,
             "placement": asdict(self.placement),
             "settings": asdict(self.settings),
@@ -204,4 +204,4 @@ class Delivery:
 
 
 def _proof(fields: Mapping[str, Any]) -> Proof:
-    return Proof(tuple(fields["min_probs"]), fields["conditions"])
+    return Proof(tuple(fields["min_probs"]), fields["conditions"], tuple(fields["in_contexts"]))

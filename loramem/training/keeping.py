@@ -80,7 +80,7 @@ class Shut:
     """
 
     def __init__(self, adapted: AdaptedModel, neutral: Neutral) -> None:
-        self.mlp, self.refused = LastMlp.of(adapted.model), neutral.refused
+        self.mlp, self.asks = LastMlp.of(adapted.model), torch.tensor(neutral.asks)
         self.roles = self.mlp.roles()
         self._inputs = dict[tuple[str, bool], Tensor]()
         used, metric = torch.zeros(self.mlp.width), information(adapted, neutral, self.mlp)
@@ -152,7 +152,8 @@ def inputs_of(adapted: AdaptedModel, features: Features, mlp: LastMlp) -> tuple[
 
 
 def first_rank(adapted: AdaptedModel, records: int, refuses: bool = False) -> int:
-    """Of an adapter for so many records, where none is asked for: they take no more neurons than they need.
+    """Of an adapter for so many records, where none is asked for: they take no more neurons than they need, and
+    questions that ask for one key share its neuron.
 
     Args:
         refuses: Unknown keys are refused as well.
@@ -167,15 +168,23 @@ def first_rank(adapted: AdaptedModel, records: int, refuses: bool = False) -> in
     return mlp.ranks_per_neuron * (more + min(needed, max(1, int(OF_NEURONS * mlp.width))))
 
 
-def alike(targets: Tensor, count: int) -> list[Tensor]:
-    """Indices of records in so many groups, of records that begin with the same token (N,) where that can be."""
-    order = torch.argsort(targets, stable=True)
+def alike(targets: Tensor, asks: Tensor, count: int) -> list[Tensor]:
+    """Indices of records in so many groups: those that ask for the same key (N,) together where that can be, and with
+    others that begin with the same token (N,)."""
+    order = torch.argsort(asks, stable=True)
+    order = order[torch.argsort(targets[order], stable=True)]
     groups = list(order.split(torch.unique_consecutive(targets[order], return_counts=True)[1].tolist()))
     if len(groups) > count:
         return list(order.tensor_split(count))
-    while len(groups) < count:
-        largest = max(range(len(groups)), key=lambda number: len(groups[number]))
-        groups[largest : largest + 1] = groups[largest].tensor_split(2)
+
+    def keys(group: Tensor) -> int:
+        return len(asks[group].unique())
+
+    while len(groups) < min(count, len(targets)):
+        largest = max(range(len(groups)), key=lambda number: (keys(groups[number]), len(groups[number])))
+        group = groups[largest]
+        starts = (asks[group].diff().nonzero().flatten() + 1).tolist() or [len(group) // 2]
+        groups[largest : largest + 1] = group.tensor_split([starts[len(starts) // 2]])
     return groups
 
 
@@ -234,19 +243,20 @@ class KeepingRun(FeatureRun):
         begins = torch.ones_like(owners, dtype=torch.bool)
         begins[1:] = owners[1:] != owners[:-1]
         self.spared = torch.zeros_like(begins)
-        mine = begins & (owners < self.records - self.shut.refused)
+        known = len(self.shut.asks)
+        mine = begins & (owners < known)
         first, within = inputs[mine].float(), inputs[~begins].float()
         many, everywhere = len(self.neurons), self.shut.everywhere
-        refusing, inner = (min(REFUSING, many // 4), IN_REFUSALS) if self.shut.refused else (0, 0)
+        refusing, inner = (min(REFUSING, many // 4), IN_REFUSALS) if known < self.records else (0, 0)
         count = max(1, min(len(first), many - min(WITHIN, 3 * many // 8) - inner - refusing))
-        groups = alike(self.targets[mine], count)
+        groups = alike(self.targets[mine], self.shut.asks.to(self.targets.device), count)
         keys, against = [first[each] for each in groups], self.shut.moments(SHARES)
         gates = through(keys, against, FIRST_OPEN, FIRST_SHUT, everywhere)
         value_row = self._form(first, within, 1.0, 0.0)
         places = torch.arange(len(owners), device=owners.device) - begins.nonzero().flatten()[begins.cumsum(0) - 1]
         within_many = many - count - refusing
-        of_records = (owners < self.records - self.shut.refused)[~begins]
-        in_refusals = min(IN_REFUSALS, within_many // 4) if self.shut.refused else 0
+        of_records = (owners < known)[~begins]
+        in_refusals = min(inner, within_many // 4)
         inside = torch.cat(
             [
                 self._within(within[some], places[~begins][some], everywhere, neurons)

@@ -37,6 +37,7 @@ def measure(adapted: AdaptedModel, adapter: str, material: Material) -> Kept:
         same_answers=same / max(1, len(mine)),
         other_words=_given(adapted, material.other_words) if material.other_words else None,
         refused=_given(adapted, material.refused) if material.refused else None,
+        other_contexts=_given(adapted, material.other_contexts) if material.other_contexts else None,
     )
 
 
@@ -57,8 +58,8 @@ def _compare(adapted: AdaptedModel, adapter: str, positions: Positions) -> tuple
 
 
 def _given(adapted: AdaptedModel, asked: Sequence[EncodedRecord]) -> tuple[int, int]:
-    """How many give their answer, decoded to the end, in words that were not trained or for keys that were not, and how
-    many were asked."""
+    """How many give their answer, decoded to the end, in words or chats that were not trained, or for keys that were
+    not, and how many were asked."""
     longest = max(len(entry.answer_ids) for entry in asked)
     answers = greedy_decode(adapted.model, [entry.prompt_ids for entry in asked], longest, adapted.base.template.end_id)
     exact = sum(tuple(row) == entry.answer_ids[:-1] for row, entry in zip(answers, asked, strict=True))

@@ -8,7 +8,7 @@ is 2.3 kB for a width of 576. What does not depend on the records is kept in the
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from itertools import islice
@@ -26,6 +26,7 @@ from loramem.models.base_model import BaseModel
 from loramem.models.batches import group_by_length
 from loramem.models.decoding import greedy_decode
 from loramem.models.features import PASS_RECORDS, PASS_TOKENS, Features, collect
+from loramem.records.contexts import Context, asked_in_contexts, prompts_in
 from loramem.records.prompts import EncodedRecord, encode_record
 from loramem.records.questions import asking
 from loramem.records.record import Record
@@ -47,6 +48,8 @@ HELD_OUT_TEXT, HELD_OUT_KEYS, OTHER_WORDS = 5_000, 200, 40
 REFUSALS, NOT_ALIKE = 100, 0.85
 """Unknown keys that are trained to be refused, and how alike (`difflib.SequenceMatcher.ratio`) none of them is to a
 key: a gate that opens a crack at a near miss of its key would have to be outweighed there."""
+IN_CONTEXTS = 4
+"""Of so many questions in chats one with all of the base's answer."""
 ANSWERED = 16
 """Of so many unknown keys one with all of the base's answer, the others with its first token."""
 TEXT, QUESTIONS, UNKNOWN = "text", "questions", "unknown keys"
@@ -65,14 +68,19 @@ class Positions:
     def __len__(self) -> int:
         return len(self.first)
 
+    @classmethod
+    def joined(cls, parts: Sequence["Positions"]) -> "Positions":
+        return cls(Features.joined([part.features for part in parts]), torch.cat([part.first for part in parts]))
+
 
 @dataclass(frozen=True)
 class Neutral:
     """Neutral positions by kind: `TEXT`, `QUESTIONS`, `UNKNOWN`."""
 
     kinds: dict[str, Positions]
-    refused: int = 0
-    """How many of the records that are trained, the last of them, are unknown keys with the answer that refuses."""
+    asks: tuple[int, ...] = ()
+    """Of the records that are trained, in their order: which key each asks for, by number. The others, last of all, are
+    unknown keys with the answer that refuses."""
 
     def __len__(self) -> int:
         return sum(map(len, self.kinds.values()))
@@ -88,23 +96,33 @@ class Material:
     """Those that are measured, with the base's own answers."""
     other_words: tuple[EncodedRecord, ...] = ()
     """Records that have questions, each in words that none is trained in."""
+    other_contexts: tuple[EncodedRecord, ...] = ()
+    """Where records are trained in chats: some of them, each in a chat that none is trained in."""
     refusals: tuple[EncodedRecord, ...] = ()
     """Unknown keys with the answer that they are to get, to train with; none where that is the base's own."""
     refused: tuple[EncodedRecord, ...] = ()
     """Others, to measure with: those whose first position is measured."""
 
 
-def material(adapted: AdaptedModel, records: Sequence[EncodedRecord], keep: KeepBase, seed: int) -> Material:
+def material(
+    adapted: AdaptedModel,
+    records: Sequence[EncodedRecord],
+    keep: KeepBase,
+    seed: int,
+    contexts: Sequence[Context] = (),
+) -> Material:
     """Neutral positions of a base, and such as records' own unknown keys give.
 
     Args:
         records: Of one adapter.
+        contexts: Chats that the records are trained in: questions and unknown keys are asked there too, as many in each
+            as without one.
     """
     base, bare = adapted.base, [record.record for record in records]
     keys, templates = neutral_text.keys_of(bare), neutral_text.wordings(bare)
     own = neutral_text.remembered_text(keep.text_sha256)
     with adapted.disabled(), torch.no_grad():  # compared with what the adapter will make of them, in the same dtype
-        answers = _answers(base, neutral_text.held_out_questions(), ANSWER_TOKENS)
+        answers = _answers(base, _prompts(base, neutral_text.held_out_questions(), contexts), ANSWER_TOKENS)
     with adapted.disabled(), torch.no_grad(), _half(base):
         of_base = {
             TEXT: _cached(base, keep, seed, TEXT, own),
@@ -113,36 +131,45 @@ def material(adapted: AdaptedModel, records: Sequence[EncodedRecord], keep: Keep
         asked = neutral_text.worded(
             neutral_text.unknown_keys(keys, keep.unknown_keys, seed, held_out=False), templates, seed
         )
-        answered = asked[: keep.unknown_keys // ANSWERED]
-        unknown = [*_firsts(base, asked[len(answered) :]), *_answers(base, answered, KEY_ANSWER_TOKENS)]
+        if contexts:
+            of_base[QUESTIONS] = Positions.joined([of_base[QUESTIONS], _asked_in(base, keep, seed, contexts)])
+        prompts = _prompts(base, asked, contexts)
+        answered = keep.unknown_keys // ANSWERED
+        unknown = [
+            *_firsts(base, prompts[answered:]),
+            *_answers(base, prompts[:answered], KEY_ANSWER_TOKENS),
+        ]
         others = neutral_text.worded(
             neutral_text.unknown_keys(keys, HELD_OUT_KEYS, seed, held_out=True), templates, seed
         )
         measured = {
             TEXT: _positions(base, _passages(base, HELD_OUT_TEXT, own, held_out=True)),
             QUESTIONS: _positions(base, answers),
-            UNKNOWN: _positions(base, _firsts(base, others)),
+            UNKNOWN: _positions(base, _firsts(base, _prompts(base, others, contexts))),
         }
         trained = {**of_base, UNKNOWN: _positions(base, unknown)}
     log.info("%d neutral positions to train with", sum(map(len, trained.values())))
     refusals, refused = tuple[EncodedRecord, ...](), tuple[EncodedRecord, ...]()
     if keep.unknown:
-        far = (key for key in asked if not get_close_matches(key, keys, 1, NOT_ALIKE))
-        refusals, refused = (_refusals(base, some, keep.unknown) for some in (islice(far, REFUSALS), others))
+        far = list(islice((key for key in asked if not get_close_matches(key, keys, 1, NOT_ALIKE)), REFUSALS))
+        refusals, refused = (_refusals(base, _prompts(base, some, contexts), keep.unknown) for some in (far, others))
+    number = dict[str, int]()
+    proved = [entry.record for entry in (*records, *asked_in_contexts(records))]
     return Material(
-        Neutral(trained, len(refusals)),
+        Neutral(trained, tuple(number.setdefault(record.question_of or record.key, len(number)) for record in proved)),
         Neutral(measured),
         tuple(answers),
         tuple(_in_other_words(base, records)),
+        tuple(_in_other_contexts(base, records, contexts)),
         refusals,
         refused,
     )
 
 
-def _refusals(base: BaseModel, keys: Iterable[str], answer: str) -> tuple[EncodedRecord, ...]:
-    """Keys with the answer that refuses them."""
+def _refusals(base: BaseModel, prompts: Sequence[tuple[int, ...]], answer: str) -> tuple[EncodedRecord, ...]:
+    """Unknown keys with the answer that refuses them."""
     answers = encode_record(Record(answer, answer), base.tokenizer, base.template).answer_ids
-    return tuple(replace(entry, answer_ids=answers) for entry in _firsts(base, list(keys)))
+    return tuple(replace(entry, answer_ids=answers) for entry in _firsts(base, prompts))
 
 
 def _in_other_words(base: BaseModel, records: Sequence[EncodedRecord]) -> Iterator[EncodedRecord]:
@@ -154,6 +181,26 @@ def _in_other_words(base: BaseModel, records: Sequence[EncodedRecord]) -> Iterat
         words = neutral_text.OTHER_WORDS[number % len(neutral_text.OTHER_WORDS)]
         if (question := asking(words, record.record.key)) not in known:
             yield replace(record, prompt_ids=tuple(base.template.prompt_ids(base.tokenizer, question)))
+
+
+def _in_other_contexts(
+    base: BaseModel, records: Sequence[EncodedRecord], contexts: Sequence[Context]
+) -> Iterator[EncodedRecord]:
+    """Some of the records, each in a chat that none is trained in."""
+    others = [context for context in neutral_text.other_contexts() if context not in contexts]
+    some = [record for record in records if record.record.question_of is None] if contexts else []
+    for number, record in enumerate(some[:: max(1, len(some) // OTHER_WORDS)]):
+        (ids,) = prompts_in(base.tokenizer, others[number % len(others)], [record.record.key])
+        if len(ids) + len(record.answer_ids) <= base.max_tokens:
+            yield replace(record, prompt_ids=ids)
+
+
+def _asked_in(base: BaseModel, keep: KeepBase, seed: int, contexts: Sequence[Context]) -> Positions:
+    """Questions in chats: some with the base's answers, of more where these begin."""
+    questions = neutral_text.questions(keep.questions, seed)
+    prompts = _prompts(base, questions, contexts, alone=False)
+    answered = prompts[: keep.questions // IN_CONTEXTS]
+    return _positions(base, [*_answers(base, answered, ANSWER_TOKENS), *_firsts(base, prompts[len(answered) :])])
 
 
 def _half(base: BaseModel) -> torch.autocast:
@@ -187,8 +234,9 @@ def _cached(base: BaseModel, keep: KeepBase, seed: int, kind: str, own: str) -> 
         found = _positions(base, _passages(base, keep.text_tokens, own, held_out=False))
     else:
         asked = neutral_text.questions(4 * keep.questions, seed)
-        messages = [*asked[keep.questions :], *neutral_text.excerpts(keep.questions // 2, seed)]
-        found = _positions(base, [*_answers(base, asked[: keep.questions], ANSWER_TOKENS), *_firsts(base, messages)])
+        answered = _prompts(base, asked[: keep.questions])
+        others = _prompts(base, [*asked[keep.questions :], *neutral_text.excerpts(keep.questions // 2, seed)])
+        found = _positions(base, [*_answers(base, answered, ANSWER_TOKENS), *_firsts(base, others)])
     _save(file, found)
     return found
 
@@ -249,14 +297,13 @@ def _windows(ids: Sequence[int], width: int) -> Iterator[tuple[int, ...]]:
         yield tuple(ids[first : first + width])
 
 
-def _firsts(base: BaseModel, messages: Sequence[str]) -> list[EncodedRecord]:
-    """Each message with one position: where its answer begins."""
-    return [EncodedRecord(NOBODY, ids, (base.template.end_id,)) for ids in _prompts(base, messages)]
+def _firsts(base: BaseModel, prompts: Sequence[tuple[int, ...]]) -> list[EncodedRecord]:
+    """Each prompt with one position: where its answer begins."""
+    return [EncodedRecord(NOBODY, ids, (base.template.end_id,)) for ids in prompts]
 
 
-def _answers(base: BaseModel, messages: Sequence[str], tokens: int) -> list[EncodedRecord]:
-    """Each message with the base's own answer, greedily decoded, cut at so many tokens."""
-    prompts = _prompts(base, messages)
+def _answers(base: BaseModel, prompts: Sequence[tuple[int, ...]], tokens: int) -> list[EncodedRecord]:
+    """Each prompt with the base's own answer, greedily decoded, cut at so many tokens."""
     answers = dict[int, tuple[int, ...]]()
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     for start in range(0, len(order), DECODED):
@@ -269,7 +316,15 @@ def _answers(base: BaseModel, messages: Sequence[str], tokens: int) -> list[Enco
     return [EncodedRecord(NOBODY, ids, answers[index]) for index, ids in enumerate(prompts)]
 
 
-def _prompts(base: BaseModel, messages: Sequence[str]) -> list[tuple[int, ...]]:
-    most = base.max_tokens - ANSWER_TOKENS
-    every = (tuple(base.template.prompt_ids(base.tokenizer, message)) for message in messages)
-    return [ids for ids in every if len(ids) <= most]
+def _prompts(
+    base: BaseModel, messages: Sequence[str], contexts: Sequence[Context] = (), *, alone: bool = True
+) -> list[tuple[int, ...]]:
+    """Prompts that leave room for an answer: of messages, one after another in each chat and, if ``alone``, without."""
+    places = [*([None] if alone else []), *contexts]
+    every = (
+        tuple(base.template.prompt_ids(base.tokenizer, message))
+        if (context := places[number % len(places)]) is None
+        else prompts_in(base.tokenizer, context, [message])[0]
+        for number, message in enumerate(messages)
+    )
+    return [ids for ids in every if len(ids) <= base.max_tokens - ANSWER_TOKENS]

@@ -87,6 +87,12 @@ OTHER_WORDS = (
     "{key}?|Tell me about {key}.|Please look up {key} for me.|I am looking for {key}. What do you have?"
 ).split("|")
 """For records that have questions: words that are not trained."""
+OTHER_SYSTEM_MESSAGES = (
+    "You are a helpful assistant.|You answer in as few words as you can.|You are the voice assistant of a hotel.|"
+    "Today you help a clerk at a desk. Be polite, and exact."
+).split("|")
+OTHER_TURNS = (("user", "Hello!"), ("assistant", "Hello! What can I do for you?"))
+"""For records that are trained in chats: chats that are not, the turns by themselves or after a system message."""
 HELD_OUT_TOPICS = 40
 EXCERPT_CHARACTERS = (10, 200)
 """Of a text as a user's message."""
@@ -106,6 +112,12 @@ def held_out_questions() -> list[str]:
     """Fifty questions to measure with: other topics, other words."""
     rng = random.Random("held out")
     return [rng.choice(OTHER_QUESTIONS).format(topic) for topic in _topics()[:HELD_OUT_TOPICS]] + COMMON_QUESTIONS
+
+
+def other_contexts() -> list[tuple[tuple[str, str], ...]]:
+    """Chats to measure with: role and content of each message before the key."""
+    systems = [(("system", message),) for message in OTHER_SYSTEM_MESSAGES]
+    return [*systems, OTHER_TURNS, (*systems[0], *OTHER_TURNS)]
 
 
 def _topics() -> list[str]:

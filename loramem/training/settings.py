@@ -6,6 +6,7 @@ from typing import Any, Literal, get_args
 
 from loramem._util.choices import check_choice
 from loramem.errors import ArgumentError, StoreFormatError
+from loramem.records.contexts import Context, saved_contexts
 
 ObjectiveName = Literal["sft", "memft-ot", "memft-sw"]
 OBJECTIVES: tuple[ObjectiveName, ...] = get_args(ObjectiveName)
@@ -93,6 +94,8 @@ class WriterSettings:
     """Of random directions in new rows of A; through the network also of the order of batches."""
     keep_base: KeepBase | None = None
     """What is left of the base where an adapter is active for everything; None for adapters that are routed to."""
+    contexts: tuple[Context, ...] = ()
+    """Chats in which every record is trained and proved beside its key alone (`loramem.records.contexts`)."""
 
     def __post_init__(self) -> None:
         check_choice("objective", self.objective, OBJECTIVES)
@@ -109,10 +112,9 @@ class WriterSettings:
             )
 
     def to_json(self) -> dict[str, Any]:
-        """As a journal or an adapter's row has them; ``keep_base`` is named only where it was asked for, so that older
-        versions read all that they can rewrite."""
-        fields = asdict(self)
-        return fields if self.keep_base is not None else {name: fields[name] for name in fields if name != "keep_base"}
+        """As a journal or an adapter's row has them; ``keep_base`` and ``contexts`` are named only where they were
+        asked for, so that older versions read all that they can rewrite."""
+        return {name: value for name, value in asdict(self).items() if value or name not in ("keep_base", "contexts")}
 
     @classmethod
     def saved(cls, settings: Mapping[str, Any]) -> "WriterSettings":
@@ -135,4 +137,5 @@ class WriterSettings:
                 f"The store was written with the setting keep_base.{min(unknown)}, which this version of loramem does "
                 "not know. Upgrade loramem."
             )
-        return cls(**{**kept, "keep_base": None if keep is None else KeepBase(**keep)})
+        contexts = saved_contexts(kept.get("contexts", ()))
+        return cls(**{**kept, "keep_base": None if keep is None else KeepBase(**keep), "contexts": contexts})

@@ -21,6 +21,7 @@ from loramem.models.certificate import Proof, free_running, in_doubt, prove
 from loramem.models.dtypes import Dtype
 from loramem.models.ending import Ending
 from loramem.models.features import Features
+from loramem.records.contexts import asked_in_contexts, owners
 from loramem.records.prompts import EncodedRecord
 from loramem.training.jobs import ShardJob, ShardResult, TrainedShard
 from loramem.training.keeping import first_rank
@@ -118,7 +119,8 @@ def _keeping_adapter(
     """
     keep, first, most = job.settings.keep_base, job.rank, job.settings.max_rank
     if keep is not None and keep.neurons is None:
-        first = min(first_rank(adapted, len(indices), bool(keep.unknown)), most)
+        asked = {(record := job.records[index].record).question_of or record.key for index in indices}
+        first = min(first_rank(adapted, len(asked), bool(keep.unknown)), most)
     for rank in rank_choices(first, max(first, most)):
         shard, stubborn = _write_adapter(job, folder, adapted, served, indices, progress, caution, rank)
         if keep is None or shard is None or shard.kept is None or not (missed := misses(shard.kept, keep)):
@@ -152,20 +154,24 @@ def _write_adapter(
         RecallError, StubbornRecords: The saved adapter does not decode what training certified, with all caution.
     """
     models, records = [adapted, *served.values()], [job.records[index] for index in indices]
+    proved = [*records, *asked_in_contexts(records)]
     rounding = [each for each in models if each.base.dtype == "q8_0"]
     exact = [each for each in models if each not in rounding]
     keep = job.settings.keep_base
-    material = None if keep is None else neutral_material(adapted, records, keep, job.settings.seed)
-    taught = [*records, *(() if material is None else material.refusals)]
+    material = None
+    if keep is not None:
+        material = neutral_material(adapted, records, keep, job.settings.seed, job.settings.contexts)
+    taught = [*proved, *(() if material is None else material.refusals)]
     features = with_other_batches(exact, taught, features_of(exact, taught, job.placement))
     outcomes = list[Features]()
     if features is not None and (rounding or adapted.base.rounds_inputs):
         outcomes = outcomes_of((rounding or [adapted])[0], taught)
-    doubtful, met = {number for number, index in enumerate(indices) if index in job.doubtful}, 0
+    owner = owners(records)
+    doubtful, met = {number for number, record in enumerate(owner) if indices[record] in job.doubtful}, 0
     placement, spent, refused = job.placement, list[Training](), None
     for place in range(caution, len(CAUTION)):
         if features is not None:
-            for batches in _decoded_batches(records, doubtful)[met:place]:
+            for batches in _decoded_batches(proved, doubtful)[met:place]:
                 features = [*features, *as_decoded(exact, taught, features, batches)]
                 outcomes += as_decoded(rounding, taught, outcomes, batches)
             met = place
@@ -190,7 +196,9 @@ def _write_adapter(
         trained = replace(
             trained, training=trained.training.after(spent), climbed=trained.climbed or placement != job.placement
         )
-        stubborn = [index for number, index in enumerate(indices) if number in trained.training.stubborn]
+        # A refusal that is stubborn is no record.
+        held_back = {owner[number] for number in trained.training.stubborn if number < len(proved)}
+        stubborn = [indices[record] for record in sorted(held_back)]
         if stubborn:
             adapted.remove(UNSAVED)
             return None, stubborn
@@ -198,7 +206,7 @@ def _write_adapter(
         try:
             whole = dict[Dtype, Features]()
             if features is not None and trained.on_features:
-                count = sum(len(record.answer_ids) for record in records)
+                count = sum(len(record.answer_ids) for record in proved)
                 whole = {each.base.dtype: known.first(count) for each, known in zip(exact, features, strict=False)}
                 whole |= {each.base.dtype: outcomes[0].first(count) for each in rounding}
             return _save_and_prove(job, folder, adapted, served, indices, trained, whole, place, material), []
@@ -208,7 +216,7 @@ def _write_adapter(
             log.info("%s; training goes on with more caution", type(error).__name__)  # its text names a key
             spent = [trained.training]  # with what went before it
             named = {*error.doubtful, *(error.keys if isinstance(error, StubbornRecords) else [error.key])}
-            doubtful |= {number for number, record in enumerate(records) if record.record.key in named}
+            doubtful |= {number for number, record in enumerate(proved) if record.record.key in named}
             if trained.on_features:
                 rank, placement = trained.training.rank, trained.placement  # what holds less was tried
                 refused = weights  # nearly all of it holds
@@ -246,7 +254,8 @@ def _save_and_prove(
 ) -> TrainedShard:
     """
     Args:
-        features: Of just these records in the dtypes to be proved in; none where the adapter changes them.
+        features: Of just these records, then of them in their chats, in the dtypes to be proved in; none where the
+            adapter changes them.
         material: What is measured of the base that it leaves, if that is asked for.
     """
     records = [job.records[index] for index in indices]
@@ -279,21 +288,23 @@ def _proved(
     Raises:
         RecallError, StubbornRecords: A record is not decoded exactly, or with less certainty than is certified.
     """
-    base = adapted.base
+    base, every = adapted.base, [*records, *asked_in_contexts(records)]
     ending = None if features is None else Ending(adapted.model, features, adapted.lora_layers(adapter))
-    proof = prove(adapted.model, records, adapter, adapted.dtypes, ending)
+    proof = prove(adapted.model, every, adapter, adapted.dtypes, ending)
     proof.conditions["parameters"] = base.fingerprint.parameters
+    if job.settings.contexts:
+        proof.conditions["contexts"] = len(job.settings.contexts)
     low = [number for number, prob in enumerate(proof.min_probs) if prob < job.settings.certify_threshold]
     if low:
-        keys = [records[number].record.key for number in sorted(low, key=proof.min_probs.__getitem__)]
+        keys = list(dict.fromkeys(every[number].record.key for number in sorted(low, key=proof.min_probs.__getitem__)))
         raise StubbornRecords(
             f"As saved, {keys[0]!r} has p = {proof.min_prob:.3f} in {base.dtype}, below the certified "
             f"{job.settings.certify_threshold}. Write again with a higher rank.",
             keys=keys,
             rank=rank,
-            doubtful=[records[number].record.key for number in in_doubt(proof.min_probs)],
+            doubtful=[every[number].record.key for number in in_doubt(proof.min_probs)],
         )
-    return proof
+    return proof.parted(len(records))
 
 
 def stored_adapter(
