@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from loramem import MemoryStore
+from loramem import MemoryStore, Record
 from loramem.errors import InputError
 from loramem.models.adapters import AdaptedModel
-from loramem.suites import figures, locality
+from loramem.suites import abilities, figures, locality, passages
 from loramem.suites.divergence import Passage, effect, identical, predictions, windows
 from loramem.suites.runner import SuiteOptions
 
@@ -36,6 +36,7 @@ def test_divergence_losses_and_argmax_are_those_worked_out_by_hand() -> None:
     assert found.before.tolist() == pytest.approx([-math.log(0.25), -math.log(0.2)], rel=1e-6)
     assert found.after.tolist() == pytest.approx([-math.log(0.5), -math.log(0.2)], rel=1e-6)
     assert found.changed.tolist() == [True, False]
+    assert (found.hit_before.tolist(), found.hit_after.tolist()) == ([False, False], [True, False])
     assert locality.summary([found])["changed"] == 0.5
     assert locality.summary([found, found])["kl_mean"] == pytest.approx(0.125 * math.log(2), rel=1e-5)
 
@@ -72,10 +73,10 @@ def test_what_is_predicted_is_each_scored_token_from_those_before_it(base: Path)
 def test_neutral_text_differs_by_seed_and_source_code_is_held_out() -> None:
     from loramem.embedded.corpus import is_held_out, standard_library
 
-    first, again, other = (locality.neutral_documents(None, seed) for seed in (0, 0, 1))
+    first, again, other = (passages.neutral_documents(None, seed) for seed in (0, 0, 1))
     assert first == again != other
     held_out = {text for name, text in standard_library().documents.items() if is_held_out(name)}
-    assert set(first[locality.SOURCE]) <= held_out
+    assert set(first[passages.SOURCE]) <= held_out
     assert {name: sorted(texts) for name, texts in first.items()} == {n: sorted(t) for n, t in other.items()}
 
 
@@ -89,7 +90,7 @@ def test_a_file_takes_the_place_of_both_texts(base: Path, tmp_path: Path) -> Non
     assert made.identity["data"] == "own.txt"
     path.write_bytes(b"\xff\xfe")
     with pytest.raises(InputError, match="not UTF-8"):
-        locality.neutral_documents(path, 0)
+        passages.neutral_documents(path, 0)
 
 
 def test_a_text_shorter_than_a_window_is_refused(base: Path, tmp_path: Path) -> None:
@@ -98,7 +99,7 @@ def test_a_text_shorter_than_a_window_is_refused(base: Path, tmp_path: Path) -> 
     path = tmp_path / "short.txt"
     path.write_text("a few words")
     with pytest.raises(InputError, match=r"short\.txt has \d+ tokens; neutral text needs at least 256"):
-        locality.neutral_passages(load_base_model(str(base), device="cpu"), cell(base, data=path))
+        passages.neutral_passages(load_base_model(str(base), device="cpu"), path, 300, 0)
 
 
 # A cell
@@ -112,8 +113,8 @@ def result(base_of: Callable[..., Path]) -> dict:
 def test_a_tiny_cell_changes_nothing_routed_and_something_unrouted(result: dict) -> None:
     assert (result["exact"], result["failed"], result["adapters"]) == (2, [], 1)
     assert result["refused"] == result["strangers"] == locality.STRANGERS
-    assert set(result["texts"]) == {locality.DOCUMENTATION, locality.SOURCE, locality.UNKNOWN}
-    assert result["texts"][locality.UNKNOWN]["tokens"] == locality.STRANGERS
+    assert set(result["texts"]) == {passages.DOCUMENTATION, passages.SOURCE, passages.HELD_OUT, passages.UNKNOWN}
+    assert result["texts"][passages.UNKNOWN]["tokens"] == locality.STRANGERS
     for text in result["texts"].values():
         routed, unrouted = text["routed"], text["unrouted"]
         assert routed["identical"]
@@ -142,7 +143,7 @@ def test_where_nothing_is_certified_only_the_routed_base_is_left(base: Path, mon
     assert (found["exact"], len(found["failed"]), found["parameters"]) == (0, 2, 0)
     line = {"cell": {"records": 2, "rank": 1, "seed": 0, **SETTING}, "result": found}
     table = locality.table([line])
-    assert [row[6] for row in table.rows] == ["-"] * 3
+    assert [row[6] for row in table.rows] == ["-"] * 4
     assert "2 records could not be certified" in table.notes[-1]
     assert locality.plots([line]) == ()
 
@@ -172,7 +173,7 @@ def test_seeds_of_a_rank_share_a_row() -> None:
     assert rows[0] == {
         "records": "10", "rank": "1", "parameters": "100", "exact": "10/10", "neutral text": "documentation",
         "tokens": "100", "KL mean": "0.2", "KL max": "1.8", "loss off": "2.000", "loss on": "2.250",
-        "change": "+0.250", "other argmax": "12.5%", "KL max, routed": "0",
+        "change": "+0.250", "other argmax": "12.5%", "next token right: off": "-", "on": "-", "KL max, routed": "0",
     }  # fmt: skip
     assert (rows[1]["exact"], rows[1]["tokens"]) == ("20/20", "200")
     assert rows[1]["KL mean"] == "0.2 (0.1 to 0.3)"
@@ -207,10 +208,66 @@ def test_the_plots_go_over_the_rank_and_show_losses_that_fall() -> None:
     assert low < -0.5 < 0.25 < high
 
 
-def test_there_are_two_seeds_of_every_rank_and_of_the_write_that_keeps_the_base() -> None:
+# Loops, and what an adapter leaves of abilities
+
+
+def test_a_loop_is_measured_with_its_adapter_attached(base: Path) -> None:
+    loop = "peft-kl"
+    asked = locality.run(cell(base, rank=16, loop=loop))  # stopped after a step
+    assert asked["capped"] and asked["exact"] < 2
+    for text in asked["texts"].values():
+        assert text["routed"] is None and text["unrouted"]["kl_mean"] > 0
+    assert asked["questions"]["asked"] == 50
+    line = {"cell": {"records": 2, "rank": 16, "seed": 0, "loop": loop, **SETTING}, "result": asked}
+    table = locality.table([json.loads(json.dumps(line))])
+    assert {row[4].split(", ")[1] for row in table.rows} == {locality.LOOPS[loop]}
+    assert "50 questions with known answers" in " ".join(table.notes) and "1 loops were stopped" in table.notes[-1]
+
+
+def test_the_term_of_a_loop_is_the_divergence_from_the_base(base: Path, tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import TrainingArguments
+
+    from loramem.models.base_model import load_base_model
+    from loramem.suites import baselines
+    from loramem.training.neutral import sequences
+    from loramem.training.settings import KeepBase
+
+    loaded = load_base_model(str(base), device="cpu")
+    neutral = sequences(loaded, [Record("key 0", "1"), Record("key 1", "2")], KeepBase(questions=4, text_tokens=300), 0)
+    text = [Passage((*one.prompt_ids, *one.answer_ids), len(one.prompt_ids)) for one in neutral]
+    bare = list(predictions(loaded.model, text))
+    model = get_peft_model(loaded.model, LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+    expected = float(effect(text, bare, list(predictions(loaded.model, text))).divergence.mean())
+    batch = next(baselines._batches(loaded, neutral[:2], 2))
+    losses = []
+    for material in (None, baselines._batches(loaded, neutral, len(neutral))):
+        arguments = TrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True)
+        loop = baselines._Loop(neutral=material, model=model, args=arguments)
+        losses.append(float(loop.compute_loss(model, dict(batch)).detach()))
+    assert expected > 0.01
+    assert losses[1] - losses[0] == pytest.approx(baselines.KL_WEIGHT * expected, rel=1e-3)
+
+
+def test_answers_are_right_where_they_have_the_word() -> None:
+    wrong = ["no"] * len(abilities.QUESTIONS)
+    assert (len(abilities.QUESTIONS), abilities.right(wrong)) == (50, 0)
+    assert abilities.right(["The capital is PARIS.", *wrong[1:]]) == 1
+    assert abilities.right(["Parisian", *wrong[1:]]) == 0
+    assert abilities.right([words.split("|")[-1] for _, words in abilities.QUESTIONS]) == 50
+
+
+def test_there_are_two_seeds_of_every_rank_of_the_write_that_keeps_the_base_and_of_loops() -> None:
     cells = list(locality.cells(SuiteOptions(), lambda _: {}))
-    ranks = [(r, s) for r in (*locality.RANKS, locality.KEPT_RANK) for s in range(2)]
-    assert [(one.rank, one.seed) for one in cells] == ranks
-    assert [one.keep for one in cells] == [False] * 8 + [True] * 2
-    assert "keep" not in cells[0].identity and cells[-1].identity["keep"]
+    ranks = [(r, s) for r in locality.RANKS for s in range(2)]
+    assert [(one.rank, one.seed) for one in cells[:8]] == ranks
+    assert [(one.keep, one.loop, one.seed) for one in cells[8:]] == [
+        (keep, loop, seed) for seed in range(2) for keep, loop in ((True, ""), (False, "peft"), (False, "peft-kl"))
+    ]
+    assert not {"keep", "loop", "cap_s"} & cells[0].identity.keys()
+    assert cells[8].identity["keep"] and cells[9].identity["loop"] == "peft"
     assert {one.rank for one in locality.cells(SuiteOptions(ranks=(3, 9)), lambda _: {})} == {3, 9}

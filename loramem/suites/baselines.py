@@ -5,11 +5,13 @@ which every record is exact, and `loramem.suites.write_speed` tunes its learning
 """
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import cycle
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor
 from transformers import (
     DataCollatorForSeq2Seq,
     PrinterCallback,
@@ -26,6 +28,8 @@ from loramem.models.placement import Placement
 from loramem.records.prompts import EncodedRecord
 from loramem.suites.timing import all_exact, clock, count_exact, teacher_forced
 
+KL_WEIGHT = 1.0
+"""Of the divergence from the base beside the loss of the records, both in nats per token."""
 IGNORED = -100  # the label of positions that carry no loss, transformers' convention
 MANY_EPOCHS = 100_000
 
@@ -57,6 +61,8 @@ def trainer_loop(
     seed: int,
     cap_s: float,
     bfloat16: bool = False,
+    neutral: Sequence[EncodedRecord] = (),
+    then: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Train one LoRA with `transformers.Trainer` until every record is decoded exactly.
 
@@ -66,6 +72,8 @@ def trainer_loop(
     Args:
         cap_s: Training seconds after which it is stopped and scored as it is. Decoding after each epoch is not counted.
         bfloat16: Autocast of the matrix products, as the writer has it where the processor multiplies it natively.
+        neutral: Each step also draws the adapter to the base at the answers of as many of these, by KL(base ‖ adapted).
+        then: Called while the trained adapter is still attached to the base.
 
     Returns:
         JSON-able: seconds, eval_s, steps, epochs, exact, records, parameters, min_prob, loss, capped, and the settings.
@@ -90,7 +98,8 @@ def trainer_loop(
         torch.manual_seed(seed)
         model = get_peft_model(base.model, config)
         watch = _UntilExact(base, records, cap_s)
-        trainer = Trainer(
+        trainer = _Loop(
+            neutral=_batches(base, neutral, batch_records) if neutral else None,
             model=model,
             args=arguments,
             train_dataset=[_labelled(record) for record in records],
@@ -103,6 +112,7 @@ def trainer_loop(
             trainer.train()
             model.eval()
             min_prob, loss = teacher_forced(base, records)
+            then()
         finally:
             model.unload()
     return {
@@ -122,6 +132,34 @@ def trainer_loop(
         "bfloat16": bfloat16,
         "rank": config.r,
     }
+
+
+class _Loop(Trainer):
+    """The Trainer; with neutral material its loss has a term that draws the adapter to the base there."""
+
+    def __init__(self, *args: Any, neutral: Iterator[dict[str, Tensor]] | None, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.neutral = neutral
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **options: Any) -> Any:
+        loss = super().compute_loss(model, inputs, *args, **options)
+        if self.neutral is None:
+            return loss
+        batch = next(self.neutral)
+        at = batch.pop("labels")[:, 1:] != IGNORED
+        adapted: PeftModel = self.accelerator.unwrap_model(model)
+        with torch.no_grad(), adapted.disable_adapter():
+            base = model(**batch).logits[:, :-1][at].log_softmax(-1)
+        mine = model(**batch).logits[:, :-1][at].log_softmax(-1)
+        return loss + KL_WEIGHT * (base.exp() * (base - mine)).sum(-1).mean()
+
+
+def _batches(base: BaseModel, neutral: Sequence[EncodedRecord], size: int) -> Iterator[dict[str, Tensor]]:
+    """Neutral material again and again, so many at a time."""
+    collate, rows = _collator(base), [_labelled(record) for record in neutral]
+    for start in cycle(range(0, len(rows), size)):
+        batch = collate(rows[start : start + size])
+        yield {name: tensor.to(base.device) for name, tensor in batch.items()}
 
 
 class _UntilExact(TrainerCallback):

@@ -29,6 +29,10 @@ class Effect:
     """KL(first ‖ second) of the predictions, nats."""
     changed: Tensor
     """Bool: whether the most probable token is another one."""
+    hit_before: Tensor
+    """Bool: whether the first model's most probable token is the one that comes."""
+    hit_after: Tensor
+    """The same of the second."""
 
 
 def windows(ids: Sequence[int], width: int, start: int | None) -> list[Passage]:
@@ -60,8 +64,7 @@ def effect(passages: Sequence[Passage], first: Sequence[Tensor], second: Sequenc
         _compare(torch.tensor(passage.ids[passage.first :]), one.double(), other.double())
         for passage, one, other in zip(passages, first, second, strict=True)
     ]
-    before, after, divergence, changed = (torch.cat(column) for column in zip(*parts, strict=True))
-    return Effect(before, after, divergence, changed)
+    return Effect(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
 def identical(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
@@ -69,11 +72,14 @@ def identical(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
     return len(first) == len(second) and all(map(torch.equal, first, second))
 
 
-def _compare(targets: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _compare(targets: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, ...]:
     one, other = first.log_softmax(-1), second.log_softmax(-1)
+    likeliest, then = first.argmax(-1), second.argmax(-1)
     return (
         cross_entropy(first, targets, reduction="none"),
         cross_entropy(second, targets, reduction="none"),
         (one.exp() * (one - other)).sum(-1).clamp(min=0),  # rounding can leave -1e-17
-        first.argmax(-1) != second.argmax(-1),
+        likeliest != then,
+        likeliest == targets,
+        then == targets,
     )

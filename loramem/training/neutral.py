@@ -8,6 +8,7 @@ is 2.3 kB for a width of 576. What does not depend on the records is kept in the
 import hashlib
 import json
 import logging
+import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
@@ -164,6 +165,23 @@ def material(
         refusals,
         refused,
     )
+
+
+def sequences(base: BaseModel, records: Sequence[Record], keep: KeepBase, seed: int) -> list[EncodedRecord]:
+    """Neutral material as token ids, in an order that looks random: for a loop that trains through the whole model."""
+    asked = neutral_text.questions(keep.questions, seed)
+    keys = neutral_text.unknown_keys(neutral_text.keys_of(records), keep.questions, seed, held_out=False)
+    found = [
+        *_passages(base, keep.text_tokens, "", held_out=False),
+        *_answers(base, _prompts(base, asked), ANSWER_TOKENS),
+        *_answers(base, _prompts(base, keys), KEY_ANSWER_TOKENS),
+    ]
+    return random.Random(seed).sample(found, len(found))
+
+
+def held_out_passages(base: BaseModel, tokens: int) -> list[EncodedRecord]:
+    """Windows of text that is never trained on."""
+    return _passages(base, tokens, "", held_out=True)
 
 
 def _refusals(base: BaseModel, prompts: Sequence[tuple[int, ...]], answer: str) -> tuple[EncodedRecord, ...]:
