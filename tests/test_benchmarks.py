@@ -17,6 +17,7 @@ from loramem.planning.runs import append_run, read_runs, shipped_file
 from loramem.suites import runner
 
 from .benchmarks import (
+    contexts,
     density,
     eight_bits,
     endpoint_load,
@@ -26,6 +27,7 @@ from .benchmarks import (
     llama_cpp,
     parent_model,
     rounding,
+    same_answers,
     shard_size,
     store_growth,
     store_size,
@@ -163,6 +165,30 @@ def test_rounding_is_measured_in_each_way_of_decoding(base: Path, capsys: pytest
     moved = [line for line in capsys.readouterr().out.splitlines() if "moved by" in line]
     assert [line.partition(":")[0] for line in moved] == ["one pass", "decoded in a batch", "decoded alone"]
     assert all(0 < float(line.split("moved by ")[1].split()[0]) < 1 for line in moved)
+
+
+def test_chats_are_asked_that_were_trained_and_others_and_no_cell_twice(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "contexts.jsonl"
+    asked = [str(base), "--records", "2", "--chats", "2", "--routed", "--out", str(out)]
+    contexts.main(asked)
+    contexts.main(asked)
+    (line,) = map(json.loads, out.read_text().splitlines())
+    assert (line["alone"], line["in_trained_chats"], len(line["in_untrained_chats"])) == (2, [2, 2], 4)
+    assert len(line["in_other_chats"]) == 6 and line["kept"] == []
+    assert json.loads(capsys.readouterr().out) == line
+
+
+def test_answers_are_compared_after_a_rounding_of_the_base(
+    base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert same_answers.first_difference([1, 2, 3], [1, 2]) == 3
+    assert same_answers.first_difference([1, 2, 3], [1, 4, 3]) == 1
+    monkeypatch.setattr("sys.argv", ["same_answers", str(base)])
+    monkeypatch.setattr(same_answers, "held_out_questions", lambda: ["a", "b", "c"])
+    same_answers.main()
+    assert "float32, together and alone: 3 of 3 answers are the same" in capsys.readouterr().out
 
 
 def test_a_smaller_shard_makes_more_adapters_in_the_table(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,6 @@
 """Values given in chats: trained ones and others, by adapters that were written with and without the trained ones.
 
-python -m tests.benchmarks.contexts [MODEL] [--records 40] [--chats 3] [--out FILE]
+python -m tests.benchmarks.contexts [MODEL] [--records 40] [--chats 0 3] [--routed] [--out docs/results/contexts.jsonl]
 """
 
 import argparse
@@ -18,6 +18,7 @@ from loramem.planning.samples import generate
 from loramem.records.contexts import Context, prompts_in
 from loramem.records.record import Record
 from loramem.training.neutral_text import other_contexts
+from loramem.training.settings import KeepBase
 
 TURNS = (
     ("user", "Good morning. I need some numbers."),
@@ -38,6 +39,9 @@ TRAINED: tuple[Context, ...] = (
 )
 
 
+CELL = ("model", "records", "chats", "keep_base")
+
+
 def given(store: MemoryStore, records: Sequence[Record], context: Context) -> int:
     """How many values come back in a chat, from the adapter as saved, active for everything."""
     model, _ = store.load(records[0].key)
@@ -46,7 +50,9 @@ def given(store: MemoryStore, records: Sequence[Record], context: Context) -> in
     return sum(tokenizer.decode(row) == record.value for row, record in zip(rows, records, strict=True))
 
 
-def written(model: str, records: Sequence[Record], contexts: Sequence[Context], *, keep: bool) -> Mapping[str, Any]:
+def written(
+    model: str, records: Sequence[Record], contexts: Sequence[Context], keep: KeepBase | None
+) -> Mapping[str, Any]:
     """One write, and what its adapter gives."""
     chats = [[{"role": role, "content": text} for role, text in context] for context in contexts]
     with TemporaryDirectory() as scratch, MemoryStore(Path(scratch) / "memory", model) as store:
@@ -61,7 +67,8 @@ def written(model: str, records: Sequence[Record], contexts: Sequence[Context], 
             "model": Path(model).name,
             "records": len(records),
             "chats": len(contexts),
-            "keep_base": keep,
+            "keep_base": keep is not None,
+            "unknown_keys": None if keep is None else keep.unknown_keys,
             "alone": given(store, records, ()),
             "in_trained_chats": trained,
             "in_untrained_chats": untrained,
@@ -75,17 +82,27 @@ def written(model: str, records: Sequence[Record], contexts: Sequence[Context], 
         }
 
 
-def main() -> None:
+def known(out: Path | None) -> list[tuple[Any, ...]]:
+    """Cells that the results file has."""
+    lines = out.read_text().splitlines() if out is not None and out.exists() else []
+    return [tuple(json.loads(line)[name] for name in CELL) for line in lines]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", nargs="?", default="loramem-tiny")
     parser.add_argument("--records", type=int, default=40)
     parser.add_argument("--chats", type=int, nargs="+", default=[0, 3])
     parser.add_argument("--routed", action="store_true", help="Adapters that do not keep the base.")
+    parser.add_argument("--unknown-keys", type=int, default=KeepBase().unknown_keys, help="See `KeepBase`.")
     parser.add_argument("--out", type=Path)
-    asked = parser.parse_args()
+    asked = parser.parse_args(arguments)
     records = generate("phonebook", asked.records, 0)
     for chats in asked.chats:
-        line = json.dumps(written(asked.model, records, TRAINED[:chats], keep=not asked.routed))
+        if (Path(asked.model).name, asked.records, chats, not asked.routed) in known(asked.out):
+            continue
+        keep = None if asked.routed else KeepBase(unknown_keys=asked.unknown_keys)
+        line = json.dumps(written(asked.model, records, TRAINED[:chats], keep))
         print(line)
         if asked.out is not None:
             with asked.out.open("a") as lines:
