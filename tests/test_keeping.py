@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from difflib import get_close_matches
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,7 @@ from loramem.models.ending import Ending
 from loramem.models.features import collect
 from loramem.models.neurons import LastMlp
 from loramem.models.placement import Placement
+from loramem.planning.samples import generate
 from loramem.records.contexts import as_contexts, prompts_in
 from loramem.records.prompts import encode_records
 from loramem.records.record import as_records
@@ -502,6 +504,16 @@ def test_the_command_takes_a_refusal(base: Path, tmp_path: Path, monkeypatch: py
     capsys.readouterr()
     assert run([*arguments, "--keep-base"]) == 0
     assert "unknown keys" in capsys.readouterr().out.split("refused")[1]
+
+
+def test_half_of_the_unknown_keys_to_set_gates_against_are_misspelt() -> None:
+    keys = [record.key for record in generate("phonebook", 60, 0)]
+
+    def near(*, held_out: bool) -> float:
+        unknown = neutral_text.unknown_keys(keys, 200, 0, held_out=held_out)
+        return sum(bool(get_close_matches(key, keys, 1, 0.9)) for key in unknown) / len(unknown)
+
+    assert near(held_out=False) > 0.4 > 0.3 > near(held_out=True)
 
 
 # Chats
