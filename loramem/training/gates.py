@@ -19,7 +19,7 @@ from torch import Tensor
 
 DAMPING = 1e-2
 """Of second moments, as a share of the mean variance about their mean."""
-NEAR, ASIDE, BEYOND, LOOKS = 0.1, 8.0, 4.0, 3
+NEAR, ASIDE, BEYOND, LOOKS = 3e-2, 8.0, 4.0, 3
 """Weight of a position that is looked at by itself, beside 1 of all in the mean; where a row has to be below at these,
 and by how much more it is pulled; how often they are looked for. Measured: docs/keeping.md."""
 INSIDE, STEPS = 5.0, 20
