@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from loramem.errors import DoesNotFit
 from loramem.models.shard_sizes import FILL, Size, cut
+from loramem.planning.filling import rank_that_carries
 from loramem.planning.limits import GOALS, RankLimits
 from loramem.planning.plan import Plan, PlanInputs, Price, plan_groups, plan_write
 from loramem.planning.visits import Pace
@@ -441,6 +442,43 @@ def test_a_rank_that_is_not_among_the_choices_is_refused() -> None:
 def test_an_unknown_goal_is_refused() -> None:
     with pytest.raises(ValueError, match="fast, small"):
         plan([5], goal="huge")
+
+
+# --- few parameters
+
+LINEAR = dataclasses.replace(KNOWN, parameters_per_rank=960, matrices=2)  # a single module
+
+
+def test_adapters_for_few_parameters_are_as_full_as_their_rank_carries() -> None:
+    # The law needs rank 3. A token is one of 72.7, 6.18 bits; at 1.1 bits per parameter, with 2 % to spare, a rank
+    # carries 167.4 tokens: 15.2 records of eleven tokens, 45 at rank 3.
+    vocabulary = vocabulary_for(1.5)
+
+    def chosen(records: int, **options: object) -> list[tuple[int, int]]:
+        shards = plan([10] * records, 1.0, LINEAR, vocabulary, goal="small", **options).shards
+        return [(shard.records, shard.rank) for shard in shards]
+
+    assert chosen(10) == [(10, 3)]
+    assert chosen(45) == [(45, 3)]
+    assert chosen(60) == [(60, 4)]  # two of thirty would take 2 · 3 ranks
+    assert chosen(90) == [(45, 3), (45, 3)]  # as many parameters as one of rank 6, in fewer steps
+    assert chosen(450) == [(45, 3)] * 10
+    assert chosen(60, limits=RankLimits(3)) == [(30, 3), (30, 3)]
+    assert chosen(90, limits=RankLimits(choices=(8, 16))) == [(90, 8)]
+    assert chosen(60, rank=3) == [(60, 3)]
+
+
+def test_what_a_rank_carries_is_no_matter_of_speed_nor_of_several_modules() -> None:
+    vocabulary, lengths = vocabulary_for(1.5), [10] * 90
+    several = dataclasses.replace(LINEAR, matrices=6)
+    assert {shard.rank for shard in plan(lengths, 1.0, several, vocabulary, goal="small").shards} == {3}
+    assert len(plan(lengths, 1.0, LINEAR, vocabulary).shards) == 1
+
+
+def test_a_rank_with_room_carries_less() -> None:
+    roomy, vocabulary = dataclasses.replace(LINEAR, room=1.6), vocabulary_for(1.5)
+    shards = plan([10] * 90, 1.0, roomy, vocabulary, goal="small").shards
+    assert all(shard.rank >= 1.6 * rank_that_carries(11 * shard.records, vocabulary, roomy.size) for shard in shards)
 
 
 # --- one adapter

@@ -170,6 +170,24 @@ def test_the_rank_grows_in_place_when_progress_stops(loaded: BaseModel, monkeypa
     )
 
 
+@pytest.mark.parametrize(("left", "creeps"), [(74, False), (76, True), (9, False)])
+def test_many_open_tokens_of_which_hardly_any_are_closed_ask_for_more_rank(
+    loaded: BaseModel, left: int, creeps: bool
+) -> None:
+    adapted = AdaptedModel(loaded)
+    adapted.create("new", 1, Placement.ladder(loaded.model)[0], 0)
+    features = collect(loaded.model, encode(loaded, numbers(2)))
+    run = feature_writer.FeatureRun(adapted, "new", [features], 2, 1, WriterSettings(), None, 0.0, (), 1.0)
+    run.step, run.best = 20, replace(run.best, tokens=min(100, left + 1))
+    run.earlier = replace(run.best, tokens=100 if left > 9 else 10, step=20)
+    run.best = replace(run.best, tokens=left)
+    run.step += feature_writer.IDLE_STEPS - 1
+    assert not run.creeps(few=10)  # it is not looked at yet
+    run.step += 1
+    assert run.creeps(few=10) == creeps
+    assert not run.creeps(few=10)
+
+
 def test_attaching_after_growth_keeps_the_function(loaded: BaseModel) -> None:
     """New rows of A are drawn again in whitened coordinates; with B zero beside them they change nothing."""
     records = encode(loaded, numbers(3))

@@ -1,5 +1,6 @@
 """What a write may ask of its plan: a goal, a first rank, and the ranks that adapters may have. No torch."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -25,7 +26,7 @@ class Goal:
 
 GOALS: Mapping[GoalName, Goal] = {
     "fast": Goal(probability=0.95, times=2.0, density=0.08),
-    "small": Goal(probability=0.5, times=1.0, density=1.0),
+    "small": Goal(probability=0.3, times=1.0, density=1.0),
 }
 
 
@@ -62,6 +63,11 @@ class RankLimits:
 
 
 ANY_RANK = RankLimits()
+
+
+def whole_rank(rank: float) -> int:
+    """Rounded up, but for what floats leave behind."""
+    return math.ceil(rank - 1e-9)
 
 
 def check_request(goal: GoalName, rank: int | None, limits: RankLimits = ANY_RANK) -> None:

@@ -7,8 +7,8 @@ Three ranks stand side by side for every adapter:
 2. law: where as many different random tokens end at a mean loss of 0.69 nats, the lowest that the memory law is about,
    with an interval (`loramem.planning.rank_law`);
 3. what is used: for the goal "small" the least rank at which the success boundary expects every token to be certified
-   as often as not; for "fast" more, since a write with rank to spare takes fewer steps (docs/law.md). Where no law is
-   known the values' cost at a constant density.
+   as often as not, and that carries as many tokens (`loramem.planning.filling`); for "fast" more, since a write with
+   rank to spare takes fewer steps (docs/law.md). Where no law is known the values' cost at a constant density.
 
 A wrong rank costs time, not correctness: the writer raises it when progress stops. What no rank allowed can hold at
 3.6 bits per parameter (arXiv 2505.24832) is refused.
@@ -22,7 +22,8 @@ from typing import Any
 
 from loramem.errors import DoesNotFit
 from loramem.models.shard_sizes import Size, cut
-from loramem.planning.limits import ANY_RANK, GOALS, GoalName, RankLimits, check_request
+from loramem.planning.filling import SCATTER, fullest, rank_that_carries
+from loramem.planning.limits import ANY_RANK, GOALS, GoalName, RankLimits, check_request, whole_rank
 from loramem.planning.rank_law import LawRank, RankLaw
 from loramem.planning.success import SuccessBoundary, crowded
 from loramem.planning.visits import Pace
@@ -168,6 +169,7 @@ def plan_write(
 ) -> Plan:
     """Cut records into shards of nearly equal size, in order, and choose each one's first rank.
 
+    For "small" a shard has as many records as its rank carries, at the rank with which all take the fewest parameters.
     Where a shard would need a higher rank than is allowed there are more and smaller ones, as long as they need less.
 
     Args:
@@ -186,12 +188,19 @@ def plan_write(
     if one_adapter:
         return _one_adapter(lengths, price, inputs, goal, rank, limits)
     least, tokens, best = 1, [length + 1 for length in lengths], math.inf
-    holds = MOST_BITS * inputs.parameters_per_rank * limits.most
+    holds, most = MOST_BITS * inputs.parameters_per_rank * limits.most, inputs.size.shard_tokens()
+    if goal == "small" and rank is None and inputs.law is not None:
+        alike = [price(first, last) for first, last in cut(tokens, most)]
+        answers = sum(lengths) / max(sum(tokens), 1)
+        most = fullest(tokens, partial(_first_of, alike, answers, inputs), most, limits)
     while True:
-        cuts = cut(tokens, inputs.size.shard_tokens(), least)
+        cuts = cut(tokens, most, least)
         parts = [price(first, last) for first, last in cuts]
         needs = [
-            _needed(part, sum(lengths[first:last]), inputs, goal, rank)
+            max(
+                _needed(part, sum(lengths[first:last]), inputs, goal, rank),
+                _carrying(part, sum(tokens[first:last]), inputs, goal, rank),
+            )
             for part, (first, last) in zip(parts, cuts, strict=True)
         ]
         several = [(need, part) for need, part, (a, b) in zip(needs, parts, cuts, strict=True) if b - a > 1]
@@ -255,13 +264,21 @@ def _one_adapter(
     if not lengths:
         return plan
     whole, length = price(0, len(lengths)), sum(lengths)
+    tokens = length + len(lengths)
     # What is known of writes is known of the first placement alone.
     placements = [
         inputs,
         *(PlanInputs(size.parameters_per_rank, size.matrices, kind=inputs.kind) for size in inputs.above),
     ]
-    tried = [(rung, there, _needed(whole, length, there, goal, rank)) for rung, there in enumerate(placements)]
-    fitting = [each for each in tried if each[1].size.carries(length + len(lengths)) and each[2] <= limits.most]
+    tried = [
+        (
+            rung,
+            there,
+            max(_needed(whole, length, there, goal, rank), _carrying(whole, tokens, there, goal, rank)),
+        )
+        for rung, there in enumerate(placements)
+    ]
+    fitting = [each for each in tried if each[1].size.carries(tokens) and each[2] <= limits.most]
     rung, there, needed = [*fitting, tried[-1]][0]
     shard = replace(_shard(0, len(lengths), length, whole, needed, there, goal, rank, limits), rung=rung)
     return replace(plan, shards=(shard,), calibrated=there.calibrated, warnings=_warnings([shard], there))
@@ -281,6 +298,24 @@ def _needed(price: Price, tokens: int, inputs: PlanInputs, goal: GoalName, rank:
     return price.cost_bits / (GOALS["small"].density * inputs.parameters_per_rank)
 
 
+def _carrying(price: Price, tokens: int, inputs: PlanInputs, goal: GoalName, rank: int | None) -> float:
+    """The least rank that carries so many answer and end tokens, where few parameters are asked for and it is known."""
+    if goal != "small" or rank is not None or inputs.law is None:
+        return 0.0
+    return rank_that_carries(tokens, price.vocabulary, inputs.size)
+
+
+def _first_of(alike: Sequence[Price], answers: float, inputs: PlanInputs, tokens: int) -> float:
+    """For few parameters, the rank of a shard of so many answer and end tokens that are as various as these.
+
+    Args:
+        answers: Share of answer tokens.
+    """
+    part = max(alike, key=lambda part: part.vocabulary)
+    carrying = SCATTER * _carrying(part, tokens, inputs, "small", None)
+    return inputs.room * max(_needed(part, max(1, round(answers * tokens)), inputs, "small", None), carrying)
+
+
 def _first_rank(price: Price, needed: float, inputs: PlanInputs, goal: GoalName) -> int:
     """The needed one and what a goal spares beside it.
 
@@ -291,12 +326,7 @@ def _first_rank(price: Price, needed: float, inputs: PlanInputs, goal: GoalName)
         wanted = inputs.room * aim.times * needed
     else:
         wanted = inputs.room * price.cost_bits / (aim.density * inputs.parameters_per_rank)
-    return max(_whole(needed), min(_whole(wanted), int(inputs.size.width / 2)), 1)
-
-
-def _whole(rank: float) -> int:
-    """Rounded up, but for what floats leave behind."""
-    return math.ceil(rank - 1e-9)
+    return max(whole_rank(needed), min(whole_rank(wanted), int(inputs.size.width / 2)), 1)
 
 
 def _shard(

@@ -14,7 +14,7 @@ import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -62,6 +62,9 @@ tokens of small bases between the two, which they come near ever more slowly."""
 IDLE_DECAY, IDLE_STEPS = 40, 160
 """Steps without progress after which the rate is halved, and after which the rank grows."""
 MIN_DECAY = 1 / 16
+CREEPING = 0.75
+"""The rank grows as well where of more than a few open tokens more than this share are left after `IDLE_STEPS` more: it
+would go on for a thousand steps, and fail (docs/engine.md)."""
 
 
 def train_on_features(
@@ -111,7 +114,7 @@ def train_on_features(
         known=0 if begin_at is None else rank,
     )
     for next_rank in [*rank_choices(rank, settings.max_rank)[1:], None]:
-        if run.until_certified_or_stalled() or next_rank is None:
+        if run.until_certified_or_stalled(patient=next_rank is None) or next_rank is None:
             break
         log.info("no progress at rank %d with %d tokens left; growing to %d", run.rank, run.open, next_rank)
         adapted.grow(name, next_rank, placement, settings.seed + next_rank)
@@ -233,6 +236,8 @@ class FeatureRun:
             site.a.grad = site.b.grad = None
         self.optimizer = WhitenedAdam(self.sites, self.rate, self.rounded_to)
         self.best, self.decay = _Best(step=self.step, fewer=self.step), 1.0
+        self.earlier = self.best
+        """The best at the last multiple of `IDLE_STEPS`."""
         self.remember()
 
     def remember(self) -> None:
@@ -247,9 +252,13 @@ class FeatureRun:
         owners = self.features[0].owners
         return tuple(owners[self.lowest < self.settings.certify_threshold].unique().tolist())
 
-    def until_certified_or_stalled(self) -> bool:
+    def until_certified_or_stalled(self, *, patient: bool = True) -> bool:
         """True when every token is certified over the whole vocabulary in every dtype, most with something to spare;
-        False when progress stopped before."""
+        False when progress stopped before.
+
+        Args:
+            patient: Even the slowest progress goes on: there is no more rank to grow to.
+        """
         looked, few = self.step, FEW * len(self.targets)
         while self.step - self.best.step < IDLE_STEPS:
             open_tokens, open_loss, loss = self.train_step()
@@ -268,7 +277,17 @@ class FeatureRun:
             if passed:
                 return True
             self.note_progress(open_tokens, open_loss)
+            if not patient and self.creeps(few):
+                break
         return self.certified()
+
+    def creeps(self, few: float) -> bool:
+        """Whether hardly any of many open tokens were closed in the last `IDLE_STEPS`; those of one long answer stay
+        open until the window comes to them."""
+        if self.step < self.earlier.step + IDLE_STEPS or self.sliding:
+            return False
+        before, self.earlier = self.earlier.tokens, replace(self.best, step=self.step)
+        return self.best.tokens > few and self.best.tokens > CREEPING * before
 
     def certified(self) -> bool:
         """Whether every token is, by a look at all of them."""
