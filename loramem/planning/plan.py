@@ -189,7 +189,7 @@ def plan_write(
         return _one_adapter(lengths, price, inputs, goal, rank, limits)
     least, tokens, best = 1, [length + 1 for length in lengths], math.inf
     holds, most = MOST_BITS * inputs.parameters_per_rank * limits.most, inputs.size.shard_tokens()
-    if goal == "small" and rank is None and inputs.law is not None:
+    if goal == "small" and rank is None and inputs.law is not None and inputs.matrices == 2:
         alike = [price(first, last) for first, last in cut(tokens, most)]
         answers = sum(lengths) / max(sum(tokens), 1)
         most = fullest(tokens, partial(_first_of, alike, answers, inputs), most, limits)
