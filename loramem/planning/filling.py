@@ -44,5 +44,5 @@ def fullest(tokens: Sequence[int], needed: Callable[[int], float], most: int, li
         return most
     sizes, reach = range(1, most + 1), whole_rank(needed(most))
     ranks = sorted({limits.at_least(rank) for rank in range(whole_rank(needed(1)) or 1, max(reach, 1) + 1)})
-    filled = {rank: max(1, bisect_right(sizes, rank, key=needed)) for rank in ranks}
+    filled = {rank: max(1, bisect_right(sizes, float(rank), key=needed)) for rank in ranks}
     return filled[min(ranks, key=lambda rank: rank * len(cut(tokens, filled[rank])))]
