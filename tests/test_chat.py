@@ -307,7 +307,7 @@ def test_a_published_store_is_recalled_with_its_keys_and_without(
 def test_a_forged_prompt_is_refused(
     store: MemoryStore, base: Path, hub: HubServer, tmp_path: Path, ids: list[int] | None
 ) -> None:
-    from loramem.index.rows import prompt_digest
+    from loramem.records.prompts import prompt_digest
 
     store.push("me/told", include_keys=True)
     files = {path: content for path, content in hub.files("me/told").items() if path != ".gitattributes"}

@@ -11,6 +11,7 @@ from loramem_cli.main import run
 from loramem import MemoryStore
 from loramem.index.commits import commit_records
 from loramem.index.rows import StoredRecord, stored_record
+from loramem.records.prompts import prompt_digest
 from loramem.records.record import Record
 from loramem.results import Recall
 
@@ -88,7 +89,12 @@ def many(store: MemoryStore, monkeypatch: pytest.MonkeyPatch) -> MemoryStore:
     monkeypatch.setattr("loramem.index.temporary_table.WINDOW_RECORDS", WINDOW)
     rows = [
         stored_record(
-            Record(f"{n}", "0", "many"), [n], n * 7 % 13, f"{n // EACH * 5 % ADAPTERS:032}", 0.9, keep_value=True
+            Record(f"{n}", "0", "many"),
+            prompt_digest([n]),
+            n * 7 % 13,
+            f"{n // EACH * 5 % ADAPTERS:032}",
+            0.9,
+            keep_value=True,
         )
         for n in range(ADAPTERS * EACH)
     ]

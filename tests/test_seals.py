@@ -20,6 +20,7 @@ from loramem.index.index import Index
 from loramem.index.migrations import MIGRATIONS, reseal
 from loramem.index.rows import DISCARDED, stored_record
 from loramem.index.seals import SEALED, TOGETHER, Sealed, is_sealed
+from loramem.records.prompts import prompt_digest
 
 from .conftest import ROOT
 from .damage import damage_row, reported
@@ -235,7 +236,10 @@ def test_the_journal_of_a_write_may_be_larger_than_a_value_of_sqlite(tmp_path: P
 
 def test_many_rows_are_put_found_and_replaced_together(tmp_path: Path) -> None:
     records = [Record(f"key {n}", "1", "ab"[n % 2]) for n in range(2 * TOGETHER + 1)]
-    rows = [stored_record(record, [n], 1, "adapter", 0.9, keep_value=True) for n, record in enumerate(records)]
+    rows = [
+        stored_record(record, prompt_digest([n]), 1, "adapter", 0.9, keep_value=True)
+        for n, record in enumerate(records)
+    ]
     with closing(Index(tmp_path / "index.db")) as index:
         index.migrate()
         for some in (rows, rows[::3]):  # the second time in the place of others

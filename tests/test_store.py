@@ -19,6 +19,7 @@ from loramem.index.index import CLOSE_KEYS, Index
 from loramem.index.rows import record_row, stored_record
 from loramem.planning.limits import RankLimits
 from loramem.planning.plan import Plan
+from loramem.records.prompts import prompt_digest
 from loramem.store import write
 from loramem.store.planner import Planner
 
@@ -67,7 +68,7 @@ def test_of_many_keys_difflib_sees_few(tmp_path: Path, monkeypatch: pytest.Monke
     index = Index(tmp_path / "index.db")
     index.migrate()
     records = (
-        stored_record(Record(f"some key number {number}:", "1"), [number], 1, "ad", 0.9, keep_value=True)
+        stored_record(Record(f"some key number {number}:", "1"), prompt_digest([number]), 1, "ad", 0.9, keep_value=True)
         for number in range(10_000)
     )
     with index.change() as change:

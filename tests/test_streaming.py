@@ -12,6 +12,7 @@ from loramem.errors import StoreError
 from loramem.index.commits import commit_records
 from loramem.index.rows import StoredRecord, stored_record
 from loramem.index.temporary_table import TemporaryTable
+from loramem.records.prompts import prompt_digest
 from loramem.records.record import Record
 from loramem.results import Recall
 
@@ -52,7 +53,9 @@ def held() -> int:
 def fill(store: MemoryStore) -> None:
     """Rows of many more records, which no adapter's file holds."""
     many = (Record(f"many {n}", "0") for n in range(ADAPTERS * EACH))
-    rows = (stored_record(r, [n], 1, f"{n % ADAPTERS:032}", 0.9, keep_value=True) for n, r in enumerate(many))
+    rows = (
+        stored_record(r, prompt_digest([n]), 1, f"{n % ADAPTERS:032}", 0.9, keep_value=True) for n, r in enumerate(many)
+    )
     commit_records(store._index, rows)
 
 
@@ -105,7 +108,9 @@ def test_all_values_are_of_the_state_at_the_first(store: MemoryStore) -> None:
 
 def test_rows_are_set_aside_without_their_values_each_adapters_together() -> None:
     def row(key: str, value: str, adapter: str) -> StoredRecord:
-        return stored_record(Record(key, value, metadata={"é": [1]}), [1], len(value), adapter, 0.75, keep_value=True)
+        return stored_record(
+            Record(key, value, metadata={"é": [1]}), prompt_digest([1]), len(value), adapter, 0.75, keep_value=True
+        )
 
     records = [row("a", "long", "2"), row("b", "x", "1"), row("c", "y", "2"), row("a", "long", "2")]
     with TemporaryTable() as table:
@@ -122,7 +127,10 @@ def test_a_full_temporary_folder_is_a_store_error(store: MemoryStore) -> None:
     with TemporaryTable() as table:
         table._db.execute("pragma max_page_count = 3")
         with pytest.raises(StoreError, match="SQLITE_TMPDIR"):
-            table.add(stored_record(Record(f"{n}", "0"), [n], 1, "a", 0.9, keep_value=False) for n in range(9999))
+            table.add(
+                stored_record(Record(f"{n}", "0"), prompt_digest([n]), 1, "a", 0.9, keep_value=False)
+                for n in range(9999)
+            )
 
 
 def test_an_unknown_key_among_many_is_told_before_anything_is_decoded(store: MemoryStore) -> None:

@@ -21,10 +21,10 @@ from pydantic import (
     model_validator,
 )
 
-from loramem.index.rows import prompt_digest
 from loramem.models.dtypes import Dtype
 from loramem.planning.limits import GoalName
 from loramem.records.contexts import saved_contexts
+from loramem.records.prompts import prompt_digest
 from loramem.store.manifest import Manifest
 from loramem.training.settings import RETIRED, RETIRED_KEEPING, KeepBase, WriterSettings
 

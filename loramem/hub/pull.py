@@ -29,7 +29,7 @@ from loramem.hub.publication import (
 from loramem.index.commits import commit_publication, commit_records, seal_index
 from loramem.index.index import NAME as INDEX
 from loramem.index.index import Index
-from loramem.index.rows import StoredAdapter, StoredRecord, prompt_digest
+from loramem.index.rows import StoredAdapter, StoredRecord
 from loramem.models.adapter_header import WEIGHTS
 from loramem.records.record import Record
 from loramem.store.manifest import Manifest
@@ -204,7 +204,7 @@ def _admit(fetched: Fetched, session: Session, verify: bool, progress: Callable[
     """Check every adapter, and with ``verify`` what it says and answers on the base model here."""
     from loramem.hub.admission import inspect_adapter, placement_of
     from loramem.models.placement import tensor_shapes
-    from loramem.records.prompts import decode_answer
+    from loramem.records.prompts import decode_answer, prompt_digest
     from loramem.store.certificates import check_certificates
 
     for adapter in fetched.publication.adapters:

@@ -8,6 +8,7 @@ readers that began before.
 
 from collections.abc import Iterable, Mapping, Sequence
 
+from loramem.errors import IntegrityError
 from loramem.index.index import Index
 from loramem.index.rows import (
     COMMITTED,
@@ -61,7 +62,7 @@ def commit_write(
     with index.change() as change:
         added = _add_adapters(change, adapters)
         left = _end(index, change, {**replaced, **others})
-        change.put_all("records", map(record_row, records))
+        change.add_all("records", map(record_row, records))  # those with the same keys have just ended
         _end_write(index, change, write_id, COMMITTED)
         _note_outcomes(index, learnt)
         _retire(change, added | left)
@@ -197,8 +198,10 @@ def _end_write(index: Index, change: Change, write_id: int, state: str) -> None:
 
 def _forget_torn_write(index: Index, change: Change) -> None:
     """A journal that lost records cannot be resumed, and records of no write are nobody's."""
-    torn = "count != (select count(*) from journal where write = writes.id)"
-    change.remove("writes", f"state = ? and {torn}", [PENDING])
+    try:
+        index.pending_write()
+    except IntegrityError:
+        change.remove("writes", "state = ?", [PENDING])
     change.remove("journal", "write not in (select id from writes where state = ?)", [PENDING])
 
 

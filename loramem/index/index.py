@@ -6,13 +6,14 @@ Only reading and the journal are here; `loramem.index.commits` holds what change
 import difflib
 import heapq
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from loramem.errors import IntegrityError
+from loramem.index.journal import journal_rows, journalled_in
 from loramem.index.rows import (
     PENDING,
     RENAMED,
@@ -31,7 +32,7 @@ from loramem.index.rows import (
 from loramem.index.sealed_database import SealedDatabase
 from loramem.index.seals import is_sealed, select_keys
 from loramem.records.outcome import Outcome
-from loramem.records.record import Record, journal_fields, journalled
+from loramem.records.record import Record
 
 NAME = "index.db"
 CLOSE_KEYS = 20_000
@@ -321,18 +322,13 @@ class Index(SealedDatabase):
 
     # The journal
 
-    def begin_write(self, records: Iterable[Record], request: Mapping[str, Any]) -> int:
+    def begin_write(self, records: Collection[Record], request: Mapping[str, Any]) -> int:
         """Journal a write durably before training starts; returns its id."""
         with self.change() as change:
             write = self.next_id("writes")
-            count = change.put_all(
-                "journal",
-                (
-                    {"write": write, "number": number, "record": json.dumps(journal_fields(record))}
-                    for number, record in enumerate(records)
-                ),
-            )
-            row = {"id": write, "state": PENDING, "started_at": now(), "ended_at": None, "count": count}
+            change.remove("journal", "write = ?", [write])  # of a write whose row was lost
+            change.add_all("journal", journal_rows(write, records))
+            row = {"id": write, "state": PENDING, "started_at": now(), "ended_at": None, "count": len(records)}
             change.put("writes", {**row, "request": json.dumps(request)})
         return write
 
@@ -344,7 +340,7 @@ class Index(SealedDatabase):
         """
         for row in self.db.table("writes").rows_where(_PENDING, order_by="id"):
             kept = self.db.table("journal").rows_where("write = ?", [row["id"]], order_by="number")
-            records = [journalled(json.loads(each["record"])) for each in kept if is_sealed("journal", each)]
+            records = [record for each in kept if is_sealed("journal", each) for record in journalled_in(each)]
             if not is_sealed("writes", row) or len(records) != row["count"]:
                 raise IntegrityError(
                     f"{self.path}: the journal of write {row['id']} is damaged. Run loramem repair, which forgets it.",

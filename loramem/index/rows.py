@@ -3,7 +3,7 @@
 import hashlib
 import json
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
@@ -13,6 +13,7 @@ from loramem.records.record import Record
 
 PENDING, COMMITTED, FAILED, DISCARDED = "pending", "committed", "failed", "discarded"
 REPLACED, DELETED, RENAMED = "replaced", "deleted", "renamed"
+_sorted_json = json.JSONEncoder(sort_keys=True).encode  # made once: `json.dumps` makes one a call
 
 
 @dataclass(frozen=True)
@@ -137,15 +138,20 @@ def hidden_names(key_salt: str, namespace: str, key: str) -> tuple[str, str]:
 
 def stored_record(
     record: Record,
-    prompt_ids: Sequence[int],
+    prompt_sha256: str,
     answer_tokens: int,
     adapter: str,
     min_prob: float,
     *,
     keep_value: bool,
     prompt: Mapping[str, Any] | None = None,
+    written_at: str | None = None,
 ) -> StoredRecord:
-    """The index row of a record that has just been proved."""
+    """The index row of a record that has just been proved.
+
+    Args:
+        written_at: Now unless given.
+    """
     salt = secrets.token_hex(16)
     return StoredRecord(
         namespace=record.namespace,
@@ -154,18 +160,14 @@ def stored_record(
         salt=salt,
         digest=digest_of(salt, record.namespace, record.key, record.value),
         metadata=dict(record.metadata),
-        prompt_sha256=prompt_digest(prompt_ids),
+        prompt_sha256=prompt_sha256,
         answer_tokens=answer_tokens,
         adapter=adapter,
         min_prob=min_prob,
-        written_at=now(),
+        written_at=written_at or now(),
         prompt=None if prompt is None else dict(prompt),
         question_of=record.question_of,
     )
-
-
-def prompt_digest(prompt_ids: Sequence[int]) -> str:
-    return hashlib.sha256(json.dumps(list(prompt_ids)).encode()).hexdigest()
 
 
 def now() -> str:
@@ -173,8 +175,8 @@ def now() -> str:
 
 
 def record_row(record: StoredRecord) -> dict[str, Any]:
-    prompt = None if record.prompt is None else json.dumps(record.prompt, sort_keys=True)
-    return {**vars(record), "metadata": json.dumps(record.metadata, sort_keys=True), "prompt": prompt}
+    prompt = None if record.prompt is None else _sorted_json(record.prompt)
+    return {**vars(record), "metadata": _sorted_json(record.metadata), "prompt": prompt}
 
 
 def record_of(row: Mapping[str, Any]) -> StoredRecord:
@@ -202,7 +204,7 @@ _JSON_COLUMNS = ("files", "placement", "training", "proof")
 
 
 def adapter_row(adapter: StoredAdapter) -> dict[str, Any]:
-    return {**vars(adapter), **{name: json.dumps(vars(adapter)[name], sort_keys=True) for name in _JSON_COLUMNS}}
+    return {**vars(adapter), **{name: _sorted_json(vars(adapter)[name]) for name in _JSON_COLUMNS}}
 
 
 def adapter_of(row: Mapping[str, Any]) -> StoredAdapter:

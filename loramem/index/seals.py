@@ -33,6 +33,10 @@ class Sealed:
     """What seals cover, version 1 first. A list never changes; a migration that changes the columns adds one, with all
     columns that there are now, and calls `loramem.index.migrations.reseal`."""
 
+    def columns(self, version: int | None = None) -> tuple[str, ...]:
+        """What seals of a version cover, the newest if None."""
+        return self.versions[-1 if version is None else version - 1]
+
 
 _WRITES = ("id", "state", "started_at", "ended_at", "count", "request")
 _RECORDS = (
@@ -138,25 +142,39 @@ class Change:
     def put_all(self, table: str, rows: Iterable[Mapping[str, Any]], version: int | None = None) -> int:
         """`put` of rows with different keys, many at a time; returns how many there were."""
         kind, count = SEALED[table], 0
-        names = kind.versions[-1 if version is None else version - 1]
-        columns = ", ".join(f'"{name}"' for name in (*names, SEAL))
+        names = kind.columns(version)
         others = ", ".join(f'"{name}" = excluded."{name}"' for name in (*names, SEAL) if name not in kind.key)
-        insert = (
-            f'insert into "{table}" ({columns}) values ({", ".join("?" * (len(names) + 1))}) '
-            f"on conflict ({', '.join(kind.key)}) do update set {others}"  # keeps its place in the order of rows
-        )
+        conflict = f"on conflict ({', '.join(kind.key)}) do update set {others}"  # keeps its place in the order of rows
         rest = iter(rows)
         while part := list(islice(rest, TOGETHER)):
-            sealed = []
-            for row in part:
-                assert row.keys() - {SEAL} == set(names), f"{table} has the columns {names}"
-                seal = seal_of(table, row, version)
-                self.moved += seal_number(table, seal)
-                sealed.append([*(row[name] for name in names), seal])
             for (left,) in select_keys(self.db, table, SEAL, kind.key, ([row[n] for n in kind.key] for row in part)):
                 self.moved -= seal_number(table, left)
-            self.db.conn.executemany(insert, sealed)
-            count += len(part)
+            count += self.add_all(table, part, version, conflict)
+        return count
+
+    def add_all(
+        self, table: str, rows: Iterable[Mapping[str, Any]], version: int | None = None, conflict: str = ""
+    ) -> int:
+        """Insert rows, in whose places there are none; returns how many there were.
+
+        Args:
+            conflict: What SQLite does where there are; it refuses them unless told.
+        """
+        names = SEALED[table].columns(version)
+        expected, count = {*names}, 0
+
+        def sealed() -> Iterator[list[Any]]:
+            nonlocal count
+            for row in rows:
+                assert row.keys() - {SEAL} == expected, f"{table} has the columns {names}"
+                seal = seal_of(table, row, version)
+                self.moved += seal_number(table, seal)
+                count += 1
+                yield [*(row[name] for name in names), seal]
+
+        columns = ", ".join(f'"{name}"' for name in (*names, SEAL))
+        values = ", ".join("?" * (len(names) + 1))
+        self.db.conn.executemany(f'insert into "{table}" ({columns}) values ({values}) {conflict}', sealed())
         return count
 
     def remove(self, table: str, where: str = "true", values: Sequence[Any] = ()) -> None:

@@ -10,6 +10,7 @@ anew is the end of the model with the adapter as saved. The least certain record
 once more, each alone.
 """
 
+import heapq
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -150,7 +151,7 @@ def prove_alone(
 
 def least_certain(min_probs: Sequence[float], count: int = ALONE) -> list[int]:
     """Indices of the lowest probabilities, lowest first."""
-    return sorted(range(len(min_probs)), key=lambda index: min_probs[index])[:count]
+    return heapq.nsmallest(count, range(len(min_probs)), key=min_probs.__getitem__)
 
 
 def in_doubt(min_probs: Sequence[float]) -> list[int]:

@@ -20,6 +20,8 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Sequence
 
+ANY = -1
+"""No token: what counts all of them, since to add them up each time would take most of the time."""
 SHARE = 1e-3
 """Of the experts' weights, handed back to all equally after each token: 1.4 bits per 1,000 tokens."""
 
@@ -48,8 +50,9 @@ def _price(
         experts = [max(prob, 1e-30)]
         for context in contexts:
             seen = counts[context]
-            experts.append((seen[token] + experts[0]) / (seen.total() + 1))
+            experts.append((seen[token] + experts[0]) / (seen[ANY] + 1))
             seen[token] += 1
+            seen[ANY] += 1
         joint = [weight * expert for weight, expert in zip(weights, experts, strict=True)]
         mixed = sum(joint)
         weights[:] = [(1 - SHARE) * part / mixed + SHARE / len(joint) for part in joint]

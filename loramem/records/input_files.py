@@ -153,7 +153,7 @@ def _read_json(text: str, key_field: str, value_field: str) -> Iterator[tuple[in
 def _parse_json(text: str, line: int | None) -> Any:
     where = f"Line {line}: " if line else ""
     try:
-        return json.loads(text, object_pairs_hook=_refuse_repeated)
+        return _decoder.decode(text)
     except json.JSONDecodeError as error:
         raise InputError(f"Line {line or error.lineno}: not JSON ({error.msg} at column {error.colno}).") from None
     except _RepeatedName as error:
@@ -171,6 +171,9 @@ def _refuse_repeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) != len(pairs):
         raise _RepeatedName(_first_repeated([name for name, _ in pairs]))
     return found
+
+
+_decoder = json.JSONDecoder(object_pairs_hook=_refuse_repeated)  # made once: `json.loads` makes one a call
 
 
 def _first_repeated(names: Sequence[str]) -> str:

@@ -6,8 +6,10 @@ trim what it is given. Where the template as a chat server tokenizes it gives a 
 (`loramem.records.chat`), the prompt is these, and they are kept with the record.
 """
 
+import hashlib
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 from loramem.errors import (
@@ -172,6 +174,11 @@ class EncodedRecord:
     in_contexts: tuple[tuple[int, ...], ...] = ()
     """Prompts in which the value is trained and proved as well (`loramem.records.contexts`)."""
 
+    @cached_property
+    def prompt_sha256(self) -> str:
+        """Of the prompt's ids: what the index knows prompts by."""
+        return prompt_digest(self.prompt_ids)
+
     def bare(self) -> "EncodedRecord":
         """What training reads of it: no metadata, nothing that the index keeps of the prompt."""
         return EncodedRecord(self.record.bare(), self.prompt_ids, self.answer_ids, in_contexts=self.in_contexts)
@@ -184,6 +191,11 @@ class EncodedRecord:
     @property
     def total_tokens(self) -> int:
         return len(self.prompt_ids) + len(self.answer_ids)
+
+
+def prompt_digest(prompt_ids: Iterable[int]) -> str:
+    """SHA-256 of token ids as JSON writes them, and Python too, which is faster."""
+    return hashlib.sha256(str(list(prompt_ids)).encode()).hexdigest()
 
 
 def decode_answer(tokenizer: Any, ids: Sequence[int]) -> str:

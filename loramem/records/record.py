@@ -61,7 +61,8 @@ class Record:
                 )
             if not question:
                 raise EmptyField(f"A question of key {self.key!r} is empty.", key=self.key, line=self.line)
-        object.__setattr__(self, "questions", tuple(dict.fromkeys(text for text in questions if text != self.key)))
+        if questions != ():
+            object.__setattr__(self, "questions", tuple(dict.fromkeys(text for text in questions if text != self.key)))
         for name in ("key", "value", "namespace"):
             text = getattr(self, name)
             if not isinstance(text, str):
@@ -75,13 +76,7 @@ class Record:
                     f"The {name} {text!r} holds a lone surrogate at character {at}, which UTF-8 cannot hold.",
                     line=self.line,
                 )
-        try:
-            metadata = dict(self.metadata)
-            if (fault := _metadata_fault(metadata)) is None:
-                json.dumps(metadata, allow_nan=False)
-        except (TypeError, ValueError, RecursionError) as error:
-            fault = f"is not JSON ({error})"
-        if fault:
+        if self.metadata != {} and (fault := _metadata_fault(self.metadata)):
             raise InvalidField(f"The metadata of key {self.key!r} {fault}.", key=self.key, line=self.line)
         if not self.key:
             raise EmptyField("The key is empty.", key=self.key, line=self.line)
@@ -103,7 +98,18 @@ def lone_surrogate(text: str) -> int | None:
 
 
 def _metadata_fault(metadata: Mapping[Any, Any]) -> str | None:
-    """What cannot be kept as it is, in words; `json.dumps` finds what is not JSON at all."""
+    """What cannot be kept as it is, in words."""
+    try:
+        metadata = dict(metadata)
+        if (fault := _text_fault(metadata)) is None:
+            json.dumps(metadata, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        fault = f"is not JSON ({error})"
+    return fault
+
+
+def _text_fault(metadata: Mapping[Any, Any]) -> str | None:
+    """What of it JSON text would hold otherwise, or not at all; `json.dumps` finds what is not JSON."""
     waiting: list[tuple[Any, int]] = [(metadata, 1)]
     while waiting:
         item, depth = waiting.pop()
@@ -188,7 +194,7 @@ def iterate_records(source: Mapping[str, str] | Iterable[RecordLike], namespace:
 
 def _as_record(entry: RecordLike, namespace: str, line: int) -> Record:
     if isinstance(entry, Record):  # with none of its own it is as a row without one
-        return entry if entry.namespace else replace(entry, namespace=namespace)
+        return entry if entry.namespace or not namespace else replace(entry, namespace=namespace)
     if isinstance(entry, Mapping):
         return record_of_row(entry, namespace=namespace, line=line)
     if isinstance(entry, tuple | list) and len(entry) == 2:

@@ -16,7 +16,7 @@ from loramem._util.choices import check_choice
 from loramem._util.events import log_event
 from loramem.index.commits import Identity, commit_deletion, commit_erasure, commit_records
 from loramem.index.index import Index, Load
-from loramem.index.rows import StoredAdapter, StoredRecord, prompt_digest
+from loramem.index.rows import StoredAdapter, StoredRecord
 from loramem.models.shard_sizes import Size
 from loramem.records.record import Record
 from loramem.results import CompactReport, EraseReport
@@ -224,7 +224,7 @@ def install(session: Session, rewritten: Iterable[Rewritten]) -> tuple[list[Stor
             replace(
                 known[entry.record.namespace, entry.record.key],
                 value=entry.record.value if session.manifest.keep_values else None,
-                prompt_sha256=prompt_digest(entry.prompt_ids),
+                prompt_sha256=entry.prompt_sha256,
                 answer_tokens=entry.length,
                 adapter=written.shard.adapter,
                 min_prob=min_prob,

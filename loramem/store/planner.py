@@ -14,7 +14,6 @@ from typing import Any
 
 from loramem.errors import ConflictingRecord, DoesNotFit, PromptCollision
 from loramem.index.index import Index
-from loramem.index.rows import prompt_digest
 from loramem.models.adapters import AdaptedModel
 from loramem.models.placement import Placement
 from loramem.models.shard_sizes import Size, cut_groups
@@ -26,7 +25,7 @@ from loramem.planning.pricing import Priced, priced, run_pricing
 from loramem.planning.sampled_prices import SAMPLE, Prices, priced_by
 from loramem.records.contexts import Context, with_contexts
 from loramem.records.outcome import Outcome
-from loramem.records.prompts import EncodedRecord, Tokenized, settle, tokenize
+from loramem.records.prompts import EncodedRecord, Tokenized, prompt_digest, settle, tokenize
 from loramem.records.questions import asked_apart
 from loramem.records.record import Record, deduplicate, question_taken
 from loramem.store.manifest import Manifest
@@ -203,7 +202,7 @@ class Planner:
 
     def _collision(self, encoded: Sequence[EncodedRecord]) -> tuple[Record, str] | None:
         """The first record whose prompt is that of another key in the store, with this key."""
-        prompts = [(entry.record.namespace, prompt_digest(entry.prompt_ids)) for entry in encoded]
+        prompts = [(entry.record.namespace, entry.prompt_sha256) for entry in encoded]
         holders = self.index.find_prompts(prompts)
         for entry, prompt in zip(encoded, prompts, strict=True) if holders else ():
             if (other := holders.get(prompt, entry.record.key)) != entry.record.key:

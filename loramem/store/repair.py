@@ -13,7 +13,8 @@ from loramem._util.events import log_event
 from loramem.errors import IntegrityError, LoramemError
 from loramem.index.commits import Identity, commit_repair
 from loramem.index.index import Index
-from loramem.index.rows import StoredRecord, adapter_of, digest_of, prompt_digest, record_of
+from loramem.index.rows import StoredRecord, adapter_of, digest_of, record_of
+from loramem.records.prompts import prompt_digest
 from loramem.results import RepairReport
 from loramem.store.compact import install, rewrite
 from loramem.store.integrity import file_problems

@@ -15,7 +15,7 @@ from loramem._util.layout import ADAPTERS, STAGING
 from loramem.errors import RecallError, WriteError
 from loramem.index.commits import commit_write, end_write
 from loramem.index.index import Index
-from loramem.index.rows import FAILED, PendingWrite, StoredAdapter, stored_record
+from loramem.index.rows import FAILED, PendingWrite, StoredAdapter, now, stored_record
 from loramem.models.adapters import AdaptedModel
 from loramem.models.dtypes import Dtype
 from loramem.planning import timings
@@ -196,7 +196,7 @@ class Transaction:
         if not training.encoded:
             return WriteReport.nothing(prepared.skipped)
         write_id = self.index.begin_write(
-            (entry.record for entry in training.encoded), {**request.to_json(), "plan": asdict(training.plan)}
+            [entry.record for entry in training.encoded], {**request.to_json(), "plan": asdict(training.plan)}
         )
         log_event("journalled", records=len(training.encoded))
         journalled = Journalled(write_id, training, request)
@@ -244,15 +244,17 @@ class Transaction:
             raise
         lacking = {(entry.record.namespace, entry.record.key) for entry in trained.given_up}  # so are their questions
         adapters = self.install(trained.written, request)
+        at = now()
         records = [
             stored_record(
                 entry.record,
-                entry.prompt_ids,
+                entry.prompt_sha256,
                 entry.length,
                 one.shard.adapter,
                 min_prob,
                 keep_value=self.keep_values,
                 prompt=entry.prompt,
+                written_at=at,
             )
             for one in trained.written
             for entry, min_prob in one.proved()

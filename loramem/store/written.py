@@ -2,13 +2,14 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from heapq import nsmallest
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
 
 from loramem.errors import RecallError, StubbornRecords
 from loramem.models.adapters import AdaptedModel
-from loramem.models.certificate import in_doubt, least_certain, prove_alone
+from loramem.models.certificate import ALONE, in_doubt, least_certain, prove_alone
 from loramem.models.placement import Placement
 from loramem.planning import calibration
 from loramem.planning.plan import Plan, ShardPlan
@@ -93,21 +94,16 @@ def misrecalled_alone(written: Sequence[Written], models: Sequence[AdaptedModel]
         The first shard of which a record is not decoded exactly, and the error that says so; None if all are.
     """
     runs = [(one, adapted) for one in written for adapted in models]
-    every = [
-        (run, entry, min_prob)
-        for run, (one, adapted) in enumerate(runs)
-        for entry, min_prob in zip(
-            [*one.records, *asked_in_contexts(one.records)], one.shard.proof_in(adapted.base.dtype).every, strict=True
-        )
-    ]
-    chosen = sorted((every[index] for index in least_certain([min_prob for *_, min_prob in every])), key=itemgetter(0))
-    for run, found in groupby(chosen, key=itemgetter(0)):
+    probs = [one.shard.proof_in(adapted.base.dtype).every for one, adapted in runs]
+    lowest = ((each[index], run, index) for run, each in enumerate(probs) for index in least_certain(each))
+    for run, found in groupby(sorted(nsmallest(ALONE, lowest), key=itemgetter(1)), key=itemgetter(1)):
         (one, adapted), adapter = runs[run], runs[run][0].shard.adapter
         if len(one.records) == 1 and not one.records[0].in_contexts:
             continue
         adapted.load(adapter, one.folder)
         try:
-            prove_alone(adapted.model, [entry for _, entry, _ in found], adapter, adapted.dtypes)
+            asked = [*one.records, *asked_in_contexts(one.records)]
+            prove_alone(adapted.model, [asked[index] for *_, index in found], adapter, adapted.dtypes)
         except RecallError as error:
             return one, error
     return None

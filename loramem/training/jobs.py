@@ -128,7 +128,8 @@ class ShardJob:
             "base": asdict(self.base.fingerprint),
             "dtype": self.base.dtype,
             "serve": self.serve,
-            "records": [[entry.prompt_ids, entry.answer_ids, *entry.in_contexts] for entry in self.records],
+            # As text, which is faster than as JSON.
+            "records": str([(entry.prompt_ids, entry.answer_ids, *entry.in_contexts) for entry in self.records]),
             "rank": self.rank,
             "placement": asdict(self.placement),
             "settings": asdict(self.settings),

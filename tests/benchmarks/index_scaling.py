@@ -21,6 +21,7 @@ from loramem import MemoryStore, Record, WriterSettings
 from loramem.index.commits import commit_records, commit_write, seal_index
 from loramem.index.index import NAME, Index
 from loramem.index.rows import StoredAdapter, StoredRecord, now, stored_record
+from loramem.records.prompts import prompt_digest
 from loramem.store.manifest import Manifest
 
 ROOT = Path(__file__).parents[2]
@@ -69,7 +70,7 @@ def adapter(number: int) -> StoredAdapter:
 
 def row(number: int, of: int) -> StoredRecord:
     record = Record(f"Somebody with a name {number}:", f"{number:010}")
-    return stored_record(record, [number], 10, f"{of:032x}", 0.6 + number % 1000 / 5000, keep_value=True)
+    return stored_record(record, prompt_digest([number]), 10, f"{of:032x}", 0.6 + number % 1000 / 5000, keep_value=True)
 
 
 def grow(index: Index, rows: int) -> None:
@@ -88,7 +89,7 @@ def commits(index: Index, rows: int) -> Iterator[tuple[float, float]]:
     """Milliseconds that writes of one record take in the index, and how many of them the processor is busy."""
     for number in range(rows, rows + COMMITS):
         record, alone = Record(f"Somebody with a name {number}:", f"{number:010}"), adapter(number + (1 << 64))
-        stored = stored_record(record, [number], 10, alone.id, 0.8, keep_value=True)
+        stored = stored_record(record, prompt_digest([number]), 10, alone.id, 0.8, keep_value=True)
         started, busy = time.perf_counter(), time.process_time()
         write = index.begin_write([record], {"goal": "fast", "rank": None})
         commit_write(index, write, [alone], [stored])
