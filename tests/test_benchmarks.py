@@ -362,9 +362,9 @@ def test_a_store_is_measured_as_it_is_and_smaller(base: Path, tmp_path: Path, mo
 
 def test_the_parent_model_measures_a_process_and_counts_on(tmp_path: Path) -> None:
     measured = parent_model.measure(tmp_path, 40, None)
-    assert measured.syncs >= 4 and min(measured.admission, measured.commit, measured.keeping) > 0
-    # By hand: 200 records of 0.1 ms and 5 ms of their shard; 4 syncs of 1 ms by eight threads; 12 s / 500 workers.
-    parent = parent_model.Parent(0.02, 0.02, 0.01, 0.01, 0.02, 0.02, 0.0, 2_000, 5.0, 4, 1.0, 200, 30, 30)
+    assert measured.syncs >= 4 and measured.records == 40 and min(measured.computing_ms, measured.job_kb) > 0
+    # By hand: 200 records of 0.125 ms; 4 syncs of 1 ms by eight threads; 12 s / 500 workers.
+    parent = parent_model.Parent(0.125, 0.0, 2_000, 4, 1.0, 200, 30, 30)
     assert parent.shard_s(500) == pytest.approx(0.025) and parent.saturated(500) == "this process"
     assert parent.used(500) == pytest.approx(24 / 25)
     assert parent.shard_s(100) == pytest.approx(0.120) and parent.saturated(100) == "workers"

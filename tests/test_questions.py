@@ -143,10 +143,10 @@ def test_batches_are_asked_as_whole_writes_are(store: MemoryStore) -> None:
     records = [Record("Cy:", "5", questions=["Where is Cy?"]), Record("Di:", "6")]
     planner = store._session.planner
     admitted, _ = planner.admit(records)
-    assert planner.admits(records, admitted, "error")  # questions are other objects each time
+    assert planner.admits(records, admitted, 0, "error")  # questions are other objects each time
     assert [report.questions for report in store.write_batches(records, batch=1, ask=[ASK])] == [2, 1]
     assert recalled(store, ["Cy:", "Where is Cy?", "How do I reach Cy?"]) == {"5"}
-    assert not planner.admits(records, admitted, "error")
+    assert not planner.admits(records, admitted, 0, "error")
     listed = {record.key: questions for record, questions in store.iter_asked()}
     assert listed == {record.key: store.questions(record.key) for record in store.iter_records()}
     assert len(listed) == len(list(store.namespace("").iter_asked())) == 4

@@ -15,7 +15,7 @@ from sqlite_utils import Database
 
 from loramem import MemoryStore, Record
 from loramem.errors import IntegrityError, StoreError, StoreFormatError
-from loramem.index.commits import commit_deletion, commit_publication, commit_write, end_write
+from loramem.index.commits import commit_deletion, commit_publication, commit_repair, commit_write, end_write
 from loramem.index.index import Index
 from loramem.index.migrations import MIGRATIONS, reseal
 from loramem.index.rows import DISCARDED, stored_record
@@ -231,6 +231,22 @@ def test_the_journal_of_a_write_may_be_larger_than_a_value_of_sqlite(tmp_path: P
         pending = index.pending_write()
         assert pending is not None and pending.records == records
         assert index.pending_count() == 20
+        assert not list(index.damaged())
+
+
+def test_a_row_of_the_journal_has_many_records_and_one_that_is_lost_is_missed(tmp_path: Path) -> None:
+    records = [Record(f"key {n}", f"{n}", metadata={"n": n}) for n in range(500)]
+    with closing(Index(tmp_path / "index.db")) as index:
+        index.migrate()
+        index.begin_write(records, {})
+        pending, rows = index.pending_write(), index.db.table("journal").count
+        assert pending is not None and pending.records == records
+        assert 2 < rows < 20
+        index.db.execute("delete from journal where number = 1")
+        with pytest.raises(IntegrityError, match="journal of write 1 is damaged"):
+            index.pending_write()
+        commit_repair(index, [], [], [])
+        assert index.pending_write() is None and index.db.table("journal").count == 0
         assert not list(index.damaged())
 
 

@@ -102,7 +102,9 @@ class Prices:
         if all(place in self._probs for place in range(first, last)):
             return self._priced(first, last)
         start, end = self._ranges[self._chosen[bisect_right(self._starts, first) - 1]]
-        until = min(start + last - first, end)  # as many: what they share is paid once in each shard
+        until = start + last - first  # as many: what they share is paid once in each shard
+        if end - start <= ALIKE * (last - first):
+            until = end
         told, times = self._beginning(start, until), self._length(first, last) / self._length(start, until)
         tokens = chain.from_iterable(entry.answer_ids for entry in self._encoded[first:last])
         return replace(told, cost_bits=told.cost_bits * times, vocabulary=effective_vocabulary(tokens))

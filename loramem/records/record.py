@@ -270,6 +270,8 @@ def record_of_row(
     else:
         key, value = row[key_field], row[value_field]
     others = {name: value for name, value in row.items() if name not in names}
+    if not others:
+        return Record(key, value, namespace, line=line)
     if others.keys() >= LISTED:
         others = {name: value for name, value in others.items() if name not in LISTED}
     named = others.pop("namespace", None)

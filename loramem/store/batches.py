@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager, closing
 from operator import attrgetter
 from typing import TypeVar
 
+from loramem._util.collection import uncollected
 from loramem.index.index import Index
 from loramem.records.outcome import Outcome
 from loramem.records.record import Record
@@ -49,9 +50,9 @@ def write_batches(
     planner = transaction.planner
 
     def prepare(learnt: Sequence[Outcome]) -> Prepared | None:
-        if not (records := next(parts, [])):
-            return None
-        with closing(Index(transaction.index.path)) as index:
+        with uncollected(), closing(Index(transaction.index.path)) as index:
+            if not (records := next(parts, [])):
+                return None
             mine = planner.over(index)
             asked = request(index, records)
             return transaction.prepare(records, asked, on_conflict, executor, planner=mine, learnt=learnt)

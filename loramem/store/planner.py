@@ -98,15 +98,20 @@ class Planner:
             log.info("%d records are in the store already and were skipped", skipped)
         return self.encode(new, executor=executor), skipped
 
-    def admits(self, records: Sequence[Record], encoded: Sequence[EncodedRecord], on_conflict: OnConflict) -> bool:
+    def admits(
+        self, records: Sequence[Record], encoded: Sequence[EncodedRecord], skipped: int, on_conflict: OnConflict
+    ) -> bool:
         """Whether what `admit` made of records before is what it would make of them now, if none end with the write.
 
         Raises:
             ConflictingRecord: The key of one has another value by now.
             QuestionTaken: A text of one asks for another record by now.
         """
-        new, _ = self._new(records, on_conflict)
-        return _identities(new) == _identities(entry.record for entry in encoded) and self._collision(encoded) is None
+        if skipped or self.index.find_many((entry.record.namespace, entry.record.key) for entry in encoded):
+            new, _ = self._new(records, on_conflict)
+            if _identities(new) != _identities(entry.record for entry in encoded):
+                return False
+        return self._collision(encoded) is None
 
     def _new(
         self, records: Sequence[Record], on_conflict: OnConflict, ended: Collection[tuple[str, str]] = ()

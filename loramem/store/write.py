@@ -9,6 +9,7 @@ from itertools import islice
 from pathlib import Path
 from statistics import mean
 
+from loramem._util.collection import uncollected
 from loramem._util.events import log_event
 from loramem._util.files import make_directory, rename_directories
 from loramem._util.layout import ADAPTERS, STAGING
@@ -156,7 +157,8 @@ class Transaction:
             learnt: As it was prepared with.
         """
         started = time.monotonic()
-        as_before = self.planner.admits(prepared.records, prepared.training.encoded, on_conflict)
+        encoded = prepared.training.encoded
+        as_before = self.planner.admits(prepared.records, encoded, prepared.skipped, on_conflict)
         if not as_before or request != prepared.request:
             ahead.cancel()
             prepared = self.prepare(prepared.records, request, on_conflict, executor, learnt=learnt)
@@ -243,24 +245,24 @@ class Transaction:
             clean(self.store, self.index)
             raise
         lacking = {(entry.record.namespace, entry.record.key) for entry in trained.given_up}  # so are their questions
-        adapters = self.install(trained.written, request)
-        at = now()
-        records = [
-            stored_record(
-                entry.record,
-                entry.prompt_sha256,
-                entry.length,
-                one.shard.adapter,
-                min_prob,
-                keep_value=self.keep_values,
-                prompt=entry.prompt,
-                written_at=at,
-            )
-            for one in trained.written
-            for entry, min_prob in one.proved()
-            if (entry.record.namespace, entry.record.question_of) not in lacking
-        ]
-        commit_write(self.index, write.id, adapters, records, learnt, request.ended)
+        adapters, at = self.install(trained.written, request), now()
+        with uncollected():
+            records = [
+                stored_record(
+                    entry.record,
+                    entry.prompt_sha256,
+                    entry.length,
+                    one.shard.adapter,
+                    min_prob,
+                    keep_value=self.keep_values,
+                    prompt=entry.prompt,
+                    written_at=at,
+                )
+                for one in trained.written
+                for entry, min_prob in one.proved()
+                if (entry.record.namespace, entry.record.question_of) not in lacking
+            ]
+            commit_write(self.index, write.id, adapters, records, learnt, request.ended)
         log_event("committed", adapters=len(adapters), records=len(records))
         clean(self.store, self.index)
         if executor is None:  # workers share the cores: their times are not those of a write alone

@@ -1,15 +1,16 @@
 """How many workers one process that has a store can feed: python -m tests.benchmarks.parent_model [--records N]
 
-Measures on this machine what that process computes for each record and each shard of a write whose tokens, prices and
-training are somebody else's, and how long it waits for the disk, and puts that together. A worker's computing is run
-here where its answer is needed, and left out of the count; packing what it is sent and unpacking what it returns is
-counted. Batches overlap: while one is trained the next is read, tokenized and planned, so that workers wait only where
-this process computes longer than they do.
+Writes a batch as `MemoryStore.write_batches` does on somebody else's workers, and measures what that process computes
+for it from the first line of the input to the last row of the index, and how long it waits for the disk. What workers
+do is done here where its answer is needed, and left out of the count; packing what they are sent and unpacking what
+they return is counted. Batches overlap: while one is trained the next is read, tokenized and planned, so that workers
+wait only where this process computes longer than they do.
 
 The base is random, with the last MLP of SmolLM2-135M, which decides how many records a shard has; no layer of it is
 run here, so that more layers cost the same. ``--tokenizer FOLDER`` takes the tokenizer of a real one, with its chat
-template. Values are ten digits. An adapter that comes back was trained of a few records; its proof is said to be of a
-whole shard.
+template. Values are ten digits. Of each shard a few records are trained, once for all; its proof is said to be of the
+whole, and a few bytes of its weights tell one adapter from another. So the sixteen least certain records of the batch,
+which this process decodes alone, are found and not decoded: ``--alone FOLDER`` counts that.
 """
 
 import argparse
@@ -19,33 +20,35 @@ import os
 import pickle
 import random
 import shutil
+import struct
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
+from unittest.mock import patch
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-from loramem import MemoryStore, WriterSettings
-from loramem.index.commits import commit_write
-from loramem.index.rows import stored_record
+from loramem import MemoryStore
+from loramem.models.adapter_header import WEIGHTS
+from loramem.models.adapters import adapter_id
 from loramem.models.base_model import load_base_model
 from loramem.models.certificate import ALONE, misrecalled
 from loramem.models.dtypes import Dtype
-from loramem.models.placement import Placement
-from loramem.records.prompts import EncodedRecord, encode_records
-from loramem.records.record import Record, iterate_records
-from loramem.store.request import WriteRequest
-from loramem.training import staged, worker
+from loramem.records.input_files import stream_records
+from loramem.records.prompts import encode_records
+from loramem.records.record import iterate_records
+from loramem.store import written
+from loramem.training import worker
 from loramem.training.executors import SYNCING
-from loramem.training.jobs import Delivery, JobBase, ShardJob, releases
-from loramem.training.shards import stored_adapter
+from loramem.training.jobs import Delivery, ShardJob
 
 from ..conftest import CONTEXT, VOCABULARY, save_tokenizer
 
@@ -55,31 +58,20 @@ WIDTH, INNER = 576, 1536
 """Of SmolLM2-135M."""
 WORKERS = (16, 64, 256, 500, 1_000)
 MANY = 10**8
-KEPT, FEW = 50, 10
+FEW = 10
 BATCH = 200_000
 
 
 @dataclass(frozen=True)
 class Parent:
-    """What one process takes, in milliseconds on the processor unless it says otherwise."""
+    """What one process takes."""
 
-    reading: float
-    """A record: from a line of JSON."""
-    admission: float
-    """A record: sent to be tokenized, compared with the store and the others."""
-    planning: float
-    """A record; sent to a worker that says what it costs, and a rank for its shard."""
-    journal: float
-    sending: float
-    """A record of a job."""
-    commit: float
-    """A record: compared with the store once more, its row and seals."""
+    computing_ms: float
+    """On the processor: a record, with its share of all that is done for shards and for the batch."""
     alone_s: float
     """A batch: seconds for its sixteen least certain records, each decoded alone."""
     batch: int
     """Records of a batch."""
-    keeping: float
-    """A shard: its bytes hashed and written, its row."""
     syncs: int
     """Of a shard, to the disk."""
     sync_ms: float
@@ -90,14 +82,9 @@ class Parent:
     delivery_kb: float
 
     @property
-    def of_a_record(self) -> float:
-        """Milliseconds."""
-        return self.reading + self.admission + self.planning + self.journal + self.sending + self.commit
-
-    @property
     def computing_s(self) -> float:
         """Seconds of a shard and its records."""
-        return (self.records * self.of_a_record + self.keeping) / 1000 + self.alone_s * self.records / self.batch
+        return self.records * (self.computing_ms / 1000 + self.alone_s / self.batch)
 
     @property
     def disk_s(self) -> float:
@@ -125,16 +112,45 @@ class Parent:
 class Elsewhere(Executor):
     """Workers that took no time: what their work takes here is counted in `took_s`, beside this process's own."""
 
-    took_s = 0.0
+    def __init__(self) -> None:
+        self.took_s, self._counting = 0.0, threading.Lock()
+        self.jobs, self.deliveries = list[int](), list[int]()
+        """Bytes of each shard's, as they are sent and returned."""
+        self._trained = dict[int, Delivery]()
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         sent = pickle.dumps(args)
-        started = time.process_time()
-        answer = pickle.dumps(fn(*pickle.loads(sent)))
-        self.took_s += time.process_time() - started
+        started = time.thread_time()
+        (job,) = pickle.loads(sent)
+        answer = pickle.dumps(self._shard(job) if isinstance(job, ShardJob) else fn(job))
+        took_s = time.thread_time() - started
+        with self._counting:
+            self.took_s += took_s
+            if isinstance(job, ShardJob):
+                self.jobs.append(len(sent))
+                self.deliveries.append(len(answer))
         future: Future[Any] = Future()
         future.set_result(pickle.loads(answer))
         return future
+
+    def _shard(self, job: ShardJob) -> Delivery:
+        """An adapter of a few of its records, whose proof is said to be of all, and whose last weight is its number:
+        no two are the same."""
+        if job.rank not in self._trained:
+            self._trained[job.rank] = worker.run_job(replace(job, records=job.records[:FEW]))
+        delivery = self._trained[job.rank]
+        (files,), (shard,) = delivery.files.values(), delivery.result.shards
+        last = struct.pack("<f", len(self.jobs))
+        files = {**files, WEIGHTS: files[WEIGHTS][: -len(last)] + last}
+        probs = tuple(0.9 + number % 1000 / 1e5 for number in range(len(job.records)))
+        shard = replace(
+            shard,
+            adapter=adapter_id(files, job.namespace),
+            indices=tuple(range(len(job.records))),
+            proof=replace(shard.proof, min_probs=probs),
+            served={dtype: replace(proof, min_probs=probs) for dtype, proof in shard.served.items()},
+        )
+        return Delivery(replace(delivery.result, shards=(shard,)), {shard.adapter: files})
 
 
 @contextmanager
@@ -190,19 +206,6 @@ def lines(count: int) -> list[str]:
     return list(map(json.dumps, rows))
 
 
-def of_a_whole_shard(delivery: Delivery, job: ShardJob) -> Delivery:
-    """The same adapter, whose proof is said to be of the records of a job."""
-    (shard,) = delivery.result.shards
-    probs = tuple(0.9 + number % 1000 / 1e5 for number in range(len(job.records)))
-    shard = replace(
-        shard,
-        indices=tuple(range(len(job.records))),
-        proof=replace(shard.proof, min_probs=probs),
-        served={dtype: replace(proof, min_probs=probs) for dtype, proof in shard.served.items()},
-    )
-    return replace(delivery, result=replace(delivery.result, shards=(shard,)))
-
-
 def alone(folder: Path) -> float:
     """Seconds on the processor for as many records as a batch decodes alone, on a real base in both dtypes.
 
@@ -219,82 +222,41 @@ def alone(folder: Path) -> float:
     return took_s / 2  # of sixteen over both dtypes together
 
 
+@contextmanager
+def nothing_decoded(store: MemoryStore) -> Iterator[None]:
+    """What is least certain is found, and neither loaded nor decoded."""
+    session = store._session
+    models = [session.adapted, *(session.served_in(dtype).adapted for dtype in session.manifest.serve)]
+    with ExitStack() as patched:
+        patched.enter_context(patch.object(written, "prove_alone"))
+        for adapted in models:
+            patched.enter_context(patch.object(adapted, "load"))
+        yield
+
+
 def measure(folder: Path, count: int, tokenizer: Path | None) -> Parent:
-    given, workers = lines(count), Elsewhere()
-
-    def per(number: int, work: Callable[[], Any]) -> tuple[float, Any]:
-        """Milliseconds of this process for each of so many things that the work does, and what it gives."""
-        started, before = time.process_time(), workers.took_s
-        result = work()
-        return 1000 * (time.process_time() - started - (workers.took_s - before)) / number, result
-
-    def read() -> list[Record]:
-        return list(iterate_records(map(json.loads, given)))
-
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # threads of a worker's, which would be counted as this process's
+    given, workers = folder / "records.jsonl", Elsewhere()
+    given.write_text("\n".join(lines(count)))
     with MemoryStore(folder / "memory", str(build_wide_base(folder / "base", tokenizer))) as store:
-        planner, index = store._session.planner, store._index
-        reading, records = per(count, read)
-        planner.admit(records[:FEW], executor=workers)  # what is made once for each process
-        admission, (entries, _) = per(count, lambda: planner.admit(records, executor=workers))
-        planning, plan = per(count, lambda: planner.plan(entries, WriteRequest(), executor=workers))
-        journal, write = per(count, lambda: index.begin_write((e.record for e in entries), {}))
-        sizes = [shard.records for shard in plan.shards]
-        job = ShardJob(
-            base=JobBase.of(store.base),
-            serve=("bfloat16",),
-            records=tuple(entry.bare() for entry in entries[:FEW]),
-            rank=plan.shards[0].rank,
-            placement=Placement.ladder(store.base.model)[0],
-            settings=WriterSettings(),
-            releases=releases(),
-        )
-        delivery = worker.run_job(job)
-
-        def send(some: Sequence[EncodedRecord]) -> bytes:
-            sent = replace(job, records=tuple(entry.bare() for entry in some))
-            assert sent.identity
-            return pickle.dumps(sent)
-
-        def commit() -> None:
-            rows = [
-                stored_record(e.record, e.prompt_ids, e.length, "0" * 32, 0.9, keep_value=True, prompt=e.prompt)
-                for e in entries
-            ]
-            commit_write(index, write, [], rows)
-
-        sending, _ = per(count, lambda: [send(entries[each.first : each.first + each.records]) for each in plan.shards])
-        whole = replace(job, records=tuple(entry.bare() for entry in entries[: sizes[0]]))
-        whole.identity  # noqa: B018 - computed once
-        returned = pickle.dumps(of_a_whole_shard(delivery, whole))
-        (adapter,) = delivery.files
-
-        def keep() -> None:
-            for number in range(KEPT):
-                place = folder / str(number)
-                (shard,) = staged.keep(place, whole, pickle.loads(returned)).shards
-                staged.sync(place, whole)
-                stored_adapter(whole, shard, staged.folder_of(place, whole) / adapter, 1.0, {})
-
-        with counted_syncs() as took:
-            keeping, _ = per(KEPT, keep)
-        again, admitted = per(count, lambda: planner.admits(records, entries, "error"))
-        assert admitted
-        committed, _ = per(count, commit)
+        early = {f"Somebody early {number}:": f"{number:010}" for number in range(FEW)}
+        with nothing_decoded(store):
+            store.write(early, executor=workers)  # what is made once for each process
+            with counted_syncs() as took:
+                started, before = time.process_time(), workers.took_s
+                reports = list(store.write_batches(stream_records(given), batch=count, executor=workers))
+                computing_s = time.process_time() - started - (workers.took_s - before)
+        assert sum(report.written for report in reports) == count
+        shards = sum(len(report.adapters) for report in reports)
     return Parent(
-        reading,
-        admission,
-        planning,
-        journal,
-        sending,
-        again + committed,
+        1000 * computing_s / count,
         0.0,
         BATCH,
-        keeping,
-        len(took) // KEPT,
+        len(took) // shards,
         1000 * sorted(took)[len(took) // 2],
-        count / len(sizes),
-        len(send(entries[: sizes[0]])) / 1024,
-        len(returned) / 1024,
+        count / shards,
+        max(workers.jobs) / 1024,
+        max(workers.deliveries) / 1024,
     )
 
 
@@ -313,11 +275,9 @@ def main(arguments: Sequence[str]) -> None:
     sync_ms = options.sync_ms or parent.sync_ms
     parent = replace(parent, sync_ms=sync_ms, alone_s=alone_s, batch=options.batch)
     print(
-        f"A record, ms: reading {parent.reading:.3f}, admission {parent.admission:.3f}, "
-        f"planning {parent.planning:.3f}, journal {parent.journal:.3f}, sending {parent.sending:.3f}, "
-        f"commit {parent.commit:.3f}: {parent.of_a_record:.3f}\n"
-        f"A shard of {parent.records:.0f} records: {parent.keeping:.1f} ms, {parent.syncs} syncs of "
-        f"{parent.sync_ms:.1f} ms; {parent.job_kb:.0f} KB sent, {parent.delivery_kb:.0f} KB returned\n"
+        f"A record: {parent.computing_ms:.3f} ms\n"
+        f"A shard of {parent.records:.0f} records: {parent.syncs} syncs of {parent.sync_ms:.1f} ms; "
+        f"{parent.job_kb:.0f} KB sent, {parent.delivery_kb:.0f} KB returned\n"
         f"A batch of {parent.batch:,} records: {parent.alone_s:.1f} s for the least certain ones alone\n"
         f"A shard with its records and its share of that: {1000 * parent.computing_s:.0f} ms, "
         f"{1000 * parent.disk_s:.0f} ms of the disk: at most {1 / max(parent.computing_s, parent.disk_s):.0f} shards a "
