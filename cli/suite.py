@@ -16,6 +16,7 @@ from loramem.models.dtypes import DtypeChoice
 from . import options
 from .groups import Commands
 from .output import note, print_facts, print_json, print_markdown, print_text
+from .workers import WorkerOptions, cluster_options
 
 
 @click.group("suite", cls=Commands)
@@ -60,6 +61,7 @@ def list_() -> None:
 )
 @click.option("--all", "every_record", is_flag=True, help="recall-speed: generate for all records, not for a sample.")
 @options.model_options
+@cluster_options
 def run(
     name: str,
     out: Path | None,
@@ -82,11 +84,12 @@ def run(
     model: str | None,
     device: str,
     as_json: bool,
+    cluster: WorkerOptions,
 ) -> None:
     """Run the cells of suite NAME that are not in the results file yet, and print the table.
 
-    Every cell runs in a process of its own; an interrupt loses those that are running. Options that do not concern the
-    suite are refused.
+    Every cell runs in a process of its own, with --dask or --ray on the workers of a cluster, as many side by side as
+    these are; an interrupt loses those that are running. Options that do not concern the suite are refused.
     """
     from loramem import embedded
     from loramem.suites.runner import METHODS, SUITES, SuiteOptions, load_suite, measured, run_suite
@@ -98,6 +101,8 @@ def run(
     wanted = tuple(methods.split(",")) if methods else None
     if unknown := set(wanted or ()).difference(METHODS):
         raise click.UsageError(f"There is no method {min(unknown)!r}. There are {', '.join(METHODS)}.")
+    if cluster.elsewhere and workers > 1:
+        raise click.UsageError("--workers are of this machine; a cluster measures as many cells at a time as it can.")
     if quick and paper:
         raise click.UsageError("--quick and --paper are opposites.")
     request = SuiteOptions(
@@ -109,7 +114,7 @@ def run(
         model=model or embedded.NAME,
         device=device,
         dtype=dtype or "auto",
-        threads=threads or max(1, usable_cores() // workers),
+        threads=threads or (1 if cluster.elsewhere else max(1, usable_cores() // workers)),
         workers=workers,
         quick=quick,
         paper=paper,
@@ -119,8 +124,8 @@ def run(
         store=store,
         every_record=every_record,
     )
-    with _results_file(name, out, quick) as path:
-        lines = measured(name, request, path) if no_run else run_suite(name, request, path, note)
+    with _results_file(name, out, quick) as path, cluster.executor() as executor:
+        lines = measured(name, request, path, executor) if no_run else run_suite(name, request, path, note, executor)
     if not lines:
         raise click.UsageError("The results file holds nothing of this suite, measured on this machine.")
     table = load_suite(name).table(lines)

@@ -44,6 +44,11 @@ class WorkerOptions:
     wait_s: float = 0.0
     """For the first of a cluster."""
 
+    @property
+    def elsewhere(self) -> bool:
+        """Whether a cluster computes."""
+        return self.dask is not None or self.ray is not None
+
     @contextmanager
     def executor(self, wait_s: float | None = None) -> "Iterator[Executor | None]":
         """None for this process alone.
@@ -72,6 +77,18 @@ class WorkerOptions:
                 yield cluster
         else:
             yield None
+
+
+def cluster_options(command: Command) -> Command:
+    """--dask, --ray and --wait, as ``cluster``, `WorkerOptions`; for a command whose --workers are something else."""
+
+    @wraps(command)
+    def with_cluster(*, dask: str | None, ray: str | None, first_worker_s: float, **others: Any) -> Any:
+        if dask is not None and ray is not None:
+            raise click.UsageError("Give one of --dask and --ray.")
+        return command(cluster=WorkerOptions(None, dask, ray, first_worker_s), **others)
+
+    return _DASK(_RAY(_WAIT_FOR_WORKERS(with_cluster)))
 
 
 def workers_options(command: Command) -> Command:

@@ -45,7 +45,7 @@ SETTINGS = WriterSettings()
 def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     @contextmanager
     def processes(_: runner.SuiteOptions) -> Iterator[object]:
-        yield runner._measure
+        yield runner.measure
 
     monkeypatch.setattr(runner, "_processes", processes)
 

@@ -292,3 +292,21 @@ def test_commands_train_on_a_cluster(client: Any, base: Path, tmp_path: Path) ->
     with MemoryStore(tmp_path / "memory", create=False) as store:
         assert len(store.adapters()) == 1
         assert dict.fromkeys(store) == dict.fromkeys(key for key in numbers(5) if key != "key 1")
+
+
+def test_a_suite_is_measured_on_a_cluster(client: Any, base: Path, tmp_path: Path) -> None:
+    from click.testing import CliRunner
+    from loramem_cli.main import cli
+
+    asked = ["suite", "run", "write-scaling", "--quick", "--records", "4,5", "--model", str(base)]
+    out = tmp_path / "results.jsonl"
+    where = ["--out", str(out), "--dask", client.scheduler.address]
+    result = CliRunner().invoke(cli, [*asked, *where], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    lines = list(map(json.loads, out.read_text().splitlines()))
+    assert sorted(line["result"]["exact"] for line in lines) == [4, 5]
+    assert {line["conditions"]["threads"] for line in lines} == {1}
+    again = CliRunner().invoke(cli, [*asked, *where, "--no-run"], catch_exceptions=False)
+    assert sorted(again.stdout.splitlines()) == sorted(result.stdout.splitlines())  # in the order in which they came
+    refused = CliRunner().invoke(cli, [*asked, *where, "--workers", "2"])
+    assert refused.exit_code == 2 and "--workers are of this machine" in refused.output

@@ -1,5 +1,6 @@
 """The runner measures each cell once, whatever ends it, and as many side by side as it is told to."""
 
+import importlib
 import json
 import os
 import signal
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,7 +17,8 @@ from types import ModuleType
 import pytest
 import torch
 
-from loramem.suites import runner
+from loramem.errors import WorkerLost
+from loramem.suites import child, elsewhere, runner
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ def measured(monkeypatch: pytest.MonkeyPatch, base: Path) -> list[int]:
 
     @contextmanager
     def in_this_process(_: runner.SuiteOptions) -> Iterator[object]:
-        yield runner._measure
+        yield runner.measure
 
     monkeypatch.setitem(sys.modules, "numbers_suite", module)
     monkeypatch.setitem(runner.SUITES, "numbers", "numbers_suite")
@@ -101,6 +104,75 @@ def test_other_conditions_are_another_measurement(measured: list[int], base: Pat
     run_numbers(base, tmp_path / "results.jsonl")
     run_numbers(base, tmp_path / "results.jsonl", threads=2)
     assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 6
+
+
+def test_an_executor_measures_side_by_side_and_says_on_what(
+    measured: list[int], base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = runner.SuiteOptions(model=str(base), quick=True, threads=torch.get_num_threads())
+    there = {**runner.machine(options), "processor": "another"}
+    monkeypatch.setattr(elsewhere, "machine", lambda _: there)
+    out = tmp_path / "results.jsonl"
+    with ThreadPoolExecutor(2) as workers:
+        lines = runner.run_suite("numbers", options, out, lambda _: None, workers)
+        assert sorted(measured) == [1, 2, 6]
+        assert [line["result"]["double"] for line in lines] == [2, 4, 12]
+        assert {line["conditions"]["processor"] for line in lines} == {"another"}
+        assert runner.run_suite("numbers", options, out, lambda _: None, workers) == lines
+        found = runner.measured("numbers", options, out, workers)
+        assert {line["id"] for line in found} == {line["id"] for line in lines}
+    assert len(measured) == 3
+    assert runner.measured("numbers", options, out) == []  # of this machine
+
+
+def test_what_was_measured_on_another_machine_than_was_asked_says_so(
+    measured: list[int], base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options, asked = runner.SuiteOptions(model=str(base), quick=True, threads=torch.get_num_threads()), list[int]()
+
+    def machine(request: runner.SuiteOptions) -> dict[str, object]:
+        asked.append(0)
+        return {"processor": len(asked)}
+
+    monkeypatch.setattr(elsewhere, "machine", machine)
+    with ThreadPoolExecutor(1) as workers:
+        lines = runner.run_suite("numbers", options, tmp_path / "results.jsonl", lambda _: None, workers)
+    assert sorted(line["conditions"]["processor"] for line in lines) == [2, 3, 4]
+    assert [line["cell"]["value"] for line in lines] == [1, 2, 6]
+
+
+CELLS = """
+import os
+from dataclasses import asdict, dataclass
+
+@dataclass(frozen=True)
+class Cell:
+    value: int
+    identity = property(asdict)
+    title = property(lambda self: f"cell {self.value}")
+
+def run(cell):
+    print("to be seen and not read")
+    if cell.value > 1:
+        os._exit(9)
+    if cell.value:
+        raise ValueError("no such cell")
+    return {"process": os.getpid(), "parent": os.getppid()}
+"""
+
+
+def test_a_cell_is_measured_in_a_process_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "cells_suite.py").write_text(CELLS)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    cell = importlib.import_module("cells_suite").Cell
+    result = child.measure_afresh("cells_suite", cell(0), 1)
+    assert result["parent"] == os.getpid() != result["process"]
+    assert result["peak_memory_mb"] > 0
+    with pytest.raises(ValueError, match="no such cell"):
+        child.measure_afresh("cells_suite", cell(1), 1)
+    with pytest.raises(WorkerLost, match="cell 2 ended with 9"):
+        child.measure_afresh("cells_suite", cell(2), 1)
 
 
 # --- real processes, ended from outside

@@ -26,7 +26,7 @@ VALUES = {
 def in_this_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     @contextmanager
     def processes(_: runner.SuiteOptions) -> Iterator[object]:
-        yield runner._measure
+        yield runner.measure
 
     monkeypatch.setattr(runner, "_processes", processes)
     threads = torch.get_num_threads()

@@ -14,9 +14,10 @@ import shlex
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from importlib.metadata import version
 from multiprocessing import get_context
@@ -160,48 +161,52 @@ def _module(name: str) -> str:
     return SUITES.get(name, name)
 
 
-def run_suite(name: str, request: SuiteOptions, out: Path, progress: Callable[[str], None]) -> list[Result]:
+def run_suite(
+    name: str, request: SuiteOptions, out: Path, progress: Callable[[str], None], executor: Executor | None = None
+) -> list[Result]:
     """Measure the cells of a suite that are not in ``out`` yet.
 
     Args:
         out: JSON lines; created with its folder, appended to.
         progress: Told in words what is being run and what came out.
+        executor: Its workers measure, as many cells at a time as it has places; a line says which machine it was.
 
     Returns:
         The lines of all cells of this request, in order.
     """
-    suite, results = load_suite(name), Results(out, name, machine(request), request.command(name))
+    suite, conditions = load_suite(name), _conditions(request, executor)
+    results = Results(out, name, conditions, request.command(name))
     ids: list[str] = []
-    running: dict[Future[Result], Cell] = {}
+    running: dict[Future[tuple[Result, Mapping[str, Any]]], Cell] = {}
 
     def collect(finished: set[Future[Result]]) -> None:
         for future in finished:
-            cell, result = running.pop(future), future.result()
-            results.append(cell, result)
+            cell, (result, measured_on) = running.pop(future), future.result()
+            results.append(cell, result, measured_on)
             progress(f"{cell.title}: {_brief(result)}")
 
     def known(cell: Cell) -> Result:
         collect({future for future, other in running.items() if results.id(other) == results.id(cell)})
         return cast(Result, results.lines[results.id(cell)]["result"])
 
-    with _processes(request) as measure, ThreadPoolExecutor(request.workers) as lanes:
+    with _measuring(request, conditions, executor) as (most, measuring), ThreadPoolExecutor(most) as lanes:
         for cell in suite.cells(request, known):
             ids.append(results.id(cell))
             if ids[-1] in results.lines:
                 continue
-            if len(running) == request.workers:
+            if len(running) == most:
                 collect(wait(running, return_when=FIRST_COMPLETED).done)
             progress(f"{cell.title} …")
-            running[lanes.submit(measure, _module(name), cell, request.threads)] = cell
-            if request.workers == 1:
+            running[lanes.submit(measuring, _module(name), cell)] = cell
+            if most == 1:
                 collect(set(running))
         collect(set(running))
     return [results.lines[id_] for id_ in ids]
 
 
-def measured(name: str, request: SuiteOptions, path: Path) -> list[Result]:
-    """The lines of a suite that ``path`` holds for this machine, without measuring anything."""
-    conditions = machine(request)
+def measured(name: str, request: SuiteOptions, path: Path, executor: Executor | None = None) -> list[Result]:
+    """The lines of a suite that ``path`` holds for this machine, or for an executor's, without measuring anything."""
+    conditions = _conditions(request, executor)
     lines = Results(path, name, conditions, request.command(name)).lines.values()
     return [line for line in lines if line["suite"] == name and line["conditions"] == conditions]
 
@@ -224,13 +229,17 @@ class Results:
         self._torn = len(self._whole) < len(text)
         self.lines: dict[str, Result] = {line["id"]: line for line in map(json.loads, self._whole.splitlines())}
 
-    def append(self, cell: Cell, result: Result) -> None:
-        """Write a cell's line, durably."""
+    def append(self, cell: Cell, result: Result, conditions: Mapping[str, Any]) -> None:
+        """Write a cell's line, durably.
+
+        Args:
+            conditions: It was measured under; where they are others than asked for it stands in their place.
+        """
         line: Result = {
-            "id": self.id(cell),
+            "id": self.id(cell, conditions),
             "suite": self.suite,
             "cell": dict(cell.identity),
-            "conditions": dict(self.conditions),
+            "conditions": dict(conditions),
             "command": self.command,
             "result": result,
         }
@@ -242,11 +251,11 @@ class Results:
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
             file.flush()
             os.fsync(file.fileno())
-        self.lines[line["id"]] = line
+        self.lines[self.id(cell)] = line
 
-    def id(self, cell: Cell) -> str:
-        """Sixteen hex digits of what the cell is and what it was measured on."""
-        text = json.dumps([self.suite, cell.identity, self.conditions], sort_keys=True)
+    def id(self, cell: Cell, conditions: Mapping[str, Any] | None = None) -> str:
+        """Sixteen hex digits of what the cell is and what it was measured on, or is asked for on."""
+        text = json.dumps([self.suite, cell.identity, conditions or self.conditions], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -272,25 +281,49 @@ def public_name(model: str) -> str:
     return Path(model).resolve().name if Path(model).exists() else model
 
 
+def _conditions(request: SuiteOptions, executor: Executor | None) -> dict[str, Any]:
+    if executor is None:
+        return machine(request)
+    from loramem.suites.elsewhere import conditions_there
+
+    return conditions_there(executor, request)
+
+
+@contextmanager
+def _measuring(
+    request: SuiteOptions, conditions: Mapping[str, Any], executor: Executor | None
+) -> Iterator[tuple[int, Callable[[str, Cell], tuple[Result, Mapping[str, Any]]]]]:
+    """How many cells at a time, and what measures one and says under which conditions."""
+    if executor is None:
+        with _processes(request) as process:
+            yield request.workers, lambda module, cell: (process(module, cell, request.threads), conditions)
+        return
+    from loramem.suites.elsewhere import measured_there
+    from loramem.training.executors import window
+
+    yield window(executor), partial(measured_there, executor, request)
+
+
 @contextmanager
 def _processes(request: SuiteOptions) -> Iterator[Callable[[str, Cell, int], Result]]:
-    """`_measure` in a fresh process each time, so that its memory is its own; a quick run keeps them."""
+    """`measure` in a fresh process each time, so that its memory is its own; a quick run keeps them."""
 
     def pool(size: int) -> ProcessPoolExecutor:
         return ProcessPoolExecutor(size, mp_context=get_context("spawn"), initializer=end_with_parent)
 
     def afresh(module: str, cell: Cell, threads: int) -> Result:
         with pool(1) as process:
-            return process.submit(_measure, module, cell, threads).result()
+            return process.submit(measure, module, cell, threads).result()
 
     if not request.quick:
         yield afresh
         return
     with pool(request.workers) as process:
-        yield lambda module, cell, threads: process.submit(_measure, module, cell, threads).result()
+        yield lambda module, cell, threads: process.submit(measure, module, cell, threads).result()
 
 
-def _measure(module: str, cell: Cell, threads: int) -> Result:
+def measure(module: str, cell: Cell, threads: int) -> Result:
+    """What a suite's ``run`` says of a cell, and the memory of this process."""
     import torch
 
     warnings.simplefilter("ignore", FutureWarning)  # PEFT's and transformers', about each other

@@ -182,7 +182,7 @@ def completed(
     lost += () if cluster is None else cluster.lost
     # A queue: `concurrent.futures.wait` would look at every future each time that one is done.
     running, done = dict[Future[_Answer], int](), queue.SimpleQueue[Future[_Answer]]()
-    waiting, most, looked = enumerate(items), _window(executor), time.monotonic()
+    waiting, most, looked = enumerate(items), window(executor), time.monotonic()
     seen = looked
     wait_s = POLL_S if cluster is not None or ahead is not None else None
     try:
@@ -205,7 +205,7 @@ def completed(
                     continue
                 looked = now
                 if cluster.slots() > 0:
-                    most, seen = _window(executor), now
+                    most, seen = window(executor), now
                 else:
                     log.warning("%s has no workers left; %d jobs wait for one", cluster.place, len(running))
                     if now - seen > GONE_S:
@@ -225,7 +225,8 @@ def completed(
             future.cancel()
 
 
-def _window(executor: Executor) -> int:
+def window(executor: Executor) -> int:
+    """Jobs that an executor is given at a time."""
     if isinstance(executor, ClusterExecutor):
         return max(1, QUEUED * executor.slots())
     return QUEUED * executor.workers if isinstance(executor, Processes) else IN_FLIGHT

@@ -84,12 +84,12 @@ def base_model(base: JobBase, expected: Mapping[str, str] | None) -> Iterator[Ad
         OtherBaseModel: It finds or loads another base model.
         BaseModelNotFound: It finds none.
     """
-    _check(expected)
+    check_releases(expected)
     with _turn:
         yield _loaded(base, base.dtype)
 
 
-def _check(expected: Mapping[str, str] | None) -> None:
+def check_releases(expected: Mapping[str, str] | None) -> None:
     """
     Raises:
         OtherRelease: Libraries here are of another release.
