@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from loramem.training.progress import ProgressCallback, WriteProgress
 
+READING = "reading the facts"
 UNTRAINED = 0.35
 """Share of a shard's training that is over when its first tokens are ordered, about."""
 PROOF_READS = 2
@@ -24,18 +25,44 @@ LEAST_CERTAIN, ALONE_READS = 16, 12
 @contextmanager
 def write_bar() -> Iterator["ProgressCallback"]:
     """A callback that draws facts learned and certified of all, and seconds left."""
+    with batches_bar() as bar:
+        yield (lambda told: None) if bar is None else bar.see
+
+
+@contextmanager
+def batches_bar() -> Iterator["BatchBar | None"]:
+    """The same for one batch after the other; None where nobody sees it."""
     if not terminal.is_read(sys.stderr):
-        yield lambda told: None
+        yield None
         return
-    estimate = WriteEstimate(time.monotonic())
-    with _bar(estimate.left) as bar:
-        task = bar.add_task("reading the facts", total=None)
+    mine = BatchBar()
+    with _bar(mine.left) as bar:
+        mine.draw_on(bar)
+        yield mine
 
-        def show(told: "WriteProgress") -> None:
-            estimate.see(told, time.monotonic())
-            bar.update(task, description=str(estimate), completed=estimate.learned, total=told.records_total)
 
-        yield show
+class BatchBar:
+    """One bar, which begins again with every batch."""
+
+    def __init__(self) -> None:
+        self.estimate = WriteEstimate(time.monotonic())
+
+    def draw_on(self, bar: "Progress") -> None:
+        self._bar, self._task = bar, bar.add_task(READING, total=None)
+
+    def see(self, told: "WriteProgress") -> None:
+        self.estimate.see(told, time.monotonic())
+        self._bar.update(
+            self._task, description=str(self.estimate), completed=self.estimate.learned, total=told.records_total
+        )
+
+    def begin(self) -> None:
+        """The next batch."""
+        self.estimate = WriteEstimate(time.monotonic())
+        self._bar.reset(self._task, description=READING)
+
+    def left(self, now: float) -> float | None:
+        return self.estimate.left(now)
 
 
 @contextmanager
@@ -93,7 +120,7 @@ class WriteEstimate:
 
     def see(self, told: "WriteProgress", now: float) -> None:
         if not self.shards and not told.proved:
-            self.begun = now - told.elapsed_s
+            self.begun = max(now - told.elapsed_s, self.started)  # workers may have begun while another batch was seen
             self.per_read = (self.begun - self.started) / (told.records_total + told.records)
         self.total = told.records_total
         known = self.shards.get(told.shard)

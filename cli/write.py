@@ -10,7 +10,7 @@ from loramem.training.settings import KeepBase
 
 from . import options
 from .output import kept_facts, note, note_needs_ids, print_facts, print_json, written_facts
-from .progress import write_bar
+from .progress import BatchBar, batches_bar, write_bar
 from .workers import WorkerOptions, workers_options
 
 if TYPE_CHECKING:
@@ -150,7 +150,7 @@ def command(
             serve=None if serve is None else cast("list[Dtype]", serve.split(",")),
         ) as opened,
         workers.executor(store.wait_s) as executor,
-        write_bar() as progress,
+        batches_bar() as bar,
     ):
         how: dict[str, Any] = {
             "ask": ask,
@@ -162,17 +162,17 @@ def command(
             "keep_base": _keep_base(on_miss, neutral, unknown) if keep_base else None,
             "partial": partial,
             "settings": settings,
-            "progress": progress if batch is None else None,  # each batch is told by a line of its own
+            "progress": None if bar is None else bar.see,
             "executor": executor,
         }
         if batch is not None:
-            _tell_batches(opened.write_batches(records, batch=batch, **how), as_json)
+            _tell_batches(opened.write_batches(records, batch=batch, **how), bar, as_json)
             return
         report = opened.write(records, **how)
     _tell(report, on_conflict, as_json)
 
 
-def _tell_batches(reports: "Iterable[WriteReport]", as_json: bool) -> None:
+def _tell_batches(reports: "Iterable[WriteReport]", bar: BatchBar | None, as_json: bool) -> None:
     """Each as it is committed; none is kept."""
     written = questions = skipped = failed = adapters = 0
     least = 1.0
@@ -185,6 +185,8 @@ def _tell_batches(reports: "Iterable[WriteReport]", as_json: bool) -> None:
         least = min(least, report.min_prob or 1.0)
         facts = written_facts(report.written, report.questions)
         note(f"Batch {number}: {facts} written in {report.elapsed_s:.1f} s; {written} so far.")
+        if bar is not None:
+            bar.begin()
     if not as_json:
         facts = written_facts(written, questions)
         print_facts(

@@ -5,12 +5,21 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from loramem_cli.progress import ALONE_READS, PROOF_READS, WriteEstimate, count_bar, duration, write_bar
+from loramem_cli.progress import (
+    ALONE_READS,
+    PROOF_READS,
+    READING,
+    WriteEstimate,
+    batches_bar,
+    count_bar,
+    duration,
+    write_bar,
+)
 
 from loramem import MemoryStore, WriteProgress, process_pool
 
 from .conftest import numbers
-from .screen import Screen
+from .screen import ANSI, Screen
 
 STEP = WriteProgress(1, 0, 100, 0.0, 1.0, 4, 0.0, records_ordered=0, records=10, shards=4, records_total=40)
 
@@ -87,3 +96,27 @@ def test_bars_are_drawn_on_a_terminal_alone(
     with count_bar("records") as count:
         count(1, 2000)
     assert "1 of 2,000 records" in screen.getvalue()
+
+
+def test_the_bar_begins_again_with_every_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    with batches_bar() as bar:
+        assert bar is None  # where nobody reads it workers need tell nothing
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr("sys.stderr", screen := Screen())
+    with batches_bar() as bar:
+        assert bar is not None
+        for _ in range(2):
+            for shard in range(1, 5):
+                bar.see(replace(STEP, shard=shard, records_ordered=10, proved=True))
+            bar._bar.refresh()
+            bar.begin()
+    shown = screen.getvalue()
+    assert shown.count("40 facts certified") >= 2 and READING in shown
+    assert "80" not in ANSI.sub("", shown)
+
+
+def test_a_batch_that_workers_began_early_is_not_thought_to_end_before_now() -> None:
+    estimate = seen((1.0, replace(STEP, elapsed_s=30.0, records_ordered=5, tokens_ordered=50)))
+    left = estimate.left(1.0)
+    assert left is not None and left > 0

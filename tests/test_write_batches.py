@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future
 from pathlib import Path
@@ -18,6 +19,7 @@ from loramem.training.jobs import Delivery, ShardJob
 from loramem.training.worker import run_job
 
 from .conftest import numbers
+from .screen import ANSI, Screen
 
 RECORDS = numbers(7)
 
@@ -153,6 +155,20 @@ def test_the_command_says_each_batch(base: Path, tmp_path: Path) -> None:
     assert [json.loads(line)["written"] for line in first.stdout.splitlines()] == [4, 3]
     again = CliRunner().invoke(cli, command, catch_exceptions=False)
     assert "7" in next(line for line in again.stdout.splitlines() if "skipped" in line)
+
+
+def test_the_command_draws_the_steps_of_each_batch(base: Path, tmp_path: Path, monkeypatch) -> None:
+    path = tmp_path / "facts.jsonl"
+    path.write_text("".join(json.dumps({"key": key, "value": value}) + "\n" for key, value in numbers(4).items()))
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr("sys.stderr", screen := Screen())
+    command = ["write", str(path), "--store", str(tmp_path / "memory"), "--model", str(base), "--batch", "2"]
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(command)
+    shown = ANSI.sub("", screen.getvalue())
+    assert "2 facts certified" in shown and "Batch 2: 2 records" in shown
+    assert re.search(r"2 facts certified.*Batch 1:.*2 facts certified.*Batch 2:", shown, re.DOTALL)
 
 
 def test_one_kind_of_workers_is_asked_for_at_a_time(base: Path, tmp_path: Path) -> None:
