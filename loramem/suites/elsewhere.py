@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from loramem.suites.child import measure_afresh
-from loramem.suites.runner import Cell, Result, SuiteOptions, machine, measure
+from loramem.suites.runner import Cell, Measured, SuiteOptions, machine, measure
 from loramem.training.executors import completed
 from loramem.training.jobs import releases
 from loramem.training.worker import check_releases
@@ -32,10 +32,8 @@ def conditions_there(executor: Executor, request: SuiteOptions) -> dict[str, Any
     return _answer(executor, machine, request)
 
 
-def measured_there(
-    executor: Executor, request: SuiteOptions, module: str, cell: Cell
-) -> tuple[Result, Mapping[str, Any]]:
-    """What came of a cell, and the conditions it was measured under.
+def measured_there(executor: Executor, request: SuiteOptions, module: str, cell: Cell) -> Measured:
+    """What came of a cell there.
 
     Raises what the cell raises.
 
@@ -52,7 +50,7 @@ def _answer(executor: Executor, function: Callable[[_Item], _Answer], item: _Ite
     return answer
 
 
-def run_cell(job: CellJob) -> tuple[Result, dict[str, Any]]:
+def run_cell(job: CellJob) -> Measured:
     """Measure a cell in a fresh process, or in this one for a quick run.
 
     Raises as `measured_there`.

@@ -52,6 +52,8 @@ COMMON = ("seeds", "device", "threads", "workers", "quick")
 PACKAGES = ("loramem", "torch", "transformers", "peft")
 
 Result = dict[str, Any]
+Measured = tuple[Result, Mapping[str, Any]]
+"""What came of a cell, and the conditions it was measured under."""
 
 
 @dataclass(frozen=True)
@@ -177,9 +179,9 @@ def run_suite(
     suite, conditions = load_suite(name), _conditions(request, executor)
     results = Results(out, name, conditions, request.command(name))
     ids: list[str] = []
-    running: dict[Future[tuple[Result, Mapping[str, Any]]], Cell] = {}
+    running: dict[Future[Measured], Cell] = {}
 
-    def collect(finished: set[Future[Result]]) -> None:
+    def collect(finished: set[Future[Measured]]) -> None:
         for future in finished:
             cell, (result, measured_on) = running.pop(future), future.result()
             results.append(cell, result, measured_on)
@@ -292,7 +294,7 @@ def _conditions(request: SuiteOptions, executor: Executor | None) -> dict[str, A
 @contextmanager
 def _measuring(
     request: SuiteOptions, conditions: Mapping[str, Any], executor: Executor | None
-) -> Iterator[tuple[int, Callable[[str, Cell], tuple[Result, Mapping[str, Any]]]]]:
+) -> Iterator[tuple[int, Callable[[str, Cell], Measured]]]:
     """How many cells at a time, and what measures one and says under which conditions."""
     if executor is None:
         with _processes(request) as process:
