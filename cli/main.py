@@ -84,7 +84,7 @@ def cli(verbose: bool) -> None:
     if not verbose:  # a minute at a first write is said, whatever else is not
         warnings.simplefilter("ignore", FutureWarning)  # of libraries, to those who write programs
         logging.getLogger("loramem.planning.base_calibration").setLevel(logging.WARNING)
-        logging.getLogger("loramem.training.executors").setLevel(logging.WARNING)  # nor that a cluster has no workers
+        logging.getLogger("loramem.workers.executors").setLevel(logging.WARNING)  # nor that a cluster has no workers
 
 
 COMMANDS = (

@@ -93,7 +93,7 @@ def run(
     """
     from loramem import embedded
     from loramem.suites.runner import METHODS, SUITES, SuiteOptions, load_suite, measured, run_suite
-    from loramem.training.processes import usable_cores
+    from loramem.workers.processes import usable_cores
 
     if name not in SUITES:
         raise click.UsageError(f"There is no suite {name!r}. There are {', '.join(SUITES)}.")

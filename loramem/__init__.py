@@ -44,10 +44,10 @@ if TYPE_CHECKING:
     from loramem.serving.targets import BaseType, Target
     from loramem.store.compact import CompactChoice
     from loramem.store.request import OnConflict
-    from loramem.training.clusters import dask_executor, ray_executor
-    from loramem.training.executors import process_pool
     from loramem.training.progress import ProgressCallback, WriteProgress
     from loramem.training.settings import KeepBase, ObjectiveName, WriterSettings
+    from loramem.workers.clusters import dask_executor, ray_executor
+    from loramem.workers.executors import process_pool
 
 __all__ = [
     "AdapterCheck",

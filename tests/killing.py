@@ -24,7 +24,8 @@ from loramem._util.events import NAMES
 from loramem.api import reading  # noqa: F401
 from loramem.errors import LoramemError
 from loramem.store import compact, read, repair, verify, write  # noqa: F401
-from loramem.training import executors, trainer  # noqa: F401
+from loramem.training import trainer  # noqa: F401
+from loramem.workers import executors  # noqa: F401
 
 DIGITS = "0123456789"
 MOST = 10  # records, so that comparing all of them is cheap

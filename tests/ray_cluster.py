@@ -21,8 +21,8 @@ from loramem import MemoryStore, WriteProgress, ray_executor
 from loramem.errors import NoWorkers, OtherRelease
 from loramem.models import shard_sizes
 from loramem.planning.pricing import run_pricing
-from loramem.training.executors import ClusterExecutor
-from loramem.training.worker import run_job
+from loramem.workers.executors import ClusterExecutor
+from loramem.workers.worker import run_job
 
 from .conftest import numbers
 from .test_dask import forbid, left, pretend, told_by

@@ -18,9 +18,9 @@ from loramem import MemoryStore, WriteProgress, dask_executor
 from loramem.errors import ArgumentError, NoWorkers, OtherRelease
 from loramem.models import shard_sizes
 from loramem.planning.pricing import run_pricing
-from loramem.training.clusters import NOWHERE
-from loramem.training.executors import ClusterExecutor
-from loramem.training.worker import run_job, run_tokenizing
+from loramem.workers.clusters import NOWHERE
+from loramem.workers.executors import ClusterExecutor
+from loramem.workers.worker import run_job, run_tokenizing
 
 from .conftest import numbers
 from .test_jobs import contents
@@ -235,7 +235,8 @@ def test_a_write_that_is_cancelled_leaves_nothing(
 
 def pretend(release: str | None) -> None:
     """In a worker: another release of torch from here on; None for its own."""
-    from loramem.training import jobs, worker
+    from loramem.training import jobs
+    from loramem.workers import worker
 
     worker.releases = (lambda: {**jobs.releases(), "torch": release}) if release else jobs.releases
 

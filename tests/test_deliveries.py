@@ -20,11 +20,11 @@ from loramem.models.base_model import load_base_model
 from loramem.models.placement import Placement
 from loramem.records.prompts import encode_records
 from loramem.records.record import as_records
-from loramem.training import staged, worker
-from loramem.training.executors import run_jobs
-from loramem.training.job_folder import PREFIX, job_folder, remove_abandoned
 from loramem.training.jobs import Delivery, JobBase, ShardJob, ShardResult, TrainedShard, releases
 from loramem.training.settings import WriterSettings
+from loramem.workers import staged, worker
+from loramem.workers.executors import run_jobs
+from loramem.workers.job_folder import PREFIX, job_folder, remove_abandoned
 
 from .conftest import numbers
 
@@ -146,8 +146,8 @@ def test_a_worker_may_have_the_base_model_in_another_place(
 
 KILLED = """
 import os, signal, sys
-from loramem.training.executors import run_jobs
-from loramem.training.job_folder import job_folder
+from loramem.workers.executors import run_jobs
+from loramem.workers.job_folder import job_folder
 
 with job_folder() as folder:
     (folder / "value").write_text("secret")

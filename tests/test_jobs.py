@@ -21,9 +21,9 @@ from loramem.errors import StubbornRecords, WorkerLost
 from loramem.models import shard_sizes
 from loramem.models.placement import Placement
 from loramem.training import shards
-from loramem.training.executors import process_pool
 from loramem.training.jobs import JobBase, ShardJob
-from loramem.training.worker import run_job
+from loramem.workers.executors import process_pool
+from loramem.workers.worker import run_job
 
 from .conftest import numbers
 
@@ -89,7 +89,7 @@ def test_spawned_processes_write_shards(base: Path, tmp_path: Path) -> None:
 
 PARENT = """
 import os, time
-from loramem.training.executors import process_pool
+from loramem.workers.executors import process_pool
 
 if __name__ == "__main__":
     with process_pool(1) as pool:

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from loramem import MemoryStore, base_path
 from loramem.errors import BaseModelNotFound, OtherBaseModel
 from loramem.models.base_model import load_base_model
-from loramem.training.worker import _adapted_model
+from loramem.workers.worker import _adapted_model
 
 from .conftest import numbers
 

@@ -24,6 +24,7 @@ PACKAGES = (
     ("serving",),
     ("store",),
     ("planning",),
+    ("workers",),
     ("training",),
     ("index", "models"),
     ("records",),

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from loramem.errors import ArgumentError
-from loramem.training import executors, processes
-from loramem.training.processes import usable_cores
+from loramem.workers import executors, processes
+from loramem.workers.processes import usable_cores
 
 from .conftest import ROOT
 

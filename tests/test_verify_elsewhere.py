@@ -14,7 +14,7 @@ from loramem import MemoryStore
 from loramem.errors import OtherRelease
 from loramem.results import VerifyReport
 from loramem.store import verify as module
-from loramem.training import worker
+from loramem.workers import worker
 
 from .test_integrity import execute, flip_bit, reseal
 from .test_verify_resume import ADAPTERS, EACH, Interrupted, adapter_of, path, written  # noqa: F401

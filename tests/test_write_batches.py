@@ -16,7 +16,7 @@ from loramem import MemoryStore, read_records
 from loramem.errors import ArgumentError, ConflictingRecord, InputError, InvalidField, UnfinishedWrite
 from loramem.records.input_files import stream_records
 from loramem.training.jobs import Delivery, ShardJob
-from loramem.training.worker import run_job
+from loramem.workers.worker import run_job
 
 from .conftest import numbers
 from .screen import ANSI, Screen

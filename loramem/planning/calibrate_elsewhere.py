@@ -13,9 +13,9 @@ from loramem.planning.base_calibration import BUDGET_S, calibrated, keep
 from loramem.planning.calibrate import Bench, CalibrationGrid, spread
 from loramem.planning.calibration import Calibration
 from loramem.planning.runs import Run, append_run, default_file, read_runs, shipped_file
-from loramem.training.executors import completed
 from loramem.training.jobs import JobBase, releases
-from loramem.training.worker import base_model
+from loramem.workers.executors import completed
+from loramem.workers.worker import base_model
 
 log = logging.getLogger(__name__)
 

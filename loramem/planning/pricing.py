@@ -17,7 +17,7 @@ from loramem.records.prompts import EncodedRecord
 from loramem.training.jobs import PricingJob
 from loramem.training.shard_training import features_of
 from loramem.training.trainer import autocast_dtype
-from loramem.training.worker import base_model
+from loramem.workers.worker import base_model
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Priced:
 def run_pricing(job: PricingJob) -> Priced:
     """`priced`, of a job's records.
 
-    Raises what `loramem.training.worker.base_model` raises.
+    Raises what `loramem.workers.worker.base_model` raises.
     """
     with base_model(job.base, job.releases) as adapted:
         return priced(adapted, job.records, job.placement)

@@ -20,10 +20,10 @@ from loramem.records.record import Record
 from loramem.results import WriteReport
 from loramem.store.request import OnConflict, WriteRequest
 from loramem.store.write import Prepared, Transaction
-from loramem.training.ahead import Ahead
-from loramem.training.executors import job_function
 from loramem.training.jobs import ShardJob
 from loramem.training.progress import ProgressCallback
+from loramem.workers.ahead import Ahead
+from loramem.workers.executors import job_function
 
 _Answer = TypeVar("_Answer")
 

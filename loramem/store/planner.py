@@ -30,9 +30,9 @@ from loramem.records.questions import asked_apart
 from loramem.records.record import Record, deduplicate, question_taken
 from loramem.store.manifest import Manifest
 from loramem.store.request import OnConflict, WriteRequest
-from loramem.training.executors import completed
 from loramem.training.jobs import JobBase, PricingJob, TokenizingJob, releases
-from loramem.training.worker import run_tokenizing
+from loramem.workers.executors import completed
+from loramem.workers.worker import run_tokenizing
 
 log = logging.getLogger(__name__)
 

@@ -20,9 +20,9 @@ from loramem.store.integrity import problems
 from loramem.store.read import cut_batches
 from loramem.store.session import Session
 from loramem.store.verify_progress import VerifyProgress, state_of
-from loramem.training.executors import completed
 from loramem.training.jobs import DecodingBatch, DecodingJob, JobBase, releases
-from loramem.training.worker import run_decoding
+from loramem.workers.executors import completed
+from loramem.workers.worker import run_decoding
 
 Batch = list[StoredRecord]
 Decoded = list[tuple[StoredRecord, str | None]] | IntegrityError

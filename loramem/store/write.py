@@ -30,12 +30,12 @@ from loramem.store.planner import Planner
 from loramem.store.request import OnConflict, WriteRequest
 from loramem.store.staging import clean, take_back
 from loramem.store.written import Trained, Written, misrecalled_alone, more_careful, report_of, stubborn
-from loramem.training.ahead import Ahead
-from loramem.training.executors import run_jobs
 from loramem.training.jobs import Delivery, JobBase, ShardJob, releases
 from loramem.training.progress import ProgressCallback
 from loramem.training.settings import WriterSettings
 from loramem.training.shards import stored_adapter
+from loramem.workers.ahead import Ahead
+from loramem.workers.executors import run_jobs
 
 log = logging.getLogger(__name__)
 

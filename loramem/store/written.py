@@ -19,7 +19,7 @@ from loramem.records.prompts import EncodedRecord
 from loramem.results import WriteReport
 from loramem.training.jobs import ShardJob, ShardResult, TrainedShard
 from loramem.training.shards import CAUTION
-from loramem.training.staged import folder_of
+from loramem.workers.staged import folder_of
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from typing import Any, TypeVar
 
 from loramem.suites.child import measure_afresh
 from loramem.suites.runner import Cell, Measured, SuiteOptions, machine, measure
-from loramem.training.executors import completed
 from loramem.training.jobs import releases
-from loramem.training.worker import check_releases
+from loramem.workers.executors import completed
+from loramem.workers.worker import check_releases
 
 _Item = TypeVar("_Item")
 _Answer = TypeVar("_Answer")

@@ -28,7 +28,7 @@ from loramem import embedded
 from loramem._util.hardware import processor
 from loramem.models.dtypes import DtypeChoice
 from loramem.suites.figures import HeatMap, Plot
-from loramem.training.processes import end_with_parent, usable_cores
+from loramem.workers.processes import end_with_parent, usable_cores
 
 SUITES = {
     "write-speed": "loramem.suites.write_speed",
@@ -301,7 +301,7 @@ def _measuring(
             yield request.workers, lambda module, cell: (process(module, cell, request.threads), conditions)
         return
     from loramem.suites.elsewhere import measured_there
-    from loramem.training.executors import window
+    from loramem.workers.executors import window
 
     yield window(executor), partial(measured_there, executor, request)
 

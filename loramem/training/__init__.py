@@ -1,1 +1,1 @@
-"""Training: objectives, the writers, shards and the executors that run them."""
+"""Training: objectives, the writers, and shards from records to proved adapters."""

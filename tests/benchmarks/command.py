@@ -11,7 +11,7 @@ from loramem_cli.output import note, print_markdown
 
 from loramem import embedded
 from loramem.suites.runner import Result, SuiteOptions, load_suite, measured, run_suite
-from loramem.training.processes import usable_cores
+from loramem.workers.processes import usable_cores
 
 RESULTS = Path("docs/results")
 RANDOM = "random-llama"

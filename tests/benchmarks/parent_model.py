@@ -46,9 +46,9 @@ from loramem.records.input_files import stream_records
 from loramem.records.prompts import encode_records
 from loramem.records.record import iterate_records
 from loramem.store import written
-from loramem.training import worker
-from loramem.training.executors import SYNCING
 from loramem.training.jobs import Delivery, ShardJob
+from loramem.workers import worker
+from loramem.workers.executors import SYNCING
 
 from ..conftest import CONTEXT, VOCABULARY, save_tokenizer
 

@@ -25,8 +25,8 @@ from statistics import fmean
 from typing import Any
 
 from loramem import MemoryStore, WriteReport
-from loramem.training.executors import Processes
-from loramem.training.processes import usable_cores
+from loramem.workers.executors import Processes
+from loramem.workers.processes import usable_cores
 
 from ..conftest import build_base
 

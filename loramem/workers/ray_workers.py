@@ -1,4 +1,4 @@
-"""Jobs on a Ray cluster; `loramem.training.clusters` is the way here."""
+"""Jobs on a Ray cluster; `loramem.workers.clusters` is the way here."""
 
 import queue
 from collections.abc import Callable
@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from loramem.training.executors import ClusterExecutor
-from loramem.training.steps import Channel, Message, Reporting
+from loramem.workers.executors import ClusterExecutor
+from loramem.workers.steps import Channel, Message, Reporting
 
 TRIES = 3
 """Times that a job is run again whose worker went down with it."""

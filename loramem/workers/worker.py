@@ -18,10 +18,10 @@ from loramem.models.base_model import load_base_model
 from loramem.models.decoding import greedy_decode
 from loramem.models.dtypes import Dtype
 from loramem.records.prompts import Tokenized, tokenize
-from loramem.training.job_folder import job_folder
 from loramem.training.jobs import DecodingJob, Delivery, JobBase, ShardJob, TokenizingJob, releases
 from loramem.training.shards import write_shard
-from loramem.training.steps import Teller
+from loramem.workers.job_folder import job_folder
+from loramem.workers.steps import Teller
 
 DEVICE, MODEL = "LORAMEM_WORKER_DEVICE", "LORAMEM_WORKER_MODEL"
 """Environment of a worker: the device that it takes where the write left it the choice, and where it finds the base

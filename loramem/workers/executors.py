@@ -20,15 +20,15 @@ import torch
 from loramem.errors import ArgumentError, NoWorkers, WorkerLost
 from loramem.models.adapters import AdaptedModel
 from loramem.models.dtypes import Dtype
-from loramem.training import staged
-from loramem.training.ahead import Ahead
-from loramem.training.job_folder import remove_abandoned
 from loramem.training.jobs import Delivery, ShardJob, ShardResult
-from loramem.training.processes import end_with_parent, usable_cores
 from loramem.training.progress import ProgressCallback, WriteProgress
 from loramem.training.shards import write_shard
-from loramem.training.steps import Message, QueueChannel, Reporting, initialize
-from loramem.training.worker import run_job
+from loramem.workers import staged
+from loramem.workers.ahead import Ahead
+from loramem.workers.job_folder import remove_abandoned
+from loramem.workers.processes import end_with_parent, usable_cores
+from loramem.workers.steps import Message, QueueChannel, Reporting, initialize
+from loramem.workers.worker import run_job
 
 log = logging.getLogger(__name__)
 
@@ -97,7 +97,7 @@ def run_jobs(
         staging: Folder of the write.
         adapted: The model that runs them in this process, if there is no executor.
         served: The same in other dtypes; see `write_shard`.
-        executor: Runs `loramem.training.worker.run_job` on each; its processes must find the base model.
+        executor: Runs `loramem.workers.worker.run_job` on each; its processes must find the base model.
         progress: Reporting of every step in this process, of some in others (see `job_function`), and of every finished
             shard.
         ahead: Has some of the jobs already, and is given workers that these leave idle.
@@ -106,7 +106,7 @@ def run_jobs(
 
     Raises:
         WorkerLost: A worker process was killed, or ran out of memory.
-        RefusedResult: See `loramem.training.staged.keep`.
+        RefusedResult: See `loramem.workers.staged.keep`.
     """
     results = {number: done for number, job in enumerate(jobs) if (done := staged.find(staging, job)) is not None}
     left = [number for number in range(len(jobs)) if number not in results]

@@ -1,4 +1,4 @@
-"""Jobs on a Dask cluster; `loramem.training.clusters` is the way here."""
+"""Jobs on a Dask cluster; `loramem.workers.clusters` is the way here."""
 
 import queue
 import secrets
@@ -12,9 +12,9 @@ from distributed import Client, get_worker
 from distributed.comm import CommClosedError
 from distributed.scheduler import KilledWorker
 
-from loramem.training.executors import ClusterExecutor
 from loramem.training.progress import WriteProgress
-from loramem.training.steps import Channel, Message, Reporting
+from loramem.workers.executors import ClusterExecutor
+from loramem.workers.steps import Channel, Message, Reporting
 
 _Answer = TypeVar("_Answer")
 

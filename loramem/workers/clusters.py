@@ -6,8 +6,8 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from loramem.errors import ArgumentError, NoWorkers, reason
-from loramem.training.executors import ClusterExecutor
-from loramem.training.job_folder import remove_abandoned
+from loramem.workers.executors import ClusterExecutor
+from loramem.workers.job_folder import remove_abandoned
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -35,7 +35,7 @@ def dask_executor(cluster: "str | Client", *, wait_s: float = 0.0) -> Iterator[C
     _require("dask", "distributed")
     from distributed import Client, LocalCluster
 
-    from loramem.training.dask_workers import DaskExecutor
+    from loramem.workers.dask_workers import DaskExecutor
 
     if isinstance(cluster, Client):
         mine = DaskExecutor(cluster)
@@ -81,7 +81,7 @@ def ray_executor(
     _require("ray", "ray")
     import ray
 
-    from loramem.training.ray_workers import RayExecutor
+    from loramem.workers.ray_workers import RayExecutor
 
     mine = not ray.is_initialized()
     if mine:
