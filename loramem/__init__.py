@@ -127,8 +127,8 @@ _HOMES = {
     "VerifyReport Version WriteReport",
     "serving.targets": "BaseType Target",
     "store.compact": "CompactChoice",
-    "training.clusters": "dask_executor ray_executor",
-    "training.executors": "process_pool",
+    "workers.clusters": "dask_executor ray_executor",
+    "workers.executors": "process_pool",
     "training.progress": "ProgressCallback WriteProgress",
     "training.settings": "KeepBase ObjectiveName WriterSettings",
 }
