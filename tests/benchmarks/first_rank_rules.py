@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from loramem import embedded
+from loramem.models.shard_sizes import Size
 from loramem.planning import calibration
 from loramem.planning.calibration import Calibration
+from loramem.planning.filling import rank_that_carries
 from loramem.planning.limits import GOALS, GoalName
 from loramem.planning.runs import read_runs
 from loramem.planning.success import crowded
@@ -73,10 +75,10 @@ def _by_law(known: Mapping[str, Calibration], goal: GoalName) -> Rule:
         placed = base.placed(base.place) if base else None
         if placed is None or placed.law is None or placed.boundary is None:
             return None
-        law_rank = crowded(
-            placed.law.rank_alone(shard["vocabulary"]), shard["length"], line["result"]["parameters_per_rank"]
-        )
-        return aim.times * placed.boundary.rank_for(aim.probability, law_rank)
+        size = Size(line["result"]["parameters_per_rank"], line["result"]["matrices"])
+        law_rank = crowded(placed.law.rank_alone(shard["vocabulary"]), shard["length"], size.parameters_per_rank)
+        rank = aim.times * placed.boundary.rank_for(aim.probability, law_rank)
+        return max(rank, rank_that_carries(shard["tokens"], shard["vocabulary"], size)) if goal == "small" else rank
 
     return rule
 
