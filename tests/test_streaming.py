@@ -72,6 +72,9 @@ class Counting:
     def try_decode(self, records: Sequence[StoredRecord]) -> list[tuple[StoredRecord, str]]:
         return [(record, recall.value) for record, recall in zip(records, self.decode_current(records), strict=True)]
 
+    def in_contexts(self, records: Sequence[StoredRecord]) -> list[list[StoredRecord]]:
+        return []
+
     def count_tokens(self, value: str) -> int:
         return len(value)
 
