@@ -25,7 +25,7 @@ class Goal:
 
 
 GOALS: Mapping[GoalName, Goal] = {
-    "fast": Goal(probability=0.95, times=2.0, density=0.08),
+    "fast": Goal(probability=0.95, times=2.1, density=0.08),
     "small": Goal(probability=0.3, times=1.0, density=1.0),
 }
 
