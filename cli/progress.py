@@ -57,7 +57,8 @@ class BatchBar:
         )
 
     def begin(self) -> None:
-        """The next batch."""
+        """The next batch; how this one ended is drawn, however short it was."""
+        self._bar.refresh()
         self.estimate = WriteEstimate(time.monotonic())
         self._bar.reset(self._task, description=READING)
 

@@ -184,9 +184,9 @@ def _tell_batches(reports: "Iterable[WriteReport]", bar: BatchBar | None, as_jso
         adapters += len(report.adapters)
         least = min(least, report.min_prob or 1.0)
         facts = written_facts(report.written, report.questions)
-        note(f"Batch {number}: {facts} written in {report.elapsed_s:.1f} s; {written} so far.")
         if bar is not None:
             bar.begin()
+        note(f"Batch {number}: {facts} written in {report.elapsed_s:.1f} s; {written} so far.")
     if not as_json:
         facts = written_facts(written, questions)
         print_facts(
