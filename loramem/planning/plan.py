@@ -7,8 +7,9 @@ Three ranks stand side by side for every adapter:
 2. law: where as many different random tokens end at a mean loss of 0.69 nats, the lowest that the memory law is about,
    with an interval (`loramem.planning.rank_law`);
 3. what is used: for the goal "small" the least rank at which the success boundary expects every token to be certified
-   at odds of three to seven, and that carries as many tokens (`loramem.planning.filling`); for "fast" more, since a write with
-   rank to spare takes fewer steps (docs/law.md). Where no law is known the values' cost at a constant density.
+   at odds of three to seven, and that carries as many tokens (`loramem.planning.filling`); for "fast" more, since a
+   write with rank to spare takes fewer steps (docs/law.md). Where no law is known the values' cost at a constant
+   density.
 
 A wrong rank costs time, not correctness: the writer raises it when progress stops. What no rank allowed can hold at
 3.6 bits per parameter (arXiv 2505.24832) is refused.
